@@ -1,0 +1,38 @@
+"""Package of hope_jax: functional nested learning in JAX."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+_ROOT = Path(__file__).parent
+
+
+def _requirements() -> list[str]:
+    lines = (_ROOT / "requirements.txt").read_text().splitlines()
+    stripped = (line.split("#")[0].strip() for line in lines)
+    return [line for line in stripped if line]
+
+
+setup(
+    name="hope_jax",
+    version="0.1.0",
+    description="Nested learning in JAX: levels, memories, deep optimizers, Hope.",
+    long_description=(_ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hope_jax", "hope_jax.*"]),
+    install_requires=_requirements(),
+    extras_require={
+        "test": [
+            "beartype>=0.23",
+            "hypothesis>=6.100",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.8",
+        ],
+        "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources"],
+        "eval": ["lm-eval>=0.4.13"],
+        "notebook": ["jupyterlab>=4", "treescope>=0.1.10"],
+    },
+)
