@@ -1,0 +1,1 @@
+"""What a level is. Knows no sequence, no file and no Flax."""

@@ -1,0 +1,255 @@
+"""A level: one optimisation problem, as a handful of pure functions."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from hope_jax.core.clock import Clock
+
+OuterGradient = Literal["exact", "first_order", "none"]
+ReadTime = Literal["pre", "post", "anchor"]
+
+
+class Level(NamedTuple):
+    """One optimisation problem. Functions only; every array arrives as an argument.
+
+    A level is Definition 4 of arXiv:2512.24695 in code: a function class and its
+    objective (`read`, `objective`), the rule that solves it (`flow`), an update
+    frequency (`clock`), and where it starts (`init`, unless the level above decides).
+
+    Attributes:
+      init: `key -> params`.
+      read: `(params, context_t) -> output`, what it gives the level above. A
+        non-parametric level (`clock.period == 0`) is given `Seen` for `params`.
+      objective: `(params, context_t) -> scalar`, what it descends.
+      flow: how its parameters move. Its `update` is also given `context`, the item at
+        hand, and `inputs`, if the level has them.
+      clock: when it moves.
+      read_at: `pre` reads the state before item `i` moved it (the clock's contract),
+        `post` the state after, `anchor` the state at the anchor.
+      gradient: what the level above differentiates. `exact`: every update.
+        `first_order`: updates are constants, so the initial state still learns with
+        `d params_t / d params_0 = I`. `none`: the initial state gets no gradient.
+      inputs: `(params, context_t) -> pytree` shaped like `params`, the vector that each
+        weight matrix multiplies. Delta gradient descent needs it (equation 57).
+    """
+
+    init: Callable[[Array], PyTree]
+    read: Callable[[PyTree, PyTree], PyTree]
+    objective: Callable[[PyTree, PyTree], Array]
+    flow: optax.GradientTransformation
+    clock: Clock = Clock()
+    read_at: ReadTime = "pre"
+    gradient: OuterGradient = "exact"
+    inputs: Callable[[PyTree, PyTree], PyTree] | None = None
+
+
+class LevelState(NamedTuple):
+    """Where a level stands.
+
+    Attributes:
+      params: the running parameters.
+      opt: the state of `flow`.
+      anchor: the parameters at which gradients are taken; None when these are `params`.
+      gradient: the sum of gradients since the last move; None when every item moves.
+      count: int32 scalar, items read so far.
+    """
+
+    params: PyTree
+    opt: PyTree
+    anchor: PyTree | None
+    gradient: PyTree | None
+    count: Int[Array, ""]
+
+
+class Seen(NamedTuple):
+    """What a non-parametric level reads: its whole context, and which of it is past."""
+
+    context: PyTree
+    mask: Array
+
+
+def begin(level: Level, params: PyTree) -> LevelState:
+    """The state of `level` before its first item, standing at `params`."""
+    accumulates = level.clock.parametric and 1 < level.clock.period < float("inf")
+    return LevelState(
+        params=params,
+        opt=level.flow.init(params),
+        anchor=params if level.clock.anchor > 1 else None,
+        gradient=jax.tree.map(jnp.zeros_like, params) if accumulates else None,
+        count=jnp.zeros((), jnp.int32),
+    )
+
+
+def tick(
+    level: Level, state: LevelState, context_t: PyTree
+) -> tuple[LevelState, PyTree]:
+    """One item of context: the level reads it and, when its clock says so, moves."""
+    clock = level.clock
+    if not clock.parametric:
+        raise ValueError(
+            "period 0 is a non-parametric level, which has no state to move: use "
+            "`unroll`, which gives its read all items up to each one."
+        )
+    point = state.params if state.anchor is None else state.anchor
+    count = state.count + 1
+    if clock.frozen:
+        moved = state._replace(count=count)
+        return moved, level.read(state.params, context_t)
+
+    gradient = jax.grad(level.objective)(point, context_t)
+    if state.gradient is not None:
+        gradient = jax.tree.map(jnp.add, state.gradient, gradient)
+    extra = {} if level.inputs is None else {"inputs": level.inputs(point, context_t)}
+
+    def move():
+        flow = optax.with_extra_args_support(level.flow)
+        updates, opt = flow.update(
+            gradient, state.opt, state.params, context=context_t, **extra
+        )
+        if level.gradient == "first_order":
+            updates, opt = jax.lax.stop_gradient((updates, opt))
+        cleared = None
+        if state.gradient is not None:
+            cleared = jax.tree.map(jnp.zeros_like, gradient)
+        return optax.apply_updates(state.params, updates), opt, cleared
+
+    def stay():
+        return state.params, state.opt, gradient
+
+    if clock.period == 1:
+        params, opt, gradient = move()
+    else:
+        params, opt, gradient = jax.lax.cond(clock.moves(count), move, stay)
+
+    anchor = None
+    if state.anchor is not None:
+        refreshed = count % clock.anchor == 0
+        anchor = jax.tree.map(
+            lambda new, old: jnp.where(refreshed, new, old), params, state.anchor
+        )
+    read_from = {"pre": state.params, "post": params, "anchor": point}[level.read_at]
+    moved = LevelState(params, opt, anchor, gradient, count)
+    return moved, level.read(read_from, context_t)
+
+
+def unroll(
+    level: Level, state: LevelState, context: PyTree
+) -> tuple[LevelState, PyTree]:
+    """Lets `level` live through its context, one `tick` an item, and reads each item.
+
+    This is the definition every fast path in this repository is held to. It is
+    differentiable in `state` and in `context`, so the level above learns through it with
+    an ordinary `jax.grad`; `level.gradient` says how much of it.
+
+    Args:
+      level: the level.
+      state: where it stands; `begin(level, params)` for a fresh one.
+      context: a pytree whose leaves lead with time, T.
+
+    Returns:
+      The state after the last item, and the T reads stacked.
+
+    A scalar running mean of its context, read before each move:
+
+    >>> mean = Level(
+    ...     init=lambda key: jnp.zeros(()),
+    ...     read=lambda m, x: m,
+    ...     objective=lambda m, x: 0.5 * (m - x) ** 2,
+    ...     flow=optax.sgd(0.5),
+    ... )
+    >>> state, reads = unroll(mean, begin(mean, jnp.zeros(())), jnp.array([4.0, 4.0]))
+    >>> float(state.params), reads.tolist()
+    (3.0, [0.0, 2.0])
+    """
+    if not level.clock.parametric:
+        length = jax.tree.leaves(context)[0].shape[0]
+        past = jnp.tril(jnp.ones((length, length), bool))
+        reads = jax.vmap(lambda mask, x_t: level.read(Seen(context, mask), x_t))(
+            past, context
+        )
+        return state._replace(count=state.count + length), reads
+    if level.gradient == "none":
+        state = jax.lax.stop_gradient(state)
+    return jax.lax.scan(lambda s, x_t: tick(level, s, x_t), state, context)
+
+
+class Slow(NamedTuple):
+    """The slow level of a system and where it stands. Its `objective` scores what the
+    faster levels read: `(params, (x, read)) -> scalar`."""
+
+    level: Level
+    state: LevelState
+
+
+class Fast(NamedTuple):
+    """The faster levels of a system, as the slow one sees them.
+
+    Attributes:
+      live: `(params, state, x) -> (read, state)`. Reads the context `x` through the fast
+        levels while they move; `params` are the slow level's, in which the initial
+        states of the fast levels live.
+      state: where the fast levels stand; None starts them where `params` say.
+    """
+
+    live: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    state: PyTree = None
+
+
+class HopeUpdate(NamedTuple):
+    """What `hope_update` returns: both levels moved, and what there is to look at."""
+
+    slow: Slow
+    fast: Fast
+    loss: Array
+    read: PyTree
+    gradient: PyTree
+
+
+def hope_update(x: PyTree, slow: Slow, fast: Fast) -> HopeUpdate:
+    """The whole idea in one function: one item of context, seen by every clock.
+
+    Read the context through the fast levels, which move as they read it; score the
+    reads; hand the slow level the gradient of that score, taken through the life of the
+    fast levels, and let its own clock decide whether it moves.
+
+    Args:
+      x: one item of the slow level's context, for example a batch of sequences.
+      slow: the slow level and where it stands.
+      fast: the faster levels, started from the slow parameters or carried on.
+
+    Returns:
+      Both levels after the item, the loss, the reads and the slow gradient.
+    """
+
+    def outer(params):
+        read, moved = fast.live(params, fast.state, x)
+        return slow.level.objective(params, (x, read)), (read, moved)
+
+    (loss, (read, moved)), gradient = jax.value_and_grad(outer, has_aux=True)(
+        slow.state.params
+    )
+    # The gradient is in hand, so the slow level ticks on a context that is the gradient
+    # itself: the linearised problem of equation 9, whose gradient it is.
+    linearised = slow.level._replace(
+        objective=lambda params, g: _inner_product(params, g),
+        read=lambda params, g: (),
+        inputs=None,
+    )
+    state, _ = tick(linearised, slow.state, gradient)
+    return HopeUpdate(
+        slow=slow._replace(state=state),
+        fast=fast._replace(state=moved),
+        loss=loss,
+        read=read,
+        gradient=gradient,
+    )
+
+
+def _inner_product(a: PyTree, b: PyTree) -> Array:
+    terms: Any = jax.tree.map(lambda u, v: jnp.vdot(u, v), a, b)
+    return jax.tree.reduce(jnp.add, terms)
