@@ -1,0 +1,5 @@
+"""Data: text files to documents, documents to tokens, tokens to batches.
+
+`text` finds and splits the files, `tokenizer` turns bytes into ids and back, `stream`
+packs ids into shuffled batches for training and into windows for evaluation.
+"""
