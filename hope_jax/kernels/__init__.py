@@ -1,0 +1,1 @@
+"""The memories of `hope_jax.memory`, faster; each file names its reference."""

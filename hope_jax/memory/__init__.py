@@ -1,0 +1,1 @@
+"""Associative memory: the four MIRAS choices, and their meeting in `compose`."""

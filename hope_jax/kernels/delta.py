@@ -1,0 +1,162 @@
+"""Chunk-parallel delta rules for one matrix: the WY form with momentum and decay.
+
+Reference: `unroll(memory_level(config, width), ...)` with a linear architecture. For one
+stream and one head; callers `vmap`, and what does not depend on the mapped memory (keys,
+gates, the triangular inverse) is then computed once.
+
+    Sₜ = θₜ Sₜ₋₁ + eₜ kₜᵀ          Mₜ = Mₜ₋₁ (αₜ I − bₜ kₜ kₜᵀ) + Sₜ
+
+is solved for all tokens of a chunk by one unit lower-triangular inverse, because with
+uₜ = −bₜ Mₜ₋₁ kₜ the state is a sum of known matrices and of u and e rows. No retention
+is divided by: ratios of cumulative products are exponentials of differences of sums.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hope_jax.kernels.triangular import unit_lower_inverse
+
+_SMALLEST = 1e-12  # a gate below it is 0 in float32 arithmetic of these products
+
+
+class Transitions(NamedTuple):
+    """What the gates of a chunk alone decide; index 0 of C + 1 is the chunk's start.
+
+    Attributes:
+      kept: `γ₀..γ_C`, cumulative retention, [C + 1].
+      decay: `Γ[t, i] = γₜ / γᵢ` for i <= t, else 0, [C, C].
+      spread: `D[t, i]`, how a momentum write of token i weighs in Mₜ, [C, C].
+      lag: `c₀..c_C`, how the momentum at the start weighs in Mₜ, [C + 1].
+      coast: `B[C, 1..C]`, how write i weighs in S_C, [C].
+      coast_start: `B[C, 0]`, scalar.
+    """
+
+    kept: Array
+    decay: Array
+    spread: Array
+    lag: Array
+    coast: Array
+    coast_start: Array
+
+
+class Rows(NamedTuple):
+    """The unknowns of a chunk: delta rows `u`, None without a delta term, and writes."""
+
+    u: Array | None
+    e: Array
+
+
+def transitions(
+    alpha: Float[Array, " C"] | None, theta: Float[Array, " C"] | None, length: int
+) -> Transitions:
+    """`alpha` None keeps everything; `theta` None has no momentum (`D = Γ`, `c = 0`)."""
+    ones = jnp.ones((length,), jnp.float32)
+    kept, decay = _products(ones if alpha is None else alpha)
+    zero = jnp.zeros((), jnp.float32)
+    if theta is None:
+        lag = jnp.zeros((length + 1,), jnp.float32)
+        return Transitions(kept, decay, decay, lag, jnp.zeros_like(ones), zero)
+    start, coast = _products(theta)
+    lag = jnp.concatenate([zero[None], decay @ start[1:]])
+    return Transitions(kept, decay, decay @ coast, lag, coast[-1], start[-1])
+
+
+def _products(gate: Float[Array, " C"]) -> tuple[Array, Array]:
+    """Cumulative products from the start, [C + 1], and between tokens, [C, C]."""
+    total = jnp.cumsum(jnp.log(jnp.maximum(gate, _SMALLEST)))
+    length = gate.shape[0]
+    past = jnp.tril(jnp.ones((length, length), bool))
+    between = jnp.where(past, total[:, None] - total[None, :], -jnp.inf)
+    start = jnp.concatenate([jnp.ones((1,), gate.dtype), jnp.exp(total)])
+    return start, jnp.exp(between)
+
+
+def _before(matrix: Float[Array, "C C"]) -> Float[Array, "C C"]:
+    """Row t becomes row t − 1: what held before token t."""
+    return jnp.concatenate([jnp.zeros_like(matrix[:1]), matrix[:-1]])
+
+
+def anchored_rows(
+    m: Float[Array, "V K"],
+    s: Float[Array, "V K"] | None,
+    k: Float[Array, "C K"],
+    e: Float[Array, "C V"],
+    b: Float[Array, " C"] | None,
+    gates: Transitions,
+) -> Rows:
+    """Rows when the writes `e` are known at the chunk's start (`spec` 0.1, anchored)."""
+    if b is None:
+        return Rows(None, e)
+    overlap = k @ k.T
+    inverse = unit_lower_inverse(b[:, None] * _before(gates.decay) * overlap)
+    recalled = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
+    recalled = recalled + (_before(gates.spread) * overlap) @ e
+    return Rows(inverse @ (-b[:, None] * recalled), e)
+
+
+def exact_rows(
+    m: Float[Array, "V K"],
+    s: Float[Array, "V K"] | None,
+    k: Float[Array, "C K"],
+    v: Float[Array, "C V"],
+    eta: Float[Array, " C"],
+    b: Float[Array, " C"] | None,
+    gates: Transitions,
+) -> Rows:
+    """Rows when each L2 gradient is taken where the memory stands: `P` are the recalls
+    `Mₜ₋₁ kₜ`, of which u and e are multiples (`spec` 0.1, exact)."""
+    overlap = k @ k.T
+    system = _before(gates.spread) * overlap * eta[None, :]
+    if b is not None:
+        system = system + _before(gates.decay) * overlap * b[None, :]
+    base = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
+    base = base + (_before(gates.spread) * overlap) @ (eta[:, None] * v)
+    recalled = unit_lower_inverse(system) @ base
+    u = None if b is None else -b[:, None] * recalled
+    return Rows(u, -eta[:, None] * (recalled - v))
+
+
+def read(
+    m: Float[Array, "V K"],
+    s: Float[Array, "V K"] | None,
+    k: Float[Array, "C K"],
+    rows: Rows,
+    gates: Transitions,
+    q: Float[Array, "C K"],
+    before_write: bool = False,
+) -> Float[Array, "C V"]:
+    """`Mₜ qₜ` for every token, or `Mₜ₋₁ qₜ` with `before_write`."""
+    decay, spread = gates.decay, gates.spread
+    kept, lag = gates.kept[1:], gates.lag[1:]
+    if before_write:
+        decay, spread = _before(decay), _before(spread)
+        kept, lag = gates.kept[:-1], gates.lag[:-1]
+    match = q @ k.T
+    out = _start_read(m, s, q, kept, lag) + (spread * match) @ rows.e
+    return out if rows.u is None else out + (decay * match) @ rows.u
+
+
+def finish(
+    m: Float[Array, "V K"],
+    s: Float[Array, "V K"] | None,
+    k: Float[Array, "C K"],
+    rows: Rows,
+    gates: Transitions,
+) -> tuple[Array, Array | None]:
+    """The memory and its momentum after the last token."""
+    writes = gates.spread[-1][:, None] * rows.e
+    if rows.u is not None:
+        writes = writes + gates.decay[-1][:, None] * rows.u
+    m_end = gates.kept[-1] * m + writes.T @ k
+    if s is None:
+        return m_end, None
+    m_end = m_end + gates.lag[-1] * s
+    return m_end, gates.coast_start * s + (gates.coast[:, None] * rows.e).T @ k
+
+
+def _start_read(m, s, x, kept, lag):
+    """What the state at the chunk's start answers to `x`, row by row."""
+    out = kept[:, None] * (x @ m.T)
+    return out if s is None else out + lag[:, None] * (x @ s.T)

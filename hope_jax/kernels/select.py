@@ -1,0 +1,93 @@
+"""One door to every implementation of a memory over a whole sequence."""
+
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float
+
+from hope_jax.core.level import LevelState, unroll
+from hope_jax.kernels.mlp import MemoryState, commit, piece
+from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+
+Implementation = Literal["auto", "reference", "chunk"]
+
+
+def memory_scan(
+    config: MemoryConfig,
+    state: MemoryState,
+    tokens: Tokens,
+    impl: Implementation = "auto",
+    remat: bool = True,
+) -> tuple[MemoryState, Float[Array, "T V"]]:
+    """Lets a memory live through T tokens that begin at a chunk boundary.
+
+    Args:
+      config: the memory.
+      state: where it stands, committed.
+      tokens: T tokens of one stream and one head; callers `vmap`. T need not be a
+        multiple of the chunk: the last, unfinished chunk is left uncommitted.
+      impl: `reference` is `unroll`, token by token; `chunk` is parallel inside chunks;
+        `auto` is `chunk`.
+      remat: recompute a chunk's inside in the backward pass rather than keep it.
+
+    Returns:
+      The state after the last token, and a read per token.
+    """
+    if impl not in ("auto", "reference", "chunk"):
+        raise ValueError(f"impl must be auto, reference or chunk, got {impl!r}.")
+    if impl == "reference":
+        return _reference(config, state, tokens)
+
+    def whole_chunk(state, chunk):
+        state, y = piece(config, state, chunk)
+        return commit(state), y
+
+    if remat:
+        whole_chunk = jax.checkpoint(whole_chunk)
+    return scan_chunks(
+        whole_chunk, lambda s, rest: piece(config, s, rest), config.chunk, state, tokens
+    )
+
+
+def scan_chunks(whole, rest, chunk, carry, xs):
+    """Scans `whole` over the full chunks of `xs` (leaves lead with time), then `rest`
+    over what remains, and joins the outputs in time."""
+    length = jax.tree.leaves(xs)[0].shape[0]
+    count = length // chunk
+    outputs = []
+    if count:
+        full = jax.tree.map(
+            lambda x: x[: count * chunk].reshape(count, chunk, *x.shape[1:]), xs
+        )
+        if count == 1:
+            carry, y = whole(carry, jax.tree.map(lambda x: x[0], full))
+        else:
+            carry, y = jax.lax.scan(whole, carry, full)
+            y = jax.tree.map(lambda a: a.reshape(count * chunk, *a.shape[2:]), y)
+        outputs.append(y)
+    if count * chunk < length:
+        carry, y = rest(carry, jax.tree.map(lambda x: x[count * chunk :], xs))
+        outputs.append(y)
+    if len(outputs) == 1:
+        return carry, outputs[0]
+    return carry, jax.tree.map(lambda *ys: jax.numpy.concatenate(ys), *outputs)
+
+
+def _reference(config, state, tokens):
+    level = memory_level(config, tokens.k.shape[-1])
+    opt = level.flow.init(state.weights)
+    if config.momentum:
+        opt = (opt[0], state.momentum, *opt[2:])
+    before = LevelState(
+        state.weights,
+        opt,
+        state.anchor if level.clock.anchor > 1 else None,
+        None,
+        jax.numpy.zeros((), jax.numpy.int32),
+    )
+    after, y = unroll(level, before, tokens)
+    momentum = after.opt[1] if config.momentum else None
+    anchor = state.anchor
+    if anchor is not None:
+        anchor = after.anchor if level.clock.anchor > 1 else after.params
+    return MemoryState(after.params, momentum, anchor), y
