@@ -1,0 +1,173 @@
+"""Configs: to JSON and back, from a command line, and compared."""
+
+import dataclasses
+import json
+from typing import Literal
+
+import pytest
+
+from hope_jax.core import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cms:
+    period: int | float = 1
+    width: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    chunk: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    name: str
+    d_model: int = 128
+    heads: int = 4
+    rate: float = 0.1
+    tied: bool = True
+    mixer: Literal["hope", "attention"] = "hope"
+    window: int | None = None
+    memory: Memory | None = Memory()
+    cms: tuple[Cms, ...] = (Cms(), Cms(period=float("inf")))
+    shape: tuple[int, ...] = (2, 3)
+
+    def __post_init__(self):
+        if self.d_model % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide {self.d_model}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    model: Model
+    seed: int = 0
+
+
+RUN = Run(model=Model(name="tiny"))
+
+
+def test_json_and_back_through_text():
+    changed = config_lib.override(
+        RUN, ["model.window=5", "model.memory=none", "model.rate=2"]
+    )
+    for run in (RUN, changed):
+        text = json.dumps(config_lib.to_json(run), allow_nan=False)
+        assert config_lib.from_json(Run, json.loads(text)) == run
+
+
+def test_types_survive():
+    run = config_lib.from_json(Run, {"model": {"name": "a", "rate": 3}})
+    assert isinstance(run.model.rate, float)
+    assert isinstance(run.model.cms, tuple)
+    assert run.model.cms[1].period == float("inf")
+    run = config_lib.override(RUN, ["model.cms.1.period=4"])
+    assert isinstance(run.model.cms[1].period, int)
+
+
+@pytest.mark.parametrize(
+    ("setting", "read"),
+    [
+        ("seed=7", lambda r: r.seed == 7),
+        ("model.rate=1e-3", lambda r: r.model.rate == 1e-3),
+        ("model.tied=false", lambda r: r.model.tied is False),
+        ("model.name=a=b", lambda r: r.model.name == "a=b"),
+        ("model.mixer=attention", lambda r: r.model.mixer == "attention"),
+        ("model.window=none", lambda r: r.model.window is None),
+        ("model.window=16", lambda r: r.model.window == 16),
+        ("model.memory=none", lambda r: r.model.memory is None),
+        ("model.memory.chunk=3", lambda r: r.model.memory == Memory(chunk=3)),
+        (
+            "model.cms.0.period=64",
+            lambda r: r.model.cms == (Cms(period=64), Cms(period=float("inf"))),
+        ),
+        (
+            'model.cms=[{"period": 2}]',
+            lambda r: r.model.cms == (Cms(period=2),),
+        ),
+        ("model.shape=4,5,6", lambda r: r.model.shape == (4, 5, 6)),
+        ("model.shape=(4,)", lambda r: r.model.shape == (4,)),
+    ],
+)
+def test_override(setting, read):
+    assert read(config_lib.override(RUN, [setting]))
+
+
+def test_overrides_that_need_one_another():
+    """Neither of the two alone makes a valid config."""
+    run = config_lib.override(RUN, ["model.d_model=90", "model.heads=3"])
+    assert (run.model.d_model, run.model.heads) == (90, 3)
+    with pytest.raises(ValueError, match="must divide 90"):
+        config_lib.override(RUN, ["model.d_model=90"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.d_modl=1", "model .Model. has no field 'd_modl'. Did you mean 'd_mod"),
+        ("modle.d_model=1", "Run has no field 'modle'. Did you mean 'model'"),
+        ("seed=x", "seed must be a whole number, got 'x'"),
+        ("seed=1.5", "seed must be a whole number, got '1.5'"),
+        ("model.rate=nan", "model.rate must be a number"),
+        ("model.tied=maybe", "model.tied must be true or false, got 'maybe'"),
+        ("model.mixer=mamba", "model.mixer must be one of hope, attention, got 'mam"),
+        ("model.window=wide", "model.window must be a whole number, got 'wide'"),
+        ("model.cms.2.period=1", "model.cms has 2 entries, 0 to 1; got '2'"),
+        ("model.cms.0.perod=1", "Did you mean 'period'"),
+        ("model.memory=big", "model.memory is a whole Memory: set one of its fields"),
+        ("seed.x=1", "seed is a whole number, so it has no field 'x'"),
+        ("seed", "A setting reads 'field=value', got 'seed'"),
+    ],
+)
+def test_wrong_settings_name_field_and_value(setting, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.override(RUN, [setting])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"model": {"name": "a"}, "sed": 1}, "Did you mean 'seed'"),
+        ({"seed": 1}, "model is missing"),
+        (
+            {"model": {"name": "a", "d_model": "128"}},
+            "model.d_model must be a whole number",
+        ),
+        (
+            {"model": {"name": "a", "tied": 1}},
+            "model.tied must be true or false, got 1",
+        ),
+        (
+            {"model": {"name": "a", "heads": True}},
+            "model.heads must be a whole number, got True",
+        ),
+        ({"model": {"name": "a", "cms": [{"width": "x"}]}}, "model.cms.0.width"),
+        ({"model": 3}, "model must be the fields of Model, got 3"),
+    ],
+)
+def test_wrong_json_names_field_and_value(data, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.from_json(Run, data)
+
+
+def test_differences_name_each_field_with_both_values():
+    other = config_lib.override(
+        RUN, ["model.d_model=256", "model.cms.1.period=8", "model.memory=none"]
+    )
+    assert config_lib.differences(RUN, RUN) == []
+    assert config_lib.differences(RUN, other) == [
+        "model.d_model: saved 128, now 256",
+        "model.memory.chunk: saved 8, now nothing",
+        'model.cms.1.period: saved "inf", now 8',
+        "model.memory: saved nothing, now null",
+    ]
+
+
+def test_what_no_config_can_hold():
+    for value in (float("nan"), object()):
+        with pytest.raises(ValueError, match="model.rate"):
+            config_lib.to_json(dataclasses.replace(RUN, model=_with_rate(value)))
+
+
+def _with_rate(value):
+    return dataclasses.replace(RUN.model, rate=value)
