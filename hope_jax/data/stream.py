@@ -59,12 +59,15 @@ class Rows:
       vocab_size: ids must lie in `[0, vocab_size)`.
 
     Raises:
-      ValueError: an id outside the vocabulary, or fewer ids than one row.
+      ValueError: an id outside the vocabulary, fewer ids than one row, or `seq_len`
+        below 1.
     """
 
     def __init__(
         self, documents: Sequence[np.ndarray], *, seq_len: int, vocab_size: int
     ):
+        if seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
         check_tokens(documents, vocab_size)
         self._ids = np.concatenate([np.zeros(0, np.int32), *documents], dtype=np.int32)
         self._seq_len = seq_len
@@ -174,12 +177,13 @@ def check_fingerprint(saved: Mapping, current: Mapping) -> None:
     Raises:
       ValueError: names every field that differs, with both values.
     """
-    absent = "absent"
-    differing = [
-        f"  {name}: saved {saved.get(name, absent)!r}, now {current.get(name, absent)!r}"
-        for name in sorted({*saved, *current})
-        if saved.get(name, absent) != current.get(name, absent)
-    ]
+    differing = []
+    for name in sorted({*saved, *current}):
+        was, now = (
+            repr(side[name]) if name in side else "absent" for side in (saved, current)
+        )
+        if was != now:
+            differing.append(f"  {name}: saved {was}, now {now}")
     if differing:
         raise ValueError(
             "The data of the checkpoint is not the data of this run:\n"

@@ -328,17 +328,19 @@ def _cut(document: Document, max_validation_bytes: int | None) -> list[Document]
             f"{name!r} has {len(data)} byte; a file needs two at least to be split"
             " into training and validation text."
         )
-    tail = max(1, len(data) // _ONE_IN)
-    if max_validation_bytes is not None:
-        tail = min(tail, max_validation_bytes)
-    # From the start of a line, if one starts soon, else from that of a character.
+    limit = len(data) if max_validation_bytes is None else max_validation_bytes
+    tail = min(limit, max(1, len(data) // _ONE_IN))
     at = len(data) - tail
-    newline = data.find(b"\n", at - 1, at + tail // 2)
-    if newline >= 0:
-        at = newline + 1
-    else:
+    # The start of a line: one soon after, else the last one before.
+    later = data.find(b"\n", at - 1, at + tail // 2) + 1
+    earlier = data.rfind(b"\n", len(data) // 2, at) + 1
+    if later:
+        at = later
+    elif earlier and len(data) - earlier <= limit:
+        at = earlier
+    else:  # the start of a character
         for _ in range(3):
-            if at > 1 and 0x80 <= data[at] < 0xC0:  # inside a UTF-8 character
+            if at > 1 and 0x80 <= data[at] < 0xC0:
                 at -= 1
     return [
         Document(f"{name}[:{at}]", data[:at]),

@@ -20,7 +20,8 @@ import tokenizers
 from hope_jax.data.text import Document
 
 _FORMAT = "hope_jax.tokenizer.1"
-_PIECE = 1 << 20  # bytes; a long document is encoded in pieces that end with a line
+_PIECE = 1 << 20  # bytes; a long document is encoded in pieces of about this size
+_LINE_END = re.compile(rb"[!-~](?=\n)")
 _INVALID = re.compile("([\udc80-\udcff]+)")  # what surrogateescape makes of a bad byte
 
 
@@ -262,10 +263,14 @@ def _letters() -> list[str]:
 
 
 def _pieces(data: bytes) -> Iterable[bytes]:
+    """`data` cut where GPT-2's pattern ends a word anyway: before the end of a line.
+
+    Behind it would not do, as that end and the next line's indent are one word.
+    """
     start = 0
     while start < len(data):
-        newline = data.find(b"\n", start + _PIECE)
-        stop = len(data) if newline < 0 else newline + 1
+        found = _LINE_END.search(data, start + _PIECE)
+        stop = found.end() if found else len(data)
         yield data[start:stop]
         start = stop
 

@@ -1,0 +1,173 @@
+"""Tokenizers: nothing is lost, the same text gives the same one, bad files fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hope_jax.data import text, tokenizer
+from hope_jax.data.tokenizer import BpeTokenizer, ByteTokenizer
+
+_TEXTS = [
+    Path(json.decoder.__file__).read_bytes(),
+    "the cat and the hat, naïve façade €\n".encode() * 20,
+]
+_BPE = tokenizer.train_bpe(_TEXTS, vocab_size=320)
+_BOTH = pytest.mark.parametrize("tok", [ByteTokenizer(), _BPE], ids=["bytes", "bpe"])
+
+
+@_BOTH
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
+def test_every_byte_comes_back(tok, data):
+    ids = tok.encode(data)
+    assert ids.dtype == np.int32
+    assert tok.decode(ids) == data
+    assert not ids.size or (ids.min() >= 0 and ids.max() < tok.bos)
+
+
+@_BOTH
+def test_hard_texts_come_back(tok):
+    for data in (
+        bytes(range(256)),
+        b"",
+        b"\x00\xff\xfe  \r\n\t\x80return \xe2\x82",  # ends inside a character
+        b"\xed\xb2\x80",  # a surrogate, which is not UTF-8
+        "🏳️‍🌈 e\u0301 \u202e \ufeff\ufffd ĠĊ".encode(),
+        b"<|endoftext|><s>[BOS]<bos>",
+    ):
+        assert tok.decode(tok.encode(data)) == data
+
+
+@_BOTH
+def test_bos_is_the_last_id_and_stands_for_no_bytes(tok):
+    assert tok.bos == tok.vocab_size - 1
+    ids = np.concatenate([[tok.bos], tok.encode(b"return"), [tok.bos]])
+    assert tok.decode(ids) == b"return"
+
+
+def test_sizes():
+    assert (ByteTokenizer().vocab_size, ByteTokenizer().bos) == (257, 256)
+    assert _BPE.vocab_size == 320
+    # Too little text for more merges: fewer ids, no invented ones.
+    assert tokenizer.train_bpe([b"abab"], vocab_size=400).merges == (
+        (97, 98),
+        (256, 256),
+    )
+
+
+def test_merges_by_hand():
+    tok = BpeTokenizer(((97, 98), (256, 99), (98, 99), (97, 258)))
+    # The last merge makes "abc" again: no new id, so bos stays at 259.
+    assert (tok.vocab_size, tok.bos) == (260, 259)
+    assert tok.encode(b"abcab\xffc").tolist() == [257, 256, 255, 99]
+    assert tok.decode([257, 258]) == b"abcbc"
+
+
+def test_bpe_is_shorter_than_bytes():
+    assert len(_BPE.encode(_TEXTS[0])) < len(_TEXTS[0]) / 1.5
+
+
+def test_long_documents_are_read_in_pieces(monkeypatch):
+    data = _TEXTS[0] + b"caf\xe9\n" + _TEXTS[1]
+    whole = _BPE.encode(data)
+    monkeypatch.setattr(tokenizer, "_PIECE", 64)
+    assert len(list(tokenizer._pieces(data))) > 10
+    assert b"".join(tokenizer._pieces(data)) == data
+    assert _BPE.decode(_BPE.encode(data)) == data
+    np.testing.assert_array_equal(_BPE.encode(data), whole)
+    batch = _BPE.encode_batch([data, b"", b"x", data])
+    assert [len(ids) for ids in batch] == [len(whole), 0, 1, len(whole)]
+
+
+def test_same_text_gives_the_same_tokenizer_in_another_process():
+    code = (
+        "from hope_jax.data import tokenizer;"
+        f"texts = {_TEXTS!r};"
+        "print(tokenizer.train_bpe(texts, vocab_size=320).fingerprint)"
+    )
+    for threads in ("1", "4"):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"RAYON_NUM_THREADS": threads, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.strip() == _BPE.fingerprint
+
+
+def test_fingerprints_tell_tokenizers_apart():
+    other = tokenizer.train_bpe(_TEXTS[:1], vocab_size=320)
+    prints = {tok.fingerprint for tok in (ByteTokenizer(), _BPE, other)}
+    assert len(prints) == 3 and all(len(p) == 64 for p in prints)
+
+
+@_BOTH
+def test_saved_and_loaded(tok, tmp_path):
+    tok.save(tmp_path / "tokenizer.json")
+    again = tokenizer.load(tmp_path / "tokenizer.json")
+    assert again == tok and again.fingerprint == tok.fingerprint
+    np.testing.assert_array_equal(again.encode(_TEXTS[0]), tok.encode(_TEXTS[0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other"},
+        {"kind": "words"},
+        {"merges": [[97, 300]]},
+        {"merges": [[97, -1]]},
+        {"merges": [[97]]},
+        {"merges": [["a", "b"]]},
+        {"merges": [[97.0, 98]]},
+        {"merges": 5},
+    ],
+    ids=str,
+)
+def test_damaged_files_are_refused(change, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(_BPE.definition | change))
+    with pytest.raises(ValueError, match=r"t\.json' is not a tokenizer saved as"):
+        tokenizer.load(path)
+
+
+def test_files_that_are_no_json_or_not_there_are_refused(tmp_path):
+    path = tmp_path / "t.json"
+    for content in (b"", b"{", b"[]", b"\x80\x04pickle"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a tokenizer"):
+            tokenizer.load(path)
+    with pytest.raises(FileNotFoundError, match="none.json"):
+        tokenizer.load(tmp_path / "none.json")
+
+
+@_BOTH
+def test_decode_refuses_ids_outside_the_vocabulary(tok):
+    for wrong in (tok.vocab_size, -1):
+        with pytest.raises(ValueError, match=rf"holds {wrong}, outside \[0, "):
+            tok.decode([97, wrong])
+    with pytest.raises(ValueError, match="whole numbers in one dimension.*float64"):
+        tok.decode([1.5])
+    assert tok.decode([]) == b""
+
+
+def test_training_refuses_what_it_cannot_learn_from():
+    with pytest.raises(ValueError, match="vocab_size must be at least 257.* got 256"):
+        tokenizer.train_bpe(_TEXTS, vocab_size=256)
+    with pytest.raises(ValueError, match="texts holds no text"):
+        tokenizer.train_bpe([b"", b"\xff\xfe"])
+
+
+@_BOTH
+def test_documents_are_led_by_bos(tok):
+    documents = [text.Document("a", _TEXTS[0]), text.Document("b", b"\xff")]
+    encoded = tokenizer.encode_documents(tok, documents)
+    for document, ids in zip(documents, encoded, strict=True):
+        assert ids.dtype == np.int32 and ids[0] == tok.bos
+        assert tok.decode(ids) == document.data
