@@ -1,0 +1,81 @@
+"""A language model as its readers see it: functions of its parameters, and a state."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from hope_jax.data.tokenizer import Tokenizer
+
+
+class Reader(NamedTuple):
+    """What evaluation and generation need of a model. Hashable, so `jit` keys on it.
+
+    Attributes:
+      apply: `(params, tokens, state, aligned, learn) -> (logits, state)`, with tokens
+        int32[B, T], logits float32[B, T, vocab] and the two flags static. `aligned`
+        promises that every row has read a multiple of `span` tokens; `learn=False`
+        freezes the levels that move while they read.
+      initial_state: `(params, batch) -> state`; every leaf leads with the batch.
+      span: tokens between two points at which a row may be read in parallel.
+      vocab: ids the model knows.
+    """
+
+    apply: Callable[[PyTree, Array, PyTree, bool, bool], tuple[Array, PyTree]]
+    initial_state: Callable[[PyTree, int], PyTree]
+    span: int
+    vocab: int
+
+    def window(self, at_least: int) -> int:
+        """The fewest tokens, `at_least` or more, that are a multiple of `span`."""
+        if at_least < 1:
+            raise ValueError(f"window must be at least 1 token, got {at_least}.")
+        return -(-at_least // self.span) * self.span
+
+    def start(self, params: PyTree, batch: int) -> PyTree:
+        """The initial state in buffers of its own, so that it may be donated."""
+        return jax.tree.map(jnp.copy, self.initial_state(params, batch))
+
+
+def check_tokenizer(reader: Reader, tokenizer: Tokenizer) -> None:
+    """Refuses ids that the model has no row for.
+
+    Raises:
+      ValueError: the tokenizer has more ids than the model.
+    """
+    if tokenizer.vocab_size > reader.vocab:
+        raise ValueError(
+            f"tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab"
+            f" ({reader.vocab}). Use the tokenizer that the model was trained with."
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def reader_of(config) -> Reader:
+    """The reader of the model that `config` describes; one object a config.
+
+    The parameters stay outside: every function of a reader takes them.
+    """
+    from hope_jax.models import lm
+
+    graphdef = None
+
+    def build():
+        nonlocal graphdef
+        graphdef, params = lm.build(config, jax.random.key(0))
+        return params
+
+    jax.eval_shape(build)  # the structure alone; no parameter is made
+
+    def apply(params, tokens, state, aligned, learn):
+        return lm.apply(
+            graphdef, params, tokens, state=state, aligned=aligned, learn=learn
+        )
+
+    def initial_state(params, batch):
+        return lm.initial_state(graphdef, params, batch)
+
+    return Reader(apply, initial_state, config.span, config.vocab)

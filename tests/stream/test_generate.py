@@ -1,0 +1,178 @@
+"""Generation from models whose next token is known."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.data.tokenizer import ByteTokenizer, train_bpe
+from hope_jax.stream import generate as g
+from hope_jax.stream.reader import Reader
+from tests.stream import fakes
+
+BYTES = ByteTokenizer()
+ONE = jnp.ones(())
+GREEDY = g.Sampling(temperature=0)
+
+
+def made(reader, key, prompt=b"", tokens=20, sampling=GREEDY, **more):
+    return list(
+        g.generate(
+            reader,
+            ONE,
+            BYTES,
+            prompt,
+            tokens=tokens,
+            key=key,
+            sampling=sampling,
+            **more,
+        )
+    )
+
+
+@pytest.mark.parametrize("prompt", [b"", b"abc", b"x" * 255, b"x" * 256, b"y" * 600])
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_goes_on_where_the_prompt_ends(key, prompt, block):
+    text = b"0123456789"
+    ids = made(fakes.reciting(257, text), key, prompt, tokens=15, block=block)
+    expected = itertools.islice(itertools.cycle(text), len(prompt), len(prompt) + 15)
+    assert ids == list(expected)
+
+
+def test_the_prompt_is_read(key):
+    # Counts say "b" once it was read more often than any other byte.
+    ids = made(fakes.counting(257), key, b"abb", tokens=4)
+    assert bytes(ids) == b"bbbb"
+    assert made(fakes.counting(257), key, b"a" * 300 + b"b" * 320, tokens=2) == [98, 98]
+
+
+def test_a_frozen_memory_does_not_learn_from_the_prompt(key):
+    # Uniform logits: the first id is the likeliest.
+    assert made(fakes.counting(257), key, b"abb", tokens=2, learn=False) == [0, 0]
+
+
+def test_ends_where_the_model_starts_another_document(key):
+    def apply(params, tokens, state, aligned, learn):
+        said = jnp.where(state == 5, BYTES.bos, ord("a"))
+        return jax.nn.one_hot(said, 257)[:, None], state + 1
+
+    reader = Reader(apply, lambda params, batch: jnp.zeros(batch, jnp.int32), 1, 257)
+    assert bytes(made(reader, key, tokens=50)) == b"aaaaa"
+
+
+def test_one_key_one_text(key):
+    sampling = g.Sampling(temperature=1.0)
+    reader = fakes.uniform(257)
+    first = made(reader, key, tokens=30, sampling=sampling)
+    assert first == made(reader, key, tokens=30, sampling=sampling)
+    assert first == made(reader, key, tokens=30, sampling=sampling, block=5)
+    assert first[:10] == made(reader, key, tokens=10, sampling=sampling)
+    assert first != made(reader, jax.random.key(1), tokens=30, sampling=sampling)
+
+
+def test_greedy_does_not_depend_on_the_key(key):
+    reader = fakes.counting(257)
+    assert made(reader, key, b"hello") == made(reader, jax.random.key(7), b"hello")
+
+
+def test_top_k_draws_among_the_likeliest(key):
+    logits = jnp.array([0.0, 3.0, 1.0, 2.0, -1.0])
+    keys = jax.random.split(key, 200)
+
+    def drawn(sampling):
+        return set(jax.vmap(lambda k: sampling(logits, k))(keys).tolist())
+
+    assert drawn(g.Sampling(temperature=5.0, top_k=2)) == {1, 3}
+    assert drawn(g.Sampling(temperature=5.0, top_k=1)) == {1}
+    assert drawn(g.Sampling(temperature=5.0, top_k=99)) == {0, 1, 2, 3, 4}
+    assert drawn(g.Sampling(temperature=0.0)) == {1}
+
+
+def test_temperature_divides_the_logits(key):
+    logits = jnp.array([0.0, 2.0])
+    keys = jax.random.split(key, 4000)
+    for temperature in (0.5, 2.0):
+        sampling = g.Sampling(temperature=temperature)
+        share = jax.vmap(lambda k, s=sampling: s(logits, k))(keys).mean()
+        assert float(share) == pytest.approx(
+            float(jax.nn.sigmoid(2.0 / temperature)), abs=0.03
+        )
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(key):
+    # The model has 400 rows and likes the last best; the tokenizer knows 257.
+    def apply(params, tokens, state, aligned, learn):
+        return jnp.broadcast_to(jnp.arange(400.0), (*tokens.shape, 400)), state
+
+    reader = Reader(apply, lambda params, batch: jnp.zeros(batch), 1, 400)
+    assert made(reader, key, tokens=3) == []  # bos is the likeliest of the 257
+
+
+def test_the_state_has_one_size(key):
+    reader = fakes.counting(257)
+    arguments = reader, GREEDY, 257, True, ONE
+    shapes = set()
+    for length in (10, 200):
+        state, rest = g.prefill(reader, ONE, np.zeros(length, np.int32))
+        given = np.append(rest, -1).astype(np.int32)
+        keys = jax.random.split(key, len(given))
+        _, _, state = g.decode(*arguments, state, jnp.zeros(257), given, keys)
+        assert float(state.sum()) == length + 1  # it did read that much
+        shapes.add(str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)))
+    assert len(shapes) == 1
+
+
+def test_decoding_is_compiled_once(key):
+    g.decode.clear_cache()
+    reader = fakes.counting(257)
+    for prompt in (b"", b"abc", b"a longer prompt than that"):
+        made(reader, key, prompt)
+    assert g.decode._cache_size() == 1
+
+
+def test_text_comes_as_it_is_made(key):
+    calls = []
+
+    def ids():
+        for token in "héllo".encode():
+            calls.append(token)
+            yield token
+
+    text = g.as_text(BYTES, ids())
+    assert next(text) == "h" and len(calls) == 1
+    assert next(text) == "é" and len(calls) == 3
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語", "🌲🌳", ""])
+def test_characters_are_held_back_until_complete(text):
+    pieces = list(g.as_text(BYTES, text.encode()))
+    assert pieces == list(text)
+
+
+def test_characters_cut_by_bpe_come_back_whole():
+    tokenizer = train_bpe(["日本語 日本 🌲".encode()] * 3, vocab_size=260)
+    text = "日本語と🌲🌲 naïve"
+    assert "".join(g.as_text(tokenizer, tokenizer.encode(text.encode()))) == text
+
+
+def test_bytes_that_are_no_text_are_replaced():
+    broken = b"a\xff\xe2\x82b\xe2\x82"
+    assert "".join(g.as_text(BYTES, broken)) == broken.decode("utf-8", "replace")
+
+
+def test_bad_arguments_are_named(key):
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"temperature must .* got {temperature}"):
+            g.Sampling(temperature=temperature)
+    for top_k in (0, -5):
+        with pytest.raises(ValueError, match=f"top_k must .* got {top_k}"):
+            g.Sampling(top_k=top_k)
+    reader = fakes.uniform(257)
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        g.generate(reader, ONE, BYTES, b"", tokens=0, key=key)
+    with pytest.raises(ValueError, match="block must be at least 1 token, got 0"):
+        g.generate(reader, ONE, BYTES, b"", tokens=5, key=key, block=0)
+    with pytest.raises(ValueError, match=r"257 ids, more than .* vocab \(9\)"):
+        g.generate(fakes.uniform(9), ONE, BYTES, b"", tokens=5, key=key)
