@@ -1,0 +1,146 @@
+"""The config of a run: everything that decides its result, in one frozen place."""
+
+import dataclasses
+from typing import Literal
+
+from hope_jax.data.text import Undecodable
+from hope_jax.models import lm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, in which tokens.
+
+    Attributes:
+      path: a text file, a folder or a glob; None for the standard library's sources.
+      tokenizer: plain bytes, or byte-level BPE trained on the training files.
+      vocab: entries of the BPE; bytes always have 257.
+      undecodable: what to do with files that are not UTF-8.
+      max_train_bytes: most bytes of training text, None for all.
+      max_validation_bytes: the same for the validation text.
+    """
+
+    path: str | None = None
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    vocab: int = 4096
+    undecodable: Undecodable = "raise"
+    max_train_bytes: int | None = None
+    max_validation_bytes: int | None = 250_000
+
+    def __post_init__(self):
+        _at_least(self, vocab=257)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the outermost level learns.
+
+    Attributes:
+      name: a name of `hope_jax.optim.RULES`.
+      learning_rate: the highest, reached after `warmup_steps`.
+      warmup_steps: of linear warm-up from 0.
+      final_fraction: of `learning_rate`, where the cosine ends.
+      weight_decay: decoupled, times the learning rate; matrices only.
+      clip_norm: most global norm of a gradient; None for no limit.
+      b1: decay of the first moment, or the momentum of rules with only one.
+      b2: decay of the second moment.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def __post_init__(self):
+        _at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
+        for name in ("final_fraction", "b1", "b2"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name != "final_fraction" and value == 1):
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(
+                "clip_norm must be above 0, or none for no limit; got "
+                f"{self.clip_norm}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and what is written down on the way.
+
+    Attributes:
+      steps: optimizer steps of the whole run.
+      batch: sequences of a step, over all devices.
+      seq_len: tokens of a sequence.
+      workers: processes that read data; 0 reads in the training process.
+      log_every: steps between two lines of `metrics.jsonl`.
+      checkpoint_every: steps between two checkpoints; the last step is always saved.
+      validate_every: steps between two passes over validation rows; 0 for none.
+      validate_batches: batches of such a pass.
+      keep: newest checkpoints kept.
+    """
+
+    steps: int
+    batch: int = 8
+    seq_len: int = 256
+    workers: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 200
+    validate_every: int = 0
+    validate_batches: int = 8
+    keep: int = 3
+
+    def __post_init__(self):
+        _at_least(
+            self,
+            steps=1,
+            batch=1,
+            seq_len=1,
+            workers=0,
+            log_every=1,
+            checkpoint_every=1,
+            validate_every=0,
+            validate_batches=1,
+            keep=1,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One row of an experiment.
+
+    Attributes:
+      experiment: the module under `experiments/` that names the row.
+      row: the row of its table.
+      scale: which of its sizes, for example "smoke" or "full".
+      seed: of the initial parameters and of the order of the data.
+    """
+
+    experiment: str
+    row: str
+    scale: str = "full"
+    seed: int = 0
+    model: lm.ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}.")
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds "
+                f"train.steps ({self.train.steps}); use a shorter warm-up."
+            )
+
+
+def _at_least(config, **least):
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}.")

@@ -1,0 +1,246 @@
+"""Optimizers by name and by clock: which parameters move when, and by what."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from hope_jax import optim
+from hope_jax.optim import groups
+
+
+@pytest.fixture(autouse=True)
+def _optax_counts_in_integers():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+SETTINGS = dict(
+    name="adamw",
+    learning_rate=0.1,
+    warmup_steps=0,
+    final_fraction=1.0,
+    weight_decay=0.0,
+    clip_norm=None,
+    b1=0.9,
+    b2=0.95,
+)
+
+
+def settings(**changes):
+    return types.SimpleNamespace(**{**SETTINGS, **changes})
+
+
+def run(tx, params, gradients):
+    """All updates that `tx` gives, one for each of `gradients`."""
+    state, every = tx.init(params), []
+    update = jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        every.append(updates)
+    return every, params, state
+
+
+def some_gradients(key, params, steps):
+    return [
+        jax.tree.map(lambda p, k=k: jax.random.normal(k, p.shape), params)
+        for k in jax.random.split(key, steps)
+    ]
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_gate_equals_multi_steps(key, reduce):
+    """MultiSteps runs its rule at every step and masks it: slow and obvious."""
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    gradients = some_gradients(key, params, 13)
+    ours = groups.on_clock(optax.adamw(0.1), 4, reduce=reduce)
+    reference = optax.MultiSteps(
+        optax.adamw(0.1), 4, use_grad_mean=reduce == "mean"
+    ).gradient_transformation()
+    for a, b in zip(
+        run(ours, params, gradients)[0],
+        run(reference, params, gradients)[0],
+        strict=True,
+    ):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
+
+
+def test_slow_parameters_get_the_sum_of_their_own_gradients(key):
+    """Design promise 5: whatever the faster clock does to its parameters meanwhile."""
+    xs = jax.random.normal(key, (8, 2))
+
+    def loss(params, x):
+        return params["slow"] * x[0] * params["fast"] + jnp.sin(params["fast"] * x[1])
+
+    params = {"fast": jnp.array(0.5), "slow": jnp.array(2.0)}
+    tx = groups.on_clocks(
+        lambda period: optax.sgd(0.3), {"fast": 1, "slow": 4}, reduce="sum"
+    )
+    state, slow_gradients = tx.init(params), []
+    for i, x in enumerate(xs):
+        gradient = jax.grad(loss)(params, x)
+        slow_gradients.append(gradient["slow"])
+        before = params
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        assert params["fast"] != before["fast"]
+        moved = 0.3 * sum(slow_gradients[-4:]) if (i + 1) % 4 == 0 else 0.0
+        np.testing.assert_allclose(before["slow"] - params["slow"], moved, rtol=1e-5)
+
+
+def test_clipping_a_slow_group_ignores_the_faster_ones():
+    config = settings(name="sgd", clip_norm=1.0, learning_rate=1.0)
+    params = {"fast": jnp.zeros(1), "slow": jnp.zeros(1)}
+    tx = optim.build(config, total_steps=10, periods={"fast": 1, "slow": 2})
+    huge = {"fast": jnp.array([1e6]), "slow": jnp.array([0.5])}
+    updates, *_ = run(tx, params, [huge, huge])
+    np.testing.assert_allclose(updates[1]["slow"], [-0.5], rtol=1e-6)
+    np.testing.assert_allclose(updates[1]["fast"], [-1.0], rtol=1e-6)
+
+
+def test_saved_in_the_middle_of_a_period(key):
+    """The state is a pytree of arrays that holds all there is to go on with."""
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    tx = groups.on_clocks(lambda period: optax.adam(0.1), {"a": 1, "b": 5})
+    gradients = some_gradients(key, params, 12)
+    _, unbroken, _ = run(tx, params, gradients)
+    _, params, state = run(tx, params, gradients[:7])
+    leaves, treedef = jax.tree.flatten(state)
+    state = jax.tree.unflatten(treedef, [jnp.array(np.asarray(x)) for x in leaves])
+    for gradient in gradients[7:]:
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, params, unbroken)
+
+
+def test_nothing_of_an_off_step_comes_through():
+    """MultiSteps would give 0 * nan = nan here."""
+    rule = optax.stateless(lambda updates, params: jax.tree.map(jnp.log, updates))
+    tx = groups.on_clock(rule, 2)
+    updates, state = tx.update(jnp.array(-1.0), tx.init(jnp.zeros(())))
+    assert updates == 0
+    updates, _ = tx.update(jnp.array(3.0), state)
+    np.testing.assert_allclose(updates, 0.0, atol=1e-6)  # log of the mean, 1
+
+
+@pytest.mark.parametrize("name", sorted(optim.RULES))
+def test_every_rule_compiles_once_and_converges(key, name):
+    """On an nnx state with stacked layers, on two clocks, to the bottom of a bowl."""
+    shapes = {"kernel": (2, 3, 4), "bias": (2, 4), "embedding": (5, 3)}
+    keys = jax.random.split(key, len(shapes))
+    params = nnx.State(
+        {
+            "layer": {
+                n: nnx.Param(jax.random.normal(k, s))
+                for k, (n, s) in zip(keys, shapes.items(), strict=True)
+            }
+        }
+    )
+    periods = jax.tree.map(lambda p: 3 if p.ndim == 3 else 1, params)
+    rate = {"sgd": 0.3, "muon": 0.4, "adafactor": 0.3}.get(name, 0.1)
+    config = settings(name=name, learning_rate=rate, final_fraction=0.02, b1=0.8)
+    tx = optim.build(config, total_steps=300, periods=periods)
+
+    @jax.jit
+    def step(params, state):
+        gradient = jax.tree.map(lambda p: p - 0.5, params)
+        updates, state = tx.update(gradient, state, params, context=gradient)
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("strict"):
+        state = tx.init(params)
+        for _ in range(300):
+            params, state = step(params, state)
+    assert step._cache_size() == 1
+    worst = max(float(jnp.abs(p - 0.5).max()) for p in jax.tree.leaves(params))
+    assert worst < 0.1
+
+
+def test_muon_takes_stacked_kernels_and_only_those(key):
+    """A Muon update of a matrix has all its singular values alike; Adam's has not."""
+    params = {
+        "kernel": jnp.zeros((2, 8, 8)),
+        "embedding": jnp.zeros((8, 8)),
+        "bias": jnp.zeros((8, 8)),
+    }
+    tx = optim.build(
+        settings(name="muon"), total_steps=9, periods=optim.one_clock(params)
+    )
+    updates, *_ = run(tx, params, some_gradients(key, params, 1))
+
+    def spread(matrix):
+        values = jnp.linalg.svd(matrix, compute_uv=False)
+        return float(values[..., 0].max() / values[..., -1].min())
+
+    assert spread(updates[0]["kernel"]) < 2.5
+    assert spread(updates[0]["embedding"]) > 5
+    assert spread(updates[0]["bias"]) > 5
+
+
+def test_only_matrices_decay():
+    params = {
+        "layers": {
+            "attention": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))},
+            "norm": {"scale": jnp.ones((2, 3))},
+            "eta": {"rate": jnp.ones((3, 4))},
+        },
+        "token": {"embedding": jnp.ones((5, 3))},
+    }
+    tx = optim.build(
+        settings(weight_decay=0.5), total_steps=2, periods=optim.one_clock(params)
+    )
+    still = jax.tree.map(jnp.zeros_like, params)
+    _, moved, _ = run(tx, params, [still])
+    decayed = jax.tree.map(lambda p: bool((p < 1).all()), moved)
+    assert decayed == {
+        "layers": {
+            "attention": {"kernel": True, "bias": False},
+            "norm": {"scale": False},
+            "eta": {"rate": False},
+        },
+        "token": {"embedding": True},
+    }
+    assert decayed == groups.decays(params)
+
+
+def test_the_schedule_is_of_steps_on_every_clock():
+    """At a common step, a slow and a fast parameter move at one rate."""
+    config = settings(name="sgd", learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
+    params = {"fast": jnp.zeros(()), "slow": jnp.zeros(())}
+    tx = optim.build(config, total_steps=12, periods={"fast": 1, "slow": 3})
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, *_ = run(tx, params, [ones] * 12)
+    fast = [-float(u["fast"]) for u in updates]
+    slow = [-float(u["slow"]) for u in updates]
+    np.testing.assert_allclose(fast[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(fast[-1], 0.1, rtol=1e-5)
+    assert [i for i, u in enumerate(slow) if u] == [2, 5, 8, 11]
+    np.testing.assert_allclose(slow[2::3], fast[2::3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: groups.on_clock(optax.sgd(1.0), 0), "period .* got 0"),
+        (lambda: groups.on_clock(optax.sgd(1.0), 2.5), "period .* got 2.5"),
+        (lambda: groups.on_clock(optax.sgd(1.0), 2, reduce="max"), "got 'max'"),
+        (
+            lambda: optim.build(settings(name="adamv"), total_steps=1, periods=1),
+            "no optimizer 'adamv'; the names are adamw, .*Did you mean 'adam'",
+        ),
+        (
+            lambda: optim.build(
+                settings(name="adam", weight_decay=0.1), total_steps=1, periods=1
+            ),
+            "adam has no weight decay, got weight_decay=0.1",
+        ),
+    ],
+)
+def test_wrong_arguments_say_so(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
