@@ -143,8 +143,8 @@ def unroll(
     """Lets `level` live through its context, one `tick` an item, and reads each item.
 
     This is the definition every fast path in this repository is held to. It is
-    differentiable in `state` and in `context`, so the level above learns through it with
-    an ordinary `jax.grad`; `level.gradient` says how much of it.
+    differentiable in `state` and in `context`, so the level above learns through it
+    with an ordinary `jax.grad`; `level.gradient` says how much of it.
 
     Args:
       level: the level.
@@ -190,8 +190,8 @@ class Fast(NamedTuple):
     """The faster levels of a system, as the slow one sees them.
 
     Attributes:
-      live: `(params, state, x) -> (read, state)`. Reads the context `x` through the fast
-        levels while they move; `params` are the slow level's, in which the initial
+      live: `(params, state, x) -> (read, state)`. Reads the context `x` through the
+        fast levels while they move; `params` are the slow level's, in which the initial
         states of the fast levels live.
       state: where the fast levels stand; None starts them where `params` say.
     """
@@ -230,15 +230,15 @@ def hope_update(x: PyTree, slow: Slow, fast: Fast) -> HopeUpdate:
         read, moved = fast.live(params, fast.state, x)
         return slow.level.objective(params, (x, read)), (read, moved)
 
-    (loss, (read, moved)), gradient = jax.value_and_grad(outer, has_aux=True)(
-        slow.state.params
-    )
+    point = slow.state.params if slow.state.anchor is None else slow.state.anchor
+    (loss, (read, moved)), gradient = jax.value_and_grad(outer, has_aux=True)(point)
     # The gradient is in hand, so the slow level ticks on a context that is the gradient
     # itself: the linearised problem of equation 9, whose gradient it is.
     linearised = slow.level._replace(
         objective=lambda params, g: _inner_product(params, g),
         read=lambda params, g: (),
-        inputs=None,
+        inputs=slow.level.inputs
+        and (lambda params, g: slow.level.inputs(params, (x, read))),
     )
     state, _ = tick(linearised, slow.state, gradient)
     return HopeUpdate(
@@ -251,5 +251,6 @@ def hope_update(x: PyTree, slow: Slow, fast: Fast) -> HopeUpdate:
 
 
 def _inner_product(a: PyTree, b: PyTree) -> Array:
-    terms: Any = jax.tree.map(lambda u, v: jnp.vdot(u, v), a, b)
+    # float32: leaves of different types add up only in one that is named.
+    terms: Any = jax.tree.map(lambda u, v: jnp.vdot(u, v).astype(jnp.float32), a, b)
     return jax.tree.reduce(jnp.add, terms)

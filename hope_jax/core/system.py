@@ -1,0 +1,724 @@
+"""Systems of levels: what is in them, what passes between them, how they run."""
+
+import dataclasses
+import difflib
+import graphlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+
+from hope_jax.core.clock import Clock
+from hope_jax.core.level import (
+    Level,
+    LevelState,
+    OuterGradient,
+    begin,
+    unroll,
+)
+from hope_jax.core.transfer import backprop
+
+Kind = Literal["condition", "attend", "backprop", "initialise", "generate"]
+
+# What a level must know of another at the same item before it can move (Definition 2).
+_SAME_TIME = ("condition", "attend")
+# What a level is given together with each item of its context.
+_GIVEN = ("condition", "attend", "generate", "backprop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """One level of a system, with what there is to say of it.
+
+    Attributes:
+      name: unique in its system.
+      clock: when it moves, in items of the system's context.
+      parameters: how many numbers it learns.
+      objective: what it descends, in words or symbols.
+      rule: how it moves.
+      level: the level itself; None for a system that only describes itself. `Box.of`
+        fills in what a level can say for itself.
+    """
+
+    name: str
+    clock: Clock
+    parameters: int
+    objective: str
+    rule: str
+    level: Level | None = None
+
+    def __post_init__(self):
+        if not self.name:
+            raise ValueError("name must not be empty.")
+        if self.parameters < 0:
+            raise ValueError(f"parameters must be at least 0, got {self.parameters}.")
+        if self.level is not None and self.level.clock != self.clock:
+            raise ValueError(
+                f"clock of {self.name!r} ({self.clock}) differs from its level's own "
+                f"({self.level.clock})."
+            )
+
+    @classmethod
+    def of(cls, name: str, level: Level, *, objective: str, rule: str) -> "Box":
+        """The box of `level`, its parameters counted by tracing `level.init`."""
+        shapes = jax.eval_shape(level.init, jax.random.key(0))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        return cls(name, level.clock, parameters, objective, rule, level)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """One knowledge transfer, from `source` to `target` (`hope_jax.core.transfer`).
+
+    Attributes:
+      source: the level that gives.
+      target: the level that is given.
+      kind: `condition`: the source's parameters. `attend`: what a non-parametric level
+        answers. `backprop`: the source's answer, in one gradient flow with the target.
+        `initialise`: where the target starts. `generate`: the source's answer, as
+        context or weights.
+      differentiable: whether gradients cross. Always so for `backprop`.
+    """
+
+    source: str
+    target: str
+    kind: Kind
+    differentiable: bool = True
+
+    def __post_init__(self):
+        if self.kind not in get_args(Kind):
+            raise ValueError(
+                f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}."
+                + _did_you_mean(self.kind, get_args(Kind))
+            )
+        if self.kind == "backprop" and not self.differentiable:
+            raise ValueError(
+                f"{self}: a backprop edge is a gradient flow; to cut it use kind "
+                "'generate' with differentiable=False."
+            )
+        if self.source == self.target and self.kind != "generate":
+            raise ValueError(
+                f"{self}: only 'generate' may lead from a level to itself "
+                "(self-generated values)."
+            )
+
+    def __str__(self):
+        return f"{self.kind} edge {self.source!r} -> {self.target!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """Levels and the transfers between them (Definition 3 of arXiv:2512.24695).
+
+    Attributes:
+      boxes: the levels, in the order in which a picture should show them.
+      edges: the transfers.
+
+    Raises:
+      ValueError: for names that are twice there or unknown, and for edges that make no
+        sense: a start given by a level that is not slower, an `attend` edge with no
+        non-parametric end, a non-parametric level in a gradient flow or initialised,
+        a gradient flow in a circle, and levels of one frequency that each need the
+        other's present state.
+
+    >>> slow = Box("head", Clock(period=64), 512, "next token", "AdamW")
+    >>> fast = Box("memory", Clock(), 64, "-<Mk, v>", "GD")
+    >>> system = System((slow, fast), (Edge("head", "memory", "initialise"),))
+    >>> [[box.name for box in level] for level in by_frequency(system)]
+    [['head'], ['memory']]
+    """
+
+    boxes: tuple[Box, ...]
+    edges: tuple[Edge, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "boxes", tuple(self.boxes))
+        object.__setattr__(self, "edges", tuple(self.edges))
+        names = [box.name for box in self.boxes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"boxes has two levels named {name!r}.")
+        for edge in self.edges:
+            for end in (edge.source, edge.target):
+                if end not in names:
+                    raise ValueError(
+                        f"{edge}: there is no level {end!r}."
+                        + _did_you_mean(end, names)
+                    )
+            self._check_clocks(edge)
+        _order(self, ("backprop",), names, "backprop edges form a circle")
+        by_frequency(self)
+
+    def __getitem__(self, name: str) -> Box:
+        for box in self.boxes:
+            if box.name == name:
+                return box
+        names = [box.name for box in self.boxes]
+        raise KeyError(f"there is no level {name!r}." + _did_you_mean(name, names))
+
+    def _check_clocks(self, edge: Edge):
+        source, target = self[edge.source].clock, self[edge.target].clock
+        if edge.kind == "initialise":
+            if not target.parametric:
+                raise ValueError(
+                    f"{edge}: {edge.target!r} is non-parametric and starts nowhere."
+                )
+            if source.frequency() >= target.frequency():
+                raise ValueError(
+                    f"{edge}: a start comes from a slower level, but {edge.source!r} "
+                    f"moves at {_period(source)} and {edge.target!r} at "
+                    f"{_period(target)}."
+                )
+        if edge.kind == "attend" and source.parametric and target.parametric:
+            raise ValueError(
+                f"{edge}: one end must be non-parametric (period 0); use 'condition' "
+                "between two levels with parameters."
+            )
+        if edge.kind == "condition" and not source.parametric:
+            raise ValueError(
+                f"{edge}: {edge.source!r} is non-parametric and has no parameters; use "
+                "'attend'."
+            )
+        if edge.kind == "backprop" and not (source.parametric and target.parametric):
+            raise ValueError(
+                f"{edge}: a non-parametric level has no gradient; use 'attend'."
+            )
+
+
+def by_frequency(system: System) -> tuple[tuple[Box, ...], ...]:
+    """The boxes by level, slowest first: level 1 has the lowest frequency.
+
+    Of two boxes of equal frequency the one whose present state the other needs is the
+    faster (Definition 2); where neither needs the other they share a level.
+    """
+    levels = []
+    for frequency in sorted({box.clock.frequency() for box in system.boxes}):
+        names = [b.name for b in system.boxes if b.clock.frequency() == frequency]
+        if frequency == 0:  # nothing moves, so nothing waits
+            generations = [names]
+        else:
+            generations = _order(
+                system,
+                _SAME_TIME,
+                names,
+                "levels of one frequency need each other's present state",
+            )
+        for generation in reversed(generations):
+            levels.append(tuple(b for b in system.boxes if b.name in generation))
+    return tuple(levels)
+
+
+# Running ------------------------------------------------------------------------------
+
+
+def start(system: System, params: Mapping[str, PyTree]) -> dict[str, LevelState]:
+    """The states of all levels before the first item.
+
+    Args:
+      system: every box with its `level`.
+      params: where each level starts. A level with an `initialise` edge is left out: it
+        starts at the parameters of the edge's source.
+    """
+    origins = {e.target: e for e in system.edges if e.kind == "initialise"}
+    states = {}
+    for box in system.boxes:
+        edge = origins.get(box.name)
+        initial = params[edge.source if edge else box.name]
+        if edge and not edge.differentiable:
+            initial = jax.lax.stop_gradient(initial)
+        states[box.name] = begin(_level(box), initial)
+    return states
+
+
+def live(
+    system: System, states: Mapping[str, LevelState], context: PyTree
+) -> tuple[dict[str, LevelState], dict[str, PyTree]]:
+    """Lets all levels of `system` live through one context.
+
+    A level with incoming edges is given items `(x_t, {source: what it gives})`, any
+    other level `x_t`. What is given is the source's parameters for `condition`, its read
+    for the other kinds. Levels tied by `backprop` edges share one gradient flow: its
+    objective is that of the levels at the end of it (those with no outgoing `backprop`
+    edge), and each level's gradient comes from one backward pass.
+
+    Args:
+      system: every box with its `level`.
+      states: where each stands, from `start` or an earlier `live`.
+      context: a pytree whose leaves lead with time, T.
+
+    Returns:
+      The states after the last item, and the T reads of each level by name.
+
+    Raises:
+      ValueError: when a box has no level, or the edges leave no order to run in.
+    """
+    params, reads, moved = {}, {}, {}
+    for group in _flows(system):
+        outside = {
+            name: {
+                e.source: _held(
+                    e, (params if e.kind == "condition" else reads)[e.source]
+                )
+                for e in _incoming(system, name)
+                if e.source not in group
+            }
+            for name in group
+        }
+        if len(group) == 1:
+            (name,) = group
+            level = _level(system[name])
+            tells = any(
+                e.source == name and e.kind == "condition" for e in system.edges
+            )
+            items = (context, outside[name]) if outside[name] else context
+            moved[name], read = unroll(
+                _telling(level) if tells else level, states[name], items
+            )
+            params[name], reads[name] = read if tells else (None, read)
+        else:
+            ends, told = _one_flow(system, group, states, (context, outside))
+            moved |= ends
+            for name in group:
+                params[name], reads[name] = told[name]
+    return moved, {box.name: reads[box.name] for box in system.boxes}
+
+
+def as_level(
+    system: System,
+    objective: Callable[[PyTree, tuple[PyTree, PyTree]], Array],
+    *,
+    flow: optax.GradientTransformation,
+    clock: Clock | None = None,
+    gradient: OuterGradient = "exact",
+) -> Level:
+    """`system` as one level, so that systems nest.
+
+    One item of the level's context is a whole context of the system. The level's
+    parameters are where the system's own levels start (`{name: params}`, without those
+    that an `initialise` edge starts); they move by `flow`, through the life of the levels
+    inside. Its read is the reads of all levels, by name.
+
+    Args:
+      system: every box with its `level`.
+      objective: `(params, (context, reads)) -> scalar`.
+      flow: how the starting points move.
+      clock: when they move; None for every item.
+      gradient: the `Level.gradient` of the level returned. Each level inside has its
+        own.
+    """
+    started = {e.target for e in system.edges if e.kind == "initialise"}
+    own = {b.name: _level(b) for b in system.boxes if b.name not in started}
+    _flows(system)
+
+    def init(key):
+        keys = jax.random.split(key, len(own))
+        return {name: own[name].init(k) for name, k in zip(own, keys, strict=True)}
+
+    def read(params, context):
+        return live(system, start(system, params), context)[1]
+
+    return Level(
+        init=init,
+        read=read,
+        objective=lambda params, x: objective(params, (x, read(params, x))),
+        flow=flow,
+        clock=clock or Clock(),
+        gradient=gradient,
+    )
+
+
+def _one_flow(system, group, states, contexts):
+    """Scans the levels of one gradient flow through their context together."""
+    levels = {name: _level(system[name]) for name in group}
+    for name, level in levels.items():
+        if level.read_at != "pre" or level.clock.anchor > 1:
+            raise ValueError(
+                f"{name!r} is in a gradient flow with other levels, which is read before "
+                f"it moves: it needs read_at 'pre' and anchor 1, got {level.read_at!r} "
+                f"and {level.clock.anchor}."
+            )
+    inside = {
+        name: [e for e in _incoming(system, name) if e.source in group]
+        for name in group
+    }
+    feeding = {e.source for e in system.edges if e.kind == "backprop"}
+
+    def forward(params, item):
+        x_t, given = item
+        reads, items = {}, {}
+        for name in group:
+            here = dict(given[name])
+            for e in inside[name]:
+                value = params if e.kind == "condition" else reads
+                here[e.source] = _held(e, value[e.source])
+            items[name] = (x_t, here) if here else x_t
+            reads[name] = levels[name].read(params[name], items[name])
+        return reads, items
+
+    def objective(params, item):
+        reads, items = forward(params, item)
+        ends = [name for name in group if name not in feeding]
+        loss = sum(levels[n].objective(params[n], items[n]) for n in ends)
+        return loss, {name: (params[name], reads[name]) for name in group}
+
+    def inputs(params, item):
+        _, items = forward(params, item)
+        return {
+            name: level.inputs(params[name], items[name])
+            for name, level in levels.items()
+            if level.inputs
+        }
+
+    def step(states, item):
+        states, (_, told) = backprop(levels, states, objective, item, inputs=inputs)
+        return states, told
+
+    held = {
+        name: jax.lax.stop_gradient(states[name])
+        if levels[name].gradient == "none"
+        else states[name]
+        for name in group
+    }
+    return jax.lax.scan(step, held, contexts)
+
+
+def _flows(system: System) -> list[list[str]]:
+    """Names in running order; those tied by backprop edges in one list."""
+    names = [box.name for box in system.boxes]
+    flow = {name: {name} for name in names}
+    for edge in system.edges:
+        if edge.kind == "backprop" and flow[edge.source] is not flow[edge.target]:
+            joined = flow[edge.source] | flow[edge.target]
+            flow |= dict.fromkeys(joined, joined)
+    generations = _order(
+        system,
+        _GIVEN,
+        names,
+        "the edges leave no order to run the levels in; cut a "
+        "level in two (what it makes, and what it reads)",
+    )
+    order = [name for generation in generations for name in generation]
+    before = {
+        frozenset(flow[name]): {
+            frozenset(flow[e.source])
+            for member in flow[name]
+            for e in _incoming(system, member)
+            if e.source not in flow[name]
+        }
+        for name in names
+    }
+    try:
+        groups = list(graphlib.TopologicalSorter(before).static_order())
+    except graphlib.CycleError as error:
+        circle = [" + ".join(sorted(group)) for group in error.args[1]]
+        raise ValueError(
+            "a gradient flow needs what comes out of it: " + " -> ".join(circle)
+        ) from None
+    return [sorted(group, key=order.index) for group in groups]
+
+
+def _incoming(system: System, name: str) -> list[Edge]:
+    return [
+        e
+        for e in system.edges
+        if e.target == name and e.kind in _GIVEN and e.source != name
+    ]
+
+
+def _held(edge: Edge, value: PyTree) -> PyTree:
+    return value if edge.differentiable else jax.lax.stop_gradient(value)
+
+
+def _telling(level: Level) -> Level:
+    """`level`, which also reads out its parameters."""
+    return level._replace(read=lambda params, x: (params, level.read(params, x)))
+
+
+def _level(box: Box) -> Level:
+    if box.level is None:
+        raise ValueError(
+            f"{box.name!r} only describes itself: give its Box a `level` to run it."
+        )
+    return box.level
+
+
+def _order(system, kinds, names, complaint) -> list[list[str]]:
+    """Generations of `names`: each needs, through `kinds`, only earlier ones."""
+    needs = {name: [] for name in names}
+    for edge in system.edges:
+        ends = {edge.source, edge.target}
+        if edge.kind in kinds and len(ends) == 2 and ends <= set(names):
+            needs[edge.target].append(edge.source)
+    sorter = graphlib.TopologicalSorter(needs)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        raise ValueError(f"{complaint}: {' -> '.join(error.args[1])}.") from None
+    generations = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready(), key=names.index)
+        generations.append(ready)
+        sorter.done(*ready)
+    return generations
+
+
+def _did_you_mean(name: str, known) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+
+
+# Showing ------------------------------------------------------------------------------
+
+_COLUMNS = ("level", "name", "period", "parameters", "objective", "rule", "edges")
+
+
+def rows(system: System) -> list[dict[str, str]]:
+    """One row a box, slowest level first, as text; columns as in `describe`."""
+    table = []
+    for index, boxes in enumerate(by_frequency(system), start=1):
+        for box in boxes:
+            out = [
+                f"{e.kind} {e.target}" + ("" if e.differentiable else " (stopped)")
+                for e in system.edges
+                if e.source == box.name
+            ]
+            cells = (
+                str(index),
+                box.name,
+                _period(box.clock),
+                human(box.parameters),
+                box.objective,
+                box.rule,
+                ", ".join(out),
+            )
+            table.append(dict(zip(_COLUMNS, cells, strict=True)))
+    return table
+
+
+def describe(system: System) -> str:
+    """`system` as a Markdown table, aligned so that a terminal shows it as well.
+
+    >>> memory = Box("memory", Clock(), 65_536, "½‖Mk - v‖²", "GD")
+    >>> print(describe(System((memory,))))
+    | level | name   | period     | parameters | objective  | rule | edges |
+    |-------|--------|------------|------------|------------|------|-------|
+    | 1     | memory | every item | 65.5K      | ½‖Mk - v‖² | GD   |       |
+    """
+    table = [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *rows(system)]
+    table = [{c: row[c].replace("|", "\\|") for c in _COLUMNS} for row in table]
+    widths = {c: max(len(row[c]) for row in table) for c in _COLUMNS}
+    lines = [
+        "| " + " | ".join(row[c].ljust(widths[c]) for c in _COLUMNS) + " |"
+        for row in table
+    ]
+    rule = "|" + "|".join("-" * (widths[c] + 2) for c in _COLUMNS) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def human(count: int) -> str:
+    """A count in three digits: 950, 65.5K, 1.23M, 1.3B.
+
+    >>> [human(n) for n in (0, 950, 65_536, 1_234_567, 1_300_000_000)]
+    ['0', '950', '65.5K', '1.23M', '1.3B']
+    """
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def _period(clock: Clock) -> str:
+    if not clock.parametric:
+        return "non-parametric"
+    if clock.frozen:
+        return "frozen"
+    return "every item" if clock.period == 1 else f"{int(clock.period):,} items"
+
+
+_STYLES = {  # colour (safe for the colour-blind), line style, what the legend says
+    "condition": ("#0072B2", "-", "condition (parameters)"),
+    "attend": ("#56B4E9", (0, (1, 1)), "attend (context)"),
+    "backprop": ("#D55E00", "-", "backprop (one gradient flow)"),
+    "initialise": ("#009E73", (0, (5, 2)), "initialise (where it starts)"),
+    "generate": ("#CC79A7", (0, (4, 1, 1, 1)), "generate (weights or context)"),
+}
+_WIDTH, _HEIGHT, _PITCH = 1.35, 0.62, 1.75  # of a box, and between boxes; inches
+
+
+def draw(system: System, path=None):
+    """Draws `system`: levels by update frequency (upwards, log), edges by kind.
+
+    Args:
+      system: boxes appear from left to right in its order.
+      path: where to write the picture, if anywhere; the suffix says which format.
+
+    Returns:
+      The matplotlib `Figure`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    heights = _heights(system)
+    places = {
+        box.name: (i * _PITCH, heights[box.clock.frequency()])
+        for i, box in enumerate(system.boxes)
+    }
+    width, top = max(len(places), 2) * _PITCH, max(heights.values())
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_aspect("equal")
+    axes.set_xlim(-0.6 * _PITCH, width - 0.4 * _PITCH)
+
+    patches = {}
+    for box in system.boxes:
+        x, y = places[box.name]
+        patches[box.name] = axes.add_patch(
+            FancyBboxPatch(
+                (x - _WIDTH / 2, y - _HEIGHT / 2),
+                _WIDTH,
+                _HEIGHT,
+                boxstyle="round,pad=0,rounding_size=0.08",
+                facecolor="#F7F7F5",
+                edgecolor="#333333",
+                zorder=3,
+            )
+        )
+        size = min(10.0, 10.0 * 13 / max(len(box.name), 1))
+        axes.text(
+            x,
+            y + 0.12,
+            box.name,
+            ha="center",
+            va="center",
+            size=size,
+            weight="bold",
+            zorder=4,
+        )
+        small = f"{human(box.parameters)} · {box.rule}"
+        size = min(7.0, 7.0 * 19 / len(small))
+        axes.text(
+            x,
+            y - 0.15,
+            small,
+            ha="center",
+            va="center",
+            size=size,
+            color="#555555",
+            zorder=4,
+        )
+
+    taken = []
+    for edge in system.edges:
+        colour, line, _ = _STYLES[edge.kind]
+        start_at, end_at = places[edge.source], places[edge.target]
+        clip = {"patchA": patches[edge.source], "patchB": patches[edge.target]}
+        if edge.source == edge.target:  # a loop on top of the box
+            (x, y), clip, bend = start_at, {}, -1.2
+            start_at = (x - _WIDTH / 4, y + _HEIGHT / 2)
+            end_at = (x + _WIDTH / 4, y + _HEIGHT / 2)
+        else:
+            bend = _bend(edge, places, taken)
+        axes.add_patch(
+            FancyArrowPatch(
+                start_at,
+                end_at,
+                **clip,
+                connectionstyle=f"arc3,rad={bend}",
+                arrowstyle="-|>",
+                mutation_scale=12,
+                color=colour,
+                linestyle=line,
+                linewidth=1.6,
+                alpha=1.0 if edge.differentiable else 0.5,
+                shrinkA=1,
+                shrinkB=2,
+                zorder=2,
+            )
+        )
+
+    reach = [y for curve in taken for _, y in curve]
+    low, high = min([-0.4, *reach]) - 0.3, max([top + 0.5, *reach]) + 0.3
+    axes.set_ylim(low, high)
+    figure.set_size_inches(width + 1.9, high - low + 0.9)
+    clocks = {box.clock.frequency(): _period(box.clock) for box in system.boxes}
+    axes.set_yticks([heights[f] for f in clocks], clocks.values())
+    axes.set_ylabel("moves every …  (log scale, faster upwards)")
+    axes.set_xticks([])
+    axes.grid(axis="y", color="#DDDDDD", zorder=0)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    kinds = [kind for kind in _STYLES if any(e.kind == kind for e in system.edges)]
+    if kinds:
+        figure.legend(
+            handles=[
+                Line2D([], [], color=c, linestyle=s, linewidth=1.6, label=label)
+                for c, s, label in (_STYLES[kind] for kind in kinds)
+            ],
+            loc="outside lower center",
+            ncols=min(len(kinds), 3),
+            frameon=False,
+        )
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _heights(system: System) -> dict[float, float]:
+    """Where each frequency stands, in inches: log scale, with room for the boxes."""
+    frequencies = sorted({box.clock.frequency() for box in system.boxes})
+    heights, y = {}, 0.0
+    for before, frequency in zip([None, *frequencies], frequencies, strict=False):
+        if before is not None:
+            gap = 1.25
+            if 0 < before and frequency < math.inf:
+                gap = min(max(0.3 * math.log2(frequency / before), gap), 2.0)
+            y += gap
+        heights[frequency] = y
+    return heights
+
+
+def _bend(edge: Edge, places: dict, taken: list) -> float:
+    """How far to bend an edge so that it keeps clear of boxes and of other edges."""
+    (xa, ya), (xb, yb) = places[edge.source], places[edge.target]
+    others = [p for n, p in places.items() if n not in (edge.source, edge.target)]
+    times = [i / 40 for i in range(41)]
+
+    def curve(bend):  # what matplotlib's arc3 draws
+        xc = (xa + xb) / 2 + bend * (yb - ya)
+        yc = (ya + yb) / 2 - bend * (xb - xa)
+        return [
+            (
+                (1 - t) ** 2 * xa + 2 * t * (1 - t) * xc + t**2 * xb,
+                (1 - t) ** 2 * ya + 2 * t * (1 - t) * yc + t**2 * yb,
+            )
+            for t in times
+        ]
+
+    def cost(bend):
+        points = curve(bend)
+        hidden = sum(
+            abs(x - u) < _WIDTH / 2 + 0.06 and abs(y - v) < _HEIGHT / 2 + 0.06
+            for x, y in points
+            for u, v in others
+        )
+        crowded = sum(
+            any(abs(x - u) < 0.09 and abs(y - v) < 0.09 for u, v in other)
+            for x, y in points[5:-5]
+            for other in taken
+        )
+        return 10 * hidden + crowded + 4 * abs(bend)
+
+    bends = [sign * step / 20 for step in range(0, 17) for sign in (-1, 1)]
+    between = [x for x, y in others if y == ya and min(xa, xb) < x < max(xa, xb)]
+    if ya == yb and between:  # over the boxes of its own row, longer edges higher
+        bends = [-2 * (0.4 + 0.2 * len(between)) / (xb - xa)]
+    best = min(bends, key=cost)
+    taken.append(curve(best))
+    return best
