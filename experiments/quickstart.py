@@ -1,0 +1,64 @@
+"""Quickstart: a small Hope and its Transformer++ twin on the Python standard library.
+
+Run:     bash launch/quickstart.sh   (environment, data, both rows, evaluation, pictures)
+         python -m launch.train --experiment=quickstart --row=hope --workdir=DIR
+Smoke:   add --scale=smoke (two steps of a byte-level model, CPU, seconds); a test does.
+Expect:  Hope below `gzip -9` in bits per byte on the validation files, with its memory
+         reset before each file; see experiments/README.md for the last measured number.
+Cost:    at most 12 minutes on 2 CPU cores, after the installation.
+
+Both rows read as many tokens of the same text in the same order; only the model differs.
+"""
+
+import dataclasses
+
+from hope_jax.models import zoo
+from hope_jax.train.config import (
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+MODELS = {"hope": "hope_tiny", "transformer": "transformer_tiny"}
+
+# What to tune: the length of a run, the size of a step, the learning rate.
+DATA = {
+    "full": DataConfig(tokenizer="bpe", vocab=4096),
+    "smoke": DataConfig(
+        tokenizer="bytes", max_train_bytes=60_000, max_validation_bytes=4_000
+    ),
+}
+TRAIN = {
+    "full": TrainConfig(steps=600, batch=8, seq_len=256, checkpoint_every=100),
+    "smoke": TrainConfig(
+        steps=2, batch=2, seq_len=32, checkpoint_every=1, log_every=1
+    ),
+}
+OPTIMIZER = {
+    "full": OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
+    "smoke": OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
+}
+
+
+def rows(scale: str) -> dict[str, RunConfig]:
+    """One config a row; rows differ in the model alone.
+
+    Raises:
+      ValueError: a scale that is not "full" or "smoke".
+    """
+    if scale not in TRAIN:
+        raise ValueError(f"scale must be one of {', '.join(TRAIN)}, got {scale!r}.")
+    vocab = DATA[scale].vocab if DATA[scale].tokenizer == "bpe" else 257
+    return {
+        row: RunConfig(
+            experiment="quickstart",
+            row=row,
+            scale=scale,
+            model=dataclasses.replace(zoo.get(name), vocab=vocab),
+            data=DATA[scale],
+            optimizer=OPTIMIZER[scale],
+            train=TRAIN[scale],
+        )
+        for row, name in MODELS.items()
+    }

@@ -1,0 +1,190 @@
+"""Pictures of runs. Each function writes one file and returns its path."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_GREY = "#555555"
+
+
+def loss_curves(
+    path: str | os.PathLike,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    lines: Mapping[str, float] | None = None,
+    marks: Mapping[str, float] | None = None,
+    title: str = "",
+) -> Path:
+    """Draws bits per byte against tokens read.
+
+    Args:
+      path: the picture; its suffix is its format (png, svg, pdf).
+      curves: name -> (tokens read, bits per byte). Drawn faint as given and strong as
+        a running mean, for a training loss is a noisy thing.
+      lines: name -> bits per byte of something that does not train, a level line.
+      marks: name of a curve -> bits per byte on validation text, at the curve's end.
+      title: said above the picture.
+
+    Raises:
+      ValueError: no curves; a curve with no points or of unequal lengths; a mark
+        without its curve.
+    """
+    lines, marks = dict(lines or {}), dict(marks or {})
+    if not curves:
+        raise ValueError("curves is empty; give at least one to draw.")
+    for name, (tokens, bits) in curves.items():
+        if len(tokens) != len(bits) or not len(tokens):
+            raise ValueError(
+                f"curve {name!r} has {len(tokens)} numbers of tokens and {len(bits)} of"
+                " bits per byte; it needs as many of both, and at least one."
+            )
+    for name in marks:
+        if name not in curves:
+            raise ValueError(f"mark {name!r} has no curve; curves: {', '.join(curves)}")
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        labels = []  # (height, text, colour), to the right of the picture
+        for colour, (name, (tokens, bits)) in zip(
+            _cycled(len(curves)), curves.items(), strict=True
+        ):
+            tokens, bits = np.asarray(tokens, float), np.asarray(bits, float)
+            smooth = _running_mean(bits)
+            axes.plot(tokens, bits, color=colour, alpha=0.22, linewidth=0.8)
+            axes.plot(tokens, smooth, color=colour, linewidth=2.0)
+            text, height = f"{name}, training", smooth[-1]
+            if name in marks:
+                height = marks[name]
+                axes.plot(
+                    tokens[-1:],
+                    [height],
+                    marker="o",
+                    markersize=7,
+                    markeredgecolor="white",
+                    color=colour,
+                    clip_on=False,
+                    zorder=5,
+                )
+                text = f"{name} {height:.2f}"
+            labels.append((height, text, colour))
+        for style, (name, height) in zip(
+            _cycled(len(lines), ("--", ":", "-.")), lines.items(), strict=True
+        ):
+            axes.axhline(height, color=_GREY, linewidth=1.2, linestyle=style)
+            labels.append((height, f"{name} {height:.2f}", _GREY))
+
+        last = max(float(tokens[-1]) for tokens, _ in curves.values())
+        axes.set_xlim(0, last)
+        axes.set_ylim(*_limits(curves, [*lines.values(), *marks.values()]))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel("bits per byte")
+        axes.set_title(title, loc="left")
+        _label(axes, labels)
+        if marks:
+            axes.text(
+                0.995,
+                0.98,
+                "lines: training    dots: validation files",
+                transform=axes.transAxes,
+                ha="right",
+                va="top",
+                color=_GREY,
+                fontsize=9,
+            )
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+    return path
+
+
+_STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "axes.titlesize": 12,
+    "svg.hashsalt": "hope_jax",  # the same picture, the same file
+}
+
+
+def _cycled(count: int, values: Sequence[str] = COLOURS) -> list[str]:
+    return [values[i % len(values)] for i in range(count)]
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of a centred window of a twentieth of the curve, cut off at its ends."""
+    half = len(values) // 40
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    start = np.maximum(at - half, 0)
+    stop = np.minimum(at + half + 1, len(values))
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _limits(curves, heights: list[float]) -> tuple[float, float]:
+    """Room for every line, and not for the cliff at the start of training."""
+    ends, starts = [], []
+    for _, bits in curves.values():
+        bits = np.asarray(bits, float)
+        settled = _running_mean(bits)[len(bits) // 8 :]
+        ends.append(settled.min())
+        starts.append(settled.max())
+    low, high = min(ends + heights), max(starts + heights)
+    room = 0.08 * (high - low) or 0.1
+    return max(0.0, low - room), high + room
+
+
+def _label(axes, labels: list[tuple[float, str, str]]) -> None:
+    """Names each line at its right end, moved apart where two would overlap."""
+    labels = sorted(labels)
+    low, high = axes.get_ylim()
+    heights = np.array([height for height, _, _ in labels])
+    placed = _apart(heights, 0.06 * (high - low), low, high)
+    for (height, text, colour), at in zip(labels, placed, strict=True):
+        across = axes.get_yaxis_transform()  # x in widths of the picture, y in data
+        axes.plot(
+            [1.012, 1.03, 1.037],
+            [height, at, at],
+            transform=across,
+            color=colour,
+            linewidth=0.8,
+            clip_on=False,
+        )
+        axes.text(1.045, at, text, transform=across, va="center", color=colour)
+
+
+def _apart(heights: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
+    """Rising `heights` at least `gap` apart, moved as little as that takes."""
+    groups = []  # (sum of wishes for the lowest place, members)
+    for i, height in enumerate(heights):
+        groups.append((height - i * gap, 1))
+        # Two groups that overlap become one, in the middle of its members' wishes.
+        while len(groups) > 1:
+            (a, m), (b, n) = groups[-2:]
+            if a / m <= b / n:
+                break
+            groups[-2:] = [(a + b, m + n)]
+    starts = np.repeat([total / n for total, n in groups], [n for _, n in groups])
+    last = (len(heights) - 1) * gap
+    return np.clip(starts, low, max(low, high - last)) + np.arange(len(heights)) * gap
+
+
+def _short(value: float, _) -> str:
+    """3,000,000 as 3M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
