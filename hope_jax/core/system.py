@@ -239,10 +239,10 @@ def live(
     """Lets all levels of `system` live through one context.
 
     A level with incoming edges is given items `(x_t, {source: what it gives})`, any
-    other level `x_t`. What is given is the source's parameters for `condition`, its read
-    for the other kinds. Levels tied by `backprop` edges share one gradient flow: its
-    objective is that of the levels at the end of it (those with no outgoing `backprop`
-    edge), and each level's gradient comes from one backward pass.
+    other level `x_t`. What is given is the source's parameters for `condition`, its
+    read for the other kinds. Levels tied by `backprop` edges share one gradient flow:
+    its objective is that of the levels at the end of it (those with no outgoing
+    `backprop` edge), and each level's gradient comes from one backward pass.
 
     Args:
       system: every box with its `level`.
@@ -259,9 +259,7 @@ def live(
     for group in _flows(system):
         outside = {
             name: {
-                e.source: _held(
-                    e, (params if e.kind == "condition" else reads)[e.source]
-                )
+                e.source: _given(e, params, reads)
                 for e in _incoming(system, name)
                 if e.source not in group
             }
@@ -298,8 +296,8 @@ def as_level(
 
     One item of the level's context is a whole context of the system. The level's
     parameters are where the system's own levels start (`{name: params}`, without those
-    that an `initialise` edge starts); they move by `flow`, through the life of the levels
-    inside. Its read is the reads of all levels, by name.
+    that an `initialise` edge starts); they move by `flow`, through the life of the
+    levels inside. Its read is the reads of all levels, by name.
 
     Args:
       system: every box with its `level`.
@@ -336,8 +334,8 @@ def _one_flow(system, group, states, contexts):
     for name, level in levels.items():
         if level.read_at != "pre" or level.clock.anchor > 1:
             raise ValueError(
-                f"{name!r} is in a gradient flow with other levels, which is read before "
-                f"it moves: it needs read_at 'pre' and anchor 1, got {level.read_at!r} "
+                f"{name!r} is in a gradient flow with other levels, all read before they "
+                f"move: it needs read_at 'pre' and anchor 1, got {level.read_at!r} "
                 f"and {level.clock.anchor}."
             )
     inside = {
@@ -352,8 +350,7 @@ def _one_flow(system, group, states, contexts):
         for name in group:
             here = dict(given[name])
             for e in inside[name]:
-                value = params if e.kind == "condition" else reads
-                here[e.source] = _held(e, value[e.source])
+                here[e.source] = _given(e, params, reads)
             items[name] = (x_t, here) if here else x_t
             reads[name] = levels[name].read(params[name], items[name])
         return reads, items
@@ -388,6 +385,13 @@ def _one_flow(system, group, states, contexts):
 def _flows(system: System) -> list[list[str]]:
     """Names in running order; those tied by backprop edges in one list."""
     names = [box.name for box in system.boxes]
+    pairs = [(e.source, e.target) for name in names for e in _incoming(system, name)]
+    for source, target in pairs:
+        if pairs.count((source, target)) > 1:
+            raise ValueError(
+                f"{source!r} gives {target!r} two things; a system that runs has one "
+                "edge between two levels, besides 'initialise'."
+            )
     flow = {name: {name} for name in names}
     for edge in system.edges:
         if edge.kind == "backprop" and flow[edge.source] is not flow[edge.target]:
@@ -428,7 +432,9 @@ def _incoming(system: System, name: str) -> list[Edge]:
     ]
 
 
-def _held(edge: Edge, value: PyTree) -> PyTree:
+def _given(edge: Edge, params: dict, reads: dict) -> PyTree:
+    """What the source of `edge` gives its target."""
+    value = (params if edge.kind == "condition" else reads)[edge.source]
     return value if edge.differentiable else jax.lax.stop_gradient(value)
 
 
@@ -589,7 +595,7 @@ def draw(system: System, path=None):
                 zorder=3,
             )
         )
-        size = min(10.0, 10.0 * 13 / max(len(box.name), 1))
+        size = min(11.0, 11.0 * 13 / len(box.name))
         axes.text(
             x,
             y + 0.12,

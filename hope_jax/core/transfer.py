@@ -68,7 +68,7 @@ def condition(
 
 
 def dot_product(k: Array, q: Array) -> Array:
-    """log s(k, q) = ⟨k, q⟩ / √K: the similarity whose regression is softmax attention."""
+    """log s(k, q) = ⟨k, q⟩ / √K, the similarity that makes softmax attention."""
     return jnp.vdot(k, q) / k.shape[-1] ** 0.5
 
 
@@ -144,8 +144,8 @@ def receive(
 ) -> LevelState:
     """Gives `level` one item's gradient that was computed elsewhere.
 
-    The level adds it up and moves when its clock says so, by its own flow: it solves the
-    linearised problem of equation 9, whose gradient this is.
+    The level adds it up and moves when its clock says so, by its own flow: it solves
+    the linearised problem of equation 9, whose gradient this is.
 
     Args:
       level: the level. Its `objective`, `read` and `inputs` are not used.
@@ -229,8 +229,8 @@ def initialise(
         `none` gives zero.
 
     Returns:
-      `(initial, (context, query)) -> scalar`, the objective of an outer `Level`, for one
-      task.
+      `(initial, (context, query)) -> scalar`, the objective of an outer `Level`, for
+      one task.
     """
     fast = level._replace(gradient=gradient)
 
@@ -268,8 +268,8 @@ def generate(
       A `Level` whose parameters are `phi` (for `weights`) or those of `level`.
 
     Raises:
-      ValueError: unless exactly one of `weights` and `context` is given, with `init` for
-        `weights` and without it for `context`.
+      ValueError: unless exactly one of `weights` and `context` is given, with `init`
+        for `weights` and without it for `context`.
     """
     if (weights is None) == (context is None):
         raise ValueError("generate needs `weights` or `context`, and not both.")
