@@ -21,11 +21,12 @@ Skipped = dict[str, list[str]]  # reason -> names, in the order they were met
 _ONE_IN = 20  # one file in twenty, or a twentieth of a single file, is validation
 _VALIDATION_BYTES = 250_000  # a minute of evaluation of a small model on two cores
 
-# Not the library itself: tests, installed or bundled packages, and what the build of
-# this very interpreter wrote (which names its machine's folders).
+# Not the library itself: tests, installed or bundled packages, lib2to3 (it holds old
+# copies of other modules, which validation must not), and what the build of this very
+# interpreter wrote (it names its machine's folders).
 _NOT_LIBRARY = frozenset(
     "test tests idle_test site-packages dist-packages _bundled _vendor __pycache__"
-    " lib-dynload".split()
+    " lib2to3 lib-dynload".split()
 )
 _BUILD_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
 

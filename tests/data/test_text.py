@@ -118,6 +118,14 @@ def test_single_file_without_lines_is_cut_between_characters(tmp_path):
         assert corpus.validation[0].data.decode("utf-8")
 
 
+def test_single_file_goes_back_to_a_line_where_the_limit_allows(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_bytes(b"x" * 70 + b"\n" + b"y" * 29)
+    assert text.from_path(path).validation[0].data == b"y" * 29
+    bounded = text.from_path(path, max_validation_bytes=20)
+    assert bounded.validation[0].data == b"y" * 5
+
+
 def test_glob_names_only_what_matches(tmp_path):
     root = folder(tmp_path, numbered(3) | {"sub/x.txt": b"x", "sub/y.md": b"y"})
     corpus = text.from_path(f"{root}/**/*.txt")

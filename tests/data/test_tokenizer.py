@@ -126,6 +126,7 @@ def test_saved_and_loaded(tok, tmp_path):
         {"merges": [[97]]},
         {"merges": [["a", "b"]]},
         {"merges": [[97.0, 98]]},
+        {"merges": [[True, 98]]},
         {"merges": 5},
     ],
     ids=str,
