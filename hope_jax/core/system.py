@@ -334,9 +334,9 @@ def _one_flow(system, group, states, contexts):
     for name, level in levels.items():
         if level.read_at != "pre" or level.clock.anchor > 1:
             raise ValueError(
-                f"{name!r} is in a gradient flow with other levels, all read before they "
-                f"move: it needs read_at 'pre' and anchor 1, got {level.read_at!r} "
-                f"and {level.clock.anchor}."
+                f"{name!r} shares a gradient flow, whose levels are all read before "
+                "they move: it needs read_at 'pre' and anchor 1, got "
+                f"{level.read_at!r} and {level.clock.anchor}."
             )
     inside = {
         name: [e for e in _incoming(system, name) if e.source in group]
