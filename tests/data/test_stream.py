@@ -8,7 +8,6 @@ import grain
 import numpy as np
 import pytest
 from absl import flags
-from grain._src.python.testing.experimental import assert_equal_output_after_checkpoint
 
 from hope_jax.data import stream, text, tokenizer
 from hope_jax.data.stream import Rows, StreamConfig
@@ -109,7 +108,7 @@ def test_hosts_share_each_batch(hosts):
 def test_resumes_at_the_exact_example(changes, hosts):
     dataset = stream.batches(some_rows(count=5), config(**changes), process_count=hosts)
     # Eight batches of two from five rows: over three ends of an epoch.
-    assert_equal_output_after_checkpoint(
+    grain.experimental.assert_equal_output_after_checkpoint(
         grain.experimental.LimitIterDataset(dataset, 8)
     )
 
