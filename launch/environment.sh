@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The Python environment of the scripts in this folder. Source it; it is not run.
 #
 # PYTHON names the interpreter (default: python3, at least 3.11). The environment is
@@ -8,7 +9,7 @@
 # Sets:    python, the environment's interpreter (an absolute path).
 # Leaves:  the working folder at the root of the repository.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 _version='import sys; print("%d.%d" % sys.version_info[:2])'
 
@@ -48,7 +49,7 @@ environment() {
   local stamp="$folder/installed${extra:+-$extra}"
   if ! cat requirements.txt setup.py | cmp -s - "$stamp"; then
     echo "Installing hope_jax${extra:+[$extra]} into $folder (minutes, the first time)"
-    "$python" -m pip install --quiet --disable-pip-version-check \
+    "$python" -m pip install --quiet --quiet --disable-pip-version-check \
       --editable ".${extra:+[$extra]}"
     cat requirements.txt setup.py >"$stamp"
     cp "$stamp" "$folder/installed" 2>/dev/null || true # an extra holds the base
