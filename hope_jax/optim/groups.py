@@ -121,8 +121,11 @@ def path_names(path: tuple) -> tuple[str, ...]:
     >>> path_names(jax.tree_util.tree_flatten_with_path({"a": [0]})[0][0][0])
     ('a', '0')
     """
-    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    return tuple(name for name in names if name != "value")
+    return tuple(
+        jax.tree_util.keystr((key,), simple=True)
+        for key in path
+        if key != jax.tree_util.GetAttrKey("value")
+    )
 
 
 def is_matrix(path: tuple, leaf: Any) -> bool:

@@ -7,6 +7,13 @@ from hope_jax.data.text import Undecodable
 from hope_jax.models import lm
 
 
+def _at_least(config, **least):
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which text, in which tokens.
@@ -137,10 +144,3 @@ class RunConfig:
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds "
                 f"train.steps ({self.train.steps}); use a shorter warm-up."
             )
-
-
-def _at_least(config, **least):
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= bound:
-            raise ValueError(f"{name} must be at least {bound}, got {value}.")

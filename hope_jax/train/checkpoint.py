@@ -1,0 +1,525 @@
+"""Checkpoints that are checked: what comes back is what was saved, or it is refused.
+
+Orbax writes and rotates them. It restores flipped bits and casts types without a word,
+and never falls back to an older step; so each checkpoint carries a manifest with the
+type, shape and SHA-256 of every array, and a restore holds what it read against that.
+
+    <directory>/<step>/params, state   arrays, by name
+                       data            where the data iterator stands
+                       meta            config, data fingerprint, manifest
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain.checkpoint
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jaxtyping import PyTree
+
+from hope_jax.core import config as config_lib
+from hope_jax.data import stream, tokenizer
+from hope_jax.models import lm
+from hope_jax.optim.groups import path_names
+from hope_jax.train.config import RunConfig
+from hope_jax.train.state import TrainState
+
+FOLDER = "checkpoints"
+TOKENIZER = "tokenizer.json"
+
+# A resumed run may change these; they do not touch what it computes.
+_FREE = ("train.checkpoint_every:", "train.keep:", "data.path:")
+_FORMAT = 1
+_PART = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was saved. Names the step and what is wrong."""
+
+
+class ConfigMismatch(ValueError):
+    """A checkpoint of another run. Names each field that differs, with both values."""
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written. Names the step."""
+
+
+class Restored(NamedTuple):
+    """What `restore_params` gives."""
+
+    config: RunConfig
+    params: PyTree
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: where they are, or will be.
+      keep: newest steps kept; None for all.
+      read_only: never create, rotate or set aside anything.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int | None = None,
+        read_only: bool = False,
+    ):
+        self.directory = Path(directory).absolute()
+        self._keep, self._read_only = keep, read_only
+        self._saving: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps that were written to the end, in order. Says nothing of damage."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        iterator: Any,
+        config: RunConfig,
+        fingerprint: Mapping[str, Any],
+    ) -> None:
+        """Starts to write `state` and returns; `state` may be donated right after.
+
+        Args:
+          step: later than all steps saved so far.
+          state: of the run after `step` steps.
+          iterator: grain's iterator, standing after the batch of `step`.
+          config: of the run.
+          fingerprint: of the data (`hope_jax.data.stream.fingerprint`).
+
+        Raises:
+          SaveFailed: the save before this one failed, or this one cannot start.
+        """
+        self.wait()
+        params, rest = _arrays(state.params, "params"), _arrays(_rest(state), "state")
+        meta = {
+            "format": _FORMAT,
+            "step": step,
+            "config": config_lib.to_json(config),
+            "fingerprint": dict(fingerprint),
+            "params": manifest(params),
+            "state": manifest(rest),
+            "data": _json_digest(iterator.get_state()),
+        }
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            state=ocp.args.StandardSave(rest),
+            data=grain.checkpoint.CheckpointSave(iterator),
+            meta=ocp.args.JsonSave({"body": meta, "sha256": _json_digest(meta)}),
+        )
+        self._saving = step
+        try:
+            started = self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise _save_failed(step, self.directory, error) from error
+        if not started:
+            raise _save_failed(step, self.directory, "Orbax refused the step")
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk.
+
+        Raises:
+          SaveFailed: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise _save_failed(self._saving, self.directory, error) from error
+
+    def close(self) -> None:
+        """Waits and lets go of threads and files."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def check_config(self, config: RunConfig) -> None:
+        """Refuses to go on with another run; reads the newest readable config alone.
+
+        Raises:
+          ConfigMismatch: names each field, with both values.
+        """
+        for step in reversed(self.steps()):
+            try:
+                meta = self._meta(step)
+            except Damaged:
+                continue  # `restore` reports it
+            _check_config(meta["config"], config, step)
+            return
+
+    def restore(
+        self,
+        like: TrainState,
+        *,
+        iterator: Any,
+        config: RunConfig,
+        fingerprint: Mapping[str, Any],
+    ) -> tuple[TrainState, int] | None:
+        """The newest state that is what was saved, and its step; None if none is there.
+
+        A damaged step is reported, moved beside the directory, and the one before it is
+        tried: what it held will be written again.
+
+        Args:
+          like: shapes, types and shardings (`hope_jax.train.state.abstract`).
+          iterator: grain's iterator, which is moved to where the step left it.
+          config: of this run; must be the saved one.
+          fingerprint: of this run's data; must be the saved one.
+
+        Raises:
+          ConfigMismatch: config, data, or the type or shape of an array differs.
+          Damaged: no step is intact; names the reason for each.
+        """
+
+        def read(step):
+            meta = self._meta(step)
+            _check_config(meta["config"], config, step)
+            try:
+                stream.check_fingerprint(meta["fingerprint"], fingerprint)
+            except ValueError as error:
+                raise ConfigMismatch(str(error)) from None
+            params = self._tree(step, "params", like.params, meta)
+            rest = self._tree(step, "state", _rest(like), meta)
+            self._iterator(step, iterator, meta)
+            return TrainState(rest["level"]._replace(params=params), rest["key"]), step
+
+        found = self._newest(read)
+        if found is not None and not self._read_only:
+            self._set_aside([later for later in self.steps() if later > found[1]])
+        return found
+
+    def restore_params(
+        self, expected: RunConfig | None = None, sharding: Any = None
+    ) -> Restored:
+        """The newest parameters that are what was saved; see the function below."""
+        if sharding is None:
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def read(step):
+            meta = self._meta(step)
+            if expected is not None:
+                _check_config(meta["config"], expected, step)
+            config = config_lib.from_json(RunConfig, meta["config"])
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                lm.abstract(config.model),
+            )
+            return Restored(config, self._tree(step, "params", like, meta), step)
+
+        found = self._newest(read)
+        if found is None:
+            raise FileNotFoundError(f"No checkpoint under {self.directory}.")
+        return found
+
+    def verify(self, step: int) -> int:
+        """Reads all arrays of `step`, holds them against its manifest, returns `step`.
+
+        Raises:
+          Damaged: names the step and what is wrong.
+        """
+        meta = self._meta(step)
+        for item in ("params", "state"):
+            self._read(step, item, meta, jax.local_devices()[0])
+        return step
+
+    def _newest(self, read: Callable[[int], Any]) -> Any:
+        """`read(step)` of the newest step that is intact; None if there is no step."""
+        reasons = []
+        for step in reversed(self.steps()):
+            try:
+                return read(step)
+            except Damaged as damage:
+                logging.warning("%s Trying the step before.", damage)
+                reasons.append(str(damage))
+        if not reasons:
+            return None
+        raise Damaged(
+            f"No checkpoint under {self.directory} is intact:\n" + "\n".join(reasons)
+        )
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        saved = self._item(step, "meta", ocp.args.JsonRestore())
+        if not isinstance(saved, dict) or set(saved) != {"body", "sha256"}:
+            raise _damaged(step, self.directory, "its meta is not what was written")
+        if _json_digest(saved["body"]) != saved["sha256"]:
+            raise _damaged(step, self.directory, "the checksum of its meta is wrong")
+        meta = saved["body"]
+        if meta["format"] != _FORMAT:
+            raise ConfigMismatch(
+                f"Step {step} has checkpoint format {meta['format']}, but this version "
+                f"reads {_FORMAT}."
+            )
+        if meta["step"] != step:
+            raise _damaged(step, self.directory, f"it is really step {meta['step']}")
+        return meta
+
+    def _tree(self, step: int, item: str, like: PyTree, meta: Mapping) -> PyTree:
+        targets = _targets(like, item)
+        _check_arrays(meta[item], targets, item, step)
+        flat = self._read(step, item, meta, targets)
+        leaves, treedef = jax.tree.flatten(like)
+        return treedef.unflatten(
+            jax.random.wrap_key_data(flat[name]) if _is_key(leaf) else flat[name]
+            for name, leaf in zip(targets, leaves, strict=True)
+        )
+
+    def _read(self, step: int, item: str, meta: Mapping, targets: Any) -> dict:
+        if not isinstance(targets, dict):
+            sharding = jax.sharding.SingleDeviceSharding(targets)
+            targets = {
+                name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+                for name, (dtype, shape, _) in meta[item].items()
+            }
+        flat = self._item(step, item, ocp.args.StandardRestore(targets))
+        found = manifest(flat)
+        wrong = [name for name in meta[item] if found[name] != meta[item][name]]
+        if wrong:
+            raise _damaged(
+                step, self.directory, f"checksums are wrong in {item}: {wrong[:3]}"
+            )
+        return flat
+
+    def _iterator(self, step: int, iterator: Any, meta: Mapping) -> None:
+        self._item(step, "data", grain.checkpoint.CheckpointRestore(iterator))
+        if _json_digest(iterator.get_state()) != meta["data"]:
+            raise _damaged(
+                step, self.directory, "the state of its data is not as saved"
+            )
+
+    def _item(self, step: int, item: str, arguments: Any) -> Any:
+        try:
+            composite = ocp.args.Composite(**{item: arguments})
+            return self._manager.restore(step, args=composite)[item]
+        except Exception as error:  # whatever the bytes made of the libraries
+            text = f"{type(error).__name__} in {item}: {str(error)[:300]}"
+            raise _damaged(step, self.directory, text) from error
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves damaged steps away: Orbax writes no step older than its last."""
+        if not steps:
+            return
+        self._manager.close()
+        beside = self.directory.with_name(self.directory.name + ".damaged")
+        beside.mkdir(exist_ok=True)
+        for step in steps:
+            logging.warning("Moving damaged step %d to %s.", step, beside)
+            target = beside / str(step)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(self.directory / str(step), target)
+        self._manager = self._open()
+
+
+def restore_params(
+    directory: str | os.PathLike, expected: RunConfig | None = None
+) -> Restored:
+    """Config, parameters and step of the newest intact checkpoint, for evaluation.
+
+    Args:
+      directory: a workdir, or its `checkpoints` folder.
+      expected: a config that the saved one must equal.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ConfigMismatch: the saved config is not `expected`; names each field.
+      Damaged: no step is intact.
+    """
+    with Checkpoints(find(directory), read_only=True) as checkpoints:
+        return checkpoints.restore_params(expected)
+
+
+def restore_tokenizer(directory: str | os.PathLike) -> tokenizer.Tokenizer:
+    """The tokenizer of a run, which must be the one its checkpoints were made with.
+
+    Raises:
+      FileNotFoundError: no checkpoint, or no tokenizer beside it.
+      ConfigMismatch: another tokenizer.
+    """
+    folder = find(directory)
+    path = folder.parent / TOKENIZER
+    if not path.exists():
+        raise FileNotFoundError(f"No {TOKENIZER} beside {folder}.")
+    found = tokenizer.load(path)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        saved = checkpoints._newest(lambda step: checkpoints._meta(step)["fingerprint"])
+    if saved is not None and found.fingerprint != saved["tokenizer"]:
+        raise ConfigMismatch(
+            f"{path} is not the tokenizer of its checkpoints: saved "
+            f"{saved['tokenizer']}, now {found.fingerprint}."
+        )
+    return found
+
+
+def latest_verified_step(directory: str | os.PathLike) -> int | None:
+    """The newest step whose every array is what was saved; None if there is none."""
+    try:
+        folder = find(directory)
+    except FileNotFoundError:
+        return None
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        try:
+            return checkpoints._newest(checkpoints.verify)
+        except Damaged:
+            return None
+
+
+def find(directory: str | os.PathLike) -> Path:
+    """The folder of checkpoints that `directory` is, or holds.
+
+    Raises:
+      FileNotFoundError: neither.
+    """
+    directory = Path(directory)
+    for folder in (directory / FOLDER, directory):
+        if folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir()):
+            return folder
+    raise FileNotFoundError(
+        f"No checkpoint in {str(directory)!r}; give the workdir of a run."
+    )
+
+
+def manifest(arrays: Mapping[str, Any]) -> dict[str, list]:
+    """Type, shape and SHA-256 of every array: what a restore is held against."""
+
+    def entry(array) -> list:
+        host = np.ascontiguousarray(jax.device_get(array))
+        digest = hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()
+        return [str(host.dtype), list(np.shape(array)), digest]
+
+    with futures.ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        return dict(zip(arrays, pool.map(entry, arrays.values()), strict=True))
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """All of a state but its parameters, which are an item of their own."""
+    return {"level": state.level._replace(params=None), "key": state.key}
+
+
+def _arrays(tree: PyTree, item: str) -> dict[str, jax.Array]:
+    """Leaves by name; keys as their data."""
+    return {
+        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for name, leaf in _named(tree, item).items()
+    }
+
+
+def _targets(like: PyTree, item: str) -> dict[str, jax.ShapeDtypeStruct]:
+    def target(leaf):
+        shape, dtype = leaf.shape, leaf.dtype
+        if _is_key(leaf):
+            data = jax.eval_shape(jax.random.key_data, _shape_of(leaf))
+            shape, dtype = data.shape, data.dtype
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=leaf.sharding)
+
+    return {name: target(leaf) for name, leaf in _named(like, item).items()}
+
+
+def _named(tree: PyTree, item: str) -> dict[str, Any]:
+    """Leaves by dotted name: independent of the containers, so of library versions."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        parts = path_names(path)
+        for part in parts:
+            if not _PART.fullmatch(part):
+                raise ValueError(
+                    f"{part!r} in {item} cannot name an array in a checkpoint: use "
+                    "letters, digits, '_' and '-'."
+                )
+        name = ".".join(parts)
+        if name in named:
+            raise ValueError(f"Two arrays of {item} are both named {name!r}.")
+        named[name] = leaf
+    return named
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _check_config(saved: Mapping, current: RunConfig, step: int) -> None:
+    differing = [
+        line
+        for line in config_lib.differences(saved, current)
+        if not line.startswith(_FREE)
+    ]
+    if differing:
+        raise ConfigMismatch(
+            f"The checkpoint of step {step} is of another config:\n  "
+            + "\n  ".join(differing)
+            + "\nGive this run the saved values, or start a new one."
+        )
+
+
+def _check_arrays(saved: Mapping, targets: Mapping, item: str, step: int) -> None:
+    """Types and shapes before anything is read: Orbax would cast without a word."""
+
+    def said(name):
+        dtype, shape = saved[name][:2]
+        return f"{dtype}{shape}"
+
+    lines = []
+    for name in [*saved, *(n for n in targets if n not in saved)]:
+        before = said(name) if name in saved else "nothing"
+        now = "nothing"
+        if name in targets:
+            now = f"{targets[name].dtype}{list(targets[name].shape)}"
+        if before != now:
+            lines.append(f"{item}.{name}: saved {before}, now {now}")
+    if lines:
+        raise ConfigMismatch(
+            f"The arrays of step {step} are not those of this model:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def _json_digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(step: int, directory: Path, reason: str) -> Damaged:
+    return Damaged(f"Checkpoint {directory / str(step)} is damaged: {reason}.")
+
+
+def _save_failed(step: int | None, directory: Path, error: Any) -> SaveFailed:
+    return SaveFailed(
+        f"The checkpoint of step {step} could not be written to {directory}: {error}. "
+        "Steps before it are as they were; make room or rights, then resume."
+    )

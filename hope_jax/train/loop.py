@@ -1,0 +1,449 @@
+"""The loop: data, mesh and state brought together, steps taken, everything kept.
+
+A workdir holds one run:
+
+    config.json  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from rich import progress
+
+from hope_jax import optim
+from hope_jax.core import config as config_lib
+from hope_jax.data import stream, text, tokenizer
+from hope_jax.models import lm
+from hope_jax.train import checkpoint, sharding
+from hope_jax.train import state as state_lib
+from hope_jax.train import step as step_lib
+from hope_jax.train.config import DataConfig, RunConfig
+from hope_jax.train.metrics import MetricLog
+
+CONFIG = "config.json"
+_MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
+
+
+class NonFinite(FloatingPointError):
+    """A step whose loss, gradient or update is NaN or infinite. Names the step."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      step: steps done, and saved.
+      finished: whether these are all of them.
+      stopped_by: number of the signal that ended it, or None.
+      metrics: of the last step read; empty when none was taken.
+    """
+
+    step: int
+    finished: bool
+    stopped_by: int | None
+    metrics: dict[str, float]
+
+
+class Source(NamedTuple):
+    """The text of a run in tokens.
+
+    Attributes:
+      corpus: the documents.
+      tokenizer: their tokens.
+      rows: of the training text, for `stream.batches`.
+      bytes_per_token: of the training text; turns nats a token into bits a byte.
+      validation: int32[n, batch, seq_len + 1], or None.
+      validation_bytes_per_token: of the validation text.
+    """
+
+    corpus: text.Corpus
+    tokenizer: tokenizer.Tokenizer
+    rows: stream.Rows
+    bytes_per_token: float
+    validation: np.ndarray | None
+    validation_bytes_per_token: float
+
+
+def train(
+    config: RunConfig, workdir: str | os.PathLike, *, resume: bool = False
+) -> Outcome:
+    """Runs `config` in `workdir` to its last step, or until SIGTERM or SIGINT.
+
+    A signal lets the step at hand finish and saves; `resume` then goes on so that
+    parameters, optimizer state, keys, data and `metrics.jsonl` become, byte for byte,
+    those of a run that was never stopped (on the same devices and versions).
+
+    Args:
+      config: the run.
+      workdir: a folder for it alone; made if absent.
+      resume: go on from the newest intact checkpoint; from the start if there is none.
+
+    Raises:
+      FileExistsError: `workdir` has checkpoints and `resume` is False.
+      ValueError: a config that fits neither its data nor the devices.
+      hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
+      hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
+      NonFinite: the loss, gradient or update of a step is NaN or infinite.
+    """
+    workdir = Path(workdir)
+    mesh = sharding.make_mesh()
+    sharding.check_batch(config.train.batch, mesh)
+    _check_workdir(workdir, resume)
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stop_on_signal())
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(workdir / checkpoint.FOLDER, keep=config.train.keep)
+        )
+        checkpoints.check_config(config)
+        _write_config(workdir, config)
+        source = load_source(config, workdir)
+        iterator, fingerprint = _data(config, source)
+        stack.callback(iterator.close)
+
+        graphdef, state, tx = _model(config, mesh)
+        _say(
+            f"{lm.count_parameters(config.model):,} parameters on "
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        )
+        done, saved = 0, None
+        restored = checkpoints.restore(
+            jax.tree.map(_spec, state),
+            iterator=iterator,
+            config=config,
+            fingerprint=fingerprint,
+        )
+        if restored is not None:
+            state, done = restored
+            saved = done
+            _say(f"resumed at step {done} of {config.train.steps}")
+        elif resume:
+            _say(f"no checkpoint in {workdir} yet: starting at step 0")
+
+        step = sharding.jit_step(step_lib.make_step(graphdef, lm.apply, tx), mesh)
+        validate = _validation(graphdef, config, source, mesh)
+        log = MetricLog(workdir, done)
+        stack.callback(log.close)
+        shown = stack.enter_context(_Progress(config, done))
+        latest: dict[str, float] = {}
+
+        def read(number: int, metrics: Mapping[str, jax.Array], extra: Mapping):
+            """Waits for the metrics of a step, refuses bad ones, writes them down."""
+            nonlocal latest
+            latest = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            _check_finite(latest, number, saved, workdir)
+            latest["bits_per_byte"] = _bits(latest["loss"], source.bytes_per_token)
+            latest["tokens"] = number * config.train.batch * config.train.seq_len
+            latest |= extra
+            shown.update(number, latest)
+            if extra or number % config.train.log_every == 0 or number == last:
+                log.write(number, latest, speeds=shown.speeds())
+
+        last = config.train.steps
+        pending = None
+        while done < last and stop.signal is None:
+            tokens = sharding.shard_batch(next(iterator)["tokens"], mesh)
+            state, metrics = step(state, tokens)  # dispatched, not waited for
+            done += 1
+            if pending is not None:
+                read(*pending)
+            pending = (done, metrics, {})
+            if validate and (done % config.train.validate_every == 0 or done == last):
+                pending = (done, metrics, validate(state.params))
+            if done % config.train.checkpoint_every == 0 or done == last:
+                read(*pending)
+                pending = None
+                log.sync()
+                checkpoints.save(
+                    done,
+                    state,
+                    iterator=iterator,
+                    config=config,
+                    fingerprint=fingerprint,
+                )
+                saved = done
+        if stop.signal is not None:
+            _say(f"{signal.Signals(stop.signal).name}: saving step {done}")
+        if pending is not None:
+            read(*pending)
+        if saved != done:
+            log.sync()
+            checkpoints.save(
+                done, state, iterator=iterator, config=config, fingerprint=fingerprint
+            )
+        checkpoints.wait()
+    return Outcome(done, done == last, stop.signal, latest)
+
+
+def load_source(config: RunConfig, workdir: str | os.PathLike) -> Source:
+    """The text and the tokenizer of a run; the tokenizer is kept in `workdir`.
+
+    Raises:
+      ValueError: the model's vocabulary is smaller than the tokenizer's, or the text
+        does not fill a batch.
+    """
+    corpus = text.load(
+        config.data.path,
+        max_train_bytes=config.data.max_train_bytes,
+        max_validation_bytes=config.data.max_validation_bytes,
+        undecodable=config.data.undecodable,
+    )
+    _say(corpus.summary())
+    tokens = load_tokenizer(config.data, corpus, workdir)
+    if tokens.vocab_size > config.model.vocab:
+        raise ValueError(
+            f"model.vocab ({config.model.vocab}) must be at least the tokenizer's "
+            f"{tokens.vocab_size} entries: set model.vocab={tokens.vocab_size}."
+        )
+    learned = tokenizer.encode_documents(tokens, corpus.train)
+    rows = stream.Rows(
+        learned, seq_len=config.train.seq_len, vocab_size=config.model.vocab
+    )
+    held_out = tokenizer.encode_documents(tokens, corpus.validation)
+    return Source(
+        corpus=corpus,
+        tokenizer=tokens,
+        rows=rows,
+        bytes_per_token=corpus.train_bytes / sum(map(len, learned)),
+        validation=_validation_rows(held_out, config),
+        validation_bytes_per_token=corpus.validation_bytes / sum(map(len, held_out)),
+    )
+
+
+def load_tokenizer(
+    data: DataConfig, corpus: text.Corpus, workdir: str | os.PathLike
+) -> tokenizer.Tokenizer:
+    """The tokenizer kept in `workdir`, or a new one, which is then kept there."""
+    path = Path(workdir) / checkpoint.TOKENIZER
+    if path.exists():
+        return tokenizer.load(path)
+    if data.tokenizer == "bytes":
+        made: tokenizer.Tokenizer = tokenizer.ByteTokenizer()
+    else:
+        made = tokenizer.train_bpe((d.data for d in corpus.train), data.vocab)
+    made.save(path)
+    return made
+
+
+def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dict]:
+    """Batches of this process, and what their iterator's state belongs to."""
+    settings = stream.StreamConfig(
+        seq_len=config.train.seq_len,
+        batch=config.train.batch,
+        seed=config.seed,
+        workers=config.train.workers,
+    )
+    processes = jax.process_count()
+    dataset = stream.batches(
+        source.rows,
+        settings,
+        process_index=jax.process_index(),
+        process_count=processes,
+    )
+    fingerprint = stream.fingerprint(
+        settings,
+        source.corpus.sha256,
+        source.tokenizer.fingerprint,
+        process_count=processes,
+    )
+    return iter(dataset), fingerprint
+
+
+def _model(config: RunConfig, mesh: jax.sharding.Mesh):
+    """The static half of the model, the state before the first step, the optimizer."""
+    parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
+    graphdef, params = lm.build(config.model, parameters_key)
+    tx = optim.build(
+        config.optimizer,
+        total_steps=config.train.steps,
+        periods=lm.periods(config.model, params, config.train.seq_len),
+    )
+    state = state_lib.create(params, tx, run_key)
+    return graphdef, sharding.replicate(state, mesh), tx
+
+
+def _validation_rows(
+    documents: Sequence[np.ndarray], config: RunConfig
+) -> np.ndarray | None:
+    if not config.train.validate_every:
+        return None
+    seq_len, batch = config.train.seq_len, config.train.batch
+    rows = stream.Rows(documents, seq_len=seq_len, vocab_size=config.model.vocab)
+    batches = min(config.train.validate_batches, len(rows) // batch)
+    if batches == 0:
+        raise ValueError(
+            f"The validation text gives {len(rows)} rows of seq_len={seq_len}, fewer "
+            f"than one batch of {batch}. Use a smaller batch, a shorter seq_len, more "
+            "text, or train.validate_every=0."
+        )
+    chosen = [rows[i]["tokens"] for i in range(batches * batch)]
+    return np.stack(chosen).reshape(batches, batch, seq_len + 1)
+
+
+def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
+    """`params -> metrics` over the validation rows, or None."""
+    if source.validation is None:
+        return None
+    evaluate = sharding.jit_evaluation(
+        step_lib.make_evaluation(graphdef, lm.apply), mesh
+    )
+
+    def mean(params) -> dict[str, float]:
+        share = config.train.batch // jax.process_count()
+        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        losses = [
+            evaluate(params, sharding.shard_batch(tokens[mine], mesh))
+            for tokens in source.validation
+        ]
+        loss = float(np.mean([float(value) for value in losses]))
+        bits = _bits(loss, source.validation_bytes_per_token)
+        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+
+    return mean
+
+
+def _check_finite(
+    metrics: Mapping[str, float], step: int, saved: int | None, workdir: Path
+) -> None:
+    bad = [name for name in _MUST_BE_FINITE if not math.isfinite(metrics[name])]
+    if not bad:
+        return
+    kept = f"the checkpoint of step {saved}" if saved is not None else "no checkpoint"
+    values = ", ".join(f"{name} is {metrics[name]}" for name in bad)
+    raise NonFinite(
+        f"Step {step}: {values}. Nothing was saved of it; {workdir} keeps {kept}. A "
+        "lower optimizer.learning_rate or a longer optimizer.warmup_steps may help."
+    )
+
+
+def _check_workdir(workdir: Path, resume: bool) -> None:
+    try:
+        checkpoint.find(workdir / checkpoint.FOLDER)
+    except FileNotFoundError:  # a new run, which makes its own tokenizer
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / checkpoint.TOKENIZER).unlink(missing_ok=True)
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{str(workdir)!r} has checkpoints already: pass --resume to go on with "
+            "that run, or another --workdir."
+        )
+
+
+def _write_config(workdir: Path, config: RunConfig) -> None:
+    text_ = json.dumps(config_lib.to_json(config), indent=2, allow_nan=False)
+    (workdir / CONFIG).write_text(text_ + "\n", encoding="utf-8")
+
+
+def _spec(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _bits(nats: float, bytes_per_token: float) -> float:
+    return nats / math.log(2) / bytes_per_token
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+class _Stop:
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Notes the first SIGTERM or SIGINT; a second one acts as it did before."""
+    stop, before = _Stop(), {}
+
+    def note(number, frame):
+        stop.signal = number
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals are somebody else's
+        pass
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, config: RunConfig, done: int):
+        self._config, self._start, self._done = config, done, done
+        self._began: float | None = None
+        self._bar: progress.Progress | None = None
+        if sys.stdout.isatty() and jax.process_index() == 0:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[numbers]}"),
+                progress.TimeRemainingColumn(),
+            )
+
+    def __enter__(self) -> "_Progress":
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(
+                self._config.row,
+                total=self._config.train.steps,
+                completed=self._done,
+                numbers="compiling",
+            )
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._done = step
+        if self._began is None:  # the first step compiles, so the clock starts after it
+            self._began, self._start = time.monotonic(), step
+        numbers = (
+            f"loss {metrics['loss']:.4f} nats  {metrics['bits_per_byte']:.3f} bits/byte"
+        )
+        speed = self.speeds().get("tokens_per_second")
+        if speed:
+            numbers += f"  {speed:,.0f} tokens/s"
+        if "validation_bits_per_byte" in metrics:
+            numbers += f"  validation {metrics['validation_bits_per_byte']:.3f}"
+        train = self._config.train
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif step % train.log_every == 0 or step in (1, train.steps):
+            left = ""
+            if speed:
+                seconds = (train.steps - step) * train.batch * train.seq_len / speed
+                left = f"  {seconds:,.0f} s left"
+            _say(f"step {step}/{train.steps}  {numbers}{left}")
+
+    def speeds(self) -> dict[str, float]:
+        """Tokens a second since the first step of this process."""
+        steps = self._done - self._start
+        if self._began is None or steps < 1:
+            return {}
+        tokens = steps * self._config.train.batch * self._config.train.seq_len
+        return {"tokens_per_second": tokens / (time.monotonic() - self._began)}

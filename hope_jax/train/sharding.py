@@ -1,0 +1,69 @@
+"""Data parallelism: the batch is cut over a mesh, the state is the same everywhere."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+DATA = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices on one axis, `data`; one device is a mesh of one."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices), (DATA,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def check_batch(batch: int, mesh: Mesh) -> None:
+    """Refuses a batch that the devices cannot share equally.
+
+    Raises:
+      ValueError: names both numbers.
+    """
+    devices = mesh.shape[DATA]
+    if batch % devices:
+        raise ValueError(
+            f"batch ({batch}) must be a multiple of the {devices} devices; the nearest "
+            f"are {batch // devices * devices or devices} and "
+            f"{(batch // devices + 1) * devices}."
+        )
+
+
+def shard_batch(tokens: np.ndarray, mesh: Mesh) -> jax.Array:
+    """This process's rows on its devices, as the global array."""
+    check_batch(tokens.shape[0] * jax.process_count(), mesh)
+    return jax.make_array_from_process_local_data(by_rows(mesh), tokens)
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    return jax.device_put(tree, replicated(mesh))
+
+
+def jit_step(step: Callable, mesh: Mesh) -> Callable:
+    """`step(state, tokens) -> (state, metrics)` compiled for `mesh`, its state donated.
+
+    The state that goes in is gone afterwards: its buffers hold the one that comes out.
+    """
+    whole = replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(whole, by_rows(mesh)),
+        out_shardings=(whole, whole),
+        donate_argnums=0,
+    )
+
+
+def jit_evaluation(evaluate: Callable, mesh: Mesh) -> Callable:
+    """`evaluate(params, tokens) -> loss` compiled for `mesh`."""
+    whole = replicated(mesh)
+    return jax.jit(evaluate, in_shardings=(whole, by_rows(mesh)), out_shardings=whole)

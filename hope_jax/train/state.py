@@ -1,0 +1,45 @@
+"""Where a run stands between two steps."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+
+from hope_jax.core.level import Level, LevelState, begin
+
+
+class TrainState(NamedTuple):
+    """The outermost level and the key of the run; a pytree of arrays.
+
+    Attributes:
+      level: parameters, optimizer state, and steps done (`level.count`).
+      key: of everything random after the first step. A step that needs randomness
+        draws it from `fold_in(key, level.count)`, so a resumed run draws the same.
+    """
+
+    level: LevelState
+    key: Array
+
+    @property
+    def params(self) -> PyTree:
+        return self.level.params
+
+    @property
+    def step(self) -> Array:
+        return self.level.count
+
+
+def create(params: PyTree, tx: optax.GradientTransformation, key: Array) -> TrainState:
+    """The state before the first step."""
+    return TrainState(begin(outer_level(tx), params), key)
+
+
+def abstract(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and types of `create(params, tx, key)`; `params` may be shapes alone."""
+    return jax.eval_shape(lambda p: create(p, tx, jax.random.key(0)), params)
+
+
+def outer_level(tx: optax.GradientTransformation, objective=None) -> Level:
+    """The level that pre-training moves: once a batch, by `tx`."""
+    return Level(init=None, read=None, objective=objective, flow=tx)

@@ -1,0 +1,84 @@
+"""One step of training, pure: the slow level moves by what the fast ones read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from hope_jax.core.level import Fast, Slow, hope_update
+from hope_jax.train.state import TrainState, outer_level
+
+Metrics = dict[str, Array]
+Apply = Callable[..., tuple[Float[Array, "B T N"], PyTree]]
+
+
+def next_token_loss(
+    logits: Float[Array, "B T N"], tokens: Int[Array, "B T1"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy of each next token, in nats, float32.
+
+    Args:
+      logits: `logits[:, t]` predicts `tokens[:, t + 1]`.
+      tokens: one more a row than there are logits.
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), tokens[:, 1:]
+    ).mean()
+
+
+def make_step(
+    graphdef: Any, apply_fn: Apply, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Int[Array, "B T1"]], tuple[TrainState, Metrics]]:
+    """The step of a language model: `(state, tokens) -> (state, metrics)`.
+
+    It is `hope_update` with the model's parameters as the slow level and everything
+    that learns inside the sequence as the fast one. Each row of each batch is read from
+    the learned initial states.
+
+    Args:
+      graphdef: the static half of the model.
+      apply_fn: `(graphdef, params, tokens[B, T]) -> (logits[B, T, N], state)`.
+      tx: the slow level's optimizer.
+
+    Returns:
+      A pure function. Metrics are float32 scalars: `loss` in nats, `grad_norm`,
+      `update_norm`; and int32 `tokens`, predicted in the step.
+    """
+
+    def live(params, fast, tokens):
+        return apply_fn(graphdef, params, tokens[:, :-1], fast)
+
+    def objective(params, context):
+        tokens, logits = context
+        return next_token_loss(logits, tokens)
+
+    level = outer_level(tx, objective)
+
+    def step(state: TrainState, tokens: Int[Array, "B T1"]):
+        after = hope_update(tokens, Slow(level, state.level), Fast(live))
+        moved = after.slow.state
+        change = jax.tree.map(jnp.subtract, moved.params, state.params)
+        metrics = {
+            "loss": after.loss,
+            "grad_norm": optax.global_norm(after.gradient),
+            "update_norm": optax.global_norm(change),
+            "tokens": jnp.asarray(tokens[:, 1:].size, jnp.int32),
+        }
+        return state._replace(level=moved), metrics
+
+    return step
+
+
+def make_evaluation(
+    graphdef: Any, apply_fn: Apply
+) -> Callable[[PyTree, Int[Array, "B T1"]], Float[Array, ""]]:
+    """`(params, tokens[B, T+1]) -> mean loss in nats`, memory reset at each row."""
+
+    def evaluate(params, tokens):
+        logits, _ = apply_fn(graphdef, params, tokens[:, :-1], None)
+        return next_token_loss(logits, tokens)
+
+    return evaluate
