@@ -13,6 +13,7 @@ is divided by: ratios of cumulative products are exponentials of differences of 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -52,25 +53,44 @@ def transitions(
     alpha: Float[Array, " C"] | None, theta: Float[Array, " C"] | None, length: int
 ) -> Transitions:
     """`alpha` None keeps everything; `theta` None has no momentum (`D = Γ`, `c = 0`)."""
-    ones = jnp.ones((length,), jnp.float32)
-    kept, decay = _products(ones if alpha is None else alpha)
-    zero = jnp.zeros((), jnp.float32)
+    kept = jnp.ones((length,), jnp.float32) if alpha is None else alpha
+    products = cumulative_products(kept)
+    decay = products[1:, 1:]
     if theta is None:
-        lag = jnp.zeros((length + 1,), jnp.float32)
-        return Transitions(kept, decay, decay, lag, jnp.zeros_like(ones), zero)
-    start, coast = _products(theta)
-    lag = jnp.concatenate([zero[None], decay @ start[1:]])
-    return Transitions(kept, decay, decay @ coast, lag, coast[-1], start[-1])
+        none = jnp.zeros((length + 1,), jnp.float32)
+        return Transitions(products[:, 0], decay, decay, none, none[1:], none[0])
+    coasts = cumulative_products(theta)
+    coast = coasts[1:, 1:]
+    lag = jnp.concatenate([jnp.zeros((1,), jnp.float32), decay @ coasts[1:, 0]])
+    return Transitions(
+        kept=products[:, 0],
+        decay=decay,
+        spread=decay @ coast,
+        lag=lag,
+        coast=coast[-1],
+        coast_start=coasts[-1, 0],
+    )
 
 
-def _products(gate: Float[Array, " C"]) -> tuple[Array, Array]:
-    """Cumulative products from the start, [C + 1], and between tokens, [C, C]."""
-    total = jnp.cumsum(jnp.log(jnp.maximum(gate, _SMALLEST)))
-    length = gate.shape[0]
-    past = jnp.tril(jnp.ones((length, length), bool))
-    between = jnp.where(past, total[:, None] - total[None, :], -jnp.inf)
-    start = jnp.concatenate([jnp.ones((1,), gate.dtype), jnp.exp(total)])
-    return start, jnp.exp(between)
+@jax.custom_jvp
+def cumulative_products(gate: Float[Array, " C"]) -> Float[Array, "C+1 C+1"]:
+    """`P[t, i] = gate[i] ... gate[t − 1]` for i <= t, else 0; index 0 is the start.
+
+    Differences of log-sums give the values. Their derivative would cancel badly where a
+    gate is small, so it is written as the sum over the factor that varies.
+    """
+    logs = jnp.log(jnp.maximum(gate, _SMALLEST))
+    total = jnp.concatenate([jnp.zeros((1,), gate.dtype), jnp.cumsum(logs)])
+    past = jnp.tril(jnp.ones((total.shape[0],) * 2, bool))
+    return jnp.exp(jnp.where(past, total[:, None] - total[None, :], -jnp.inf))
+
+
+@cumulative_products.defjvp
+def _cumulative_products_jvp(primals, tangents):
+    (gate,), (dgate,) = primals, tangents
+    products = cumulative_products(gate)
+    factor = dgate[:, None] * products[:-1]
+    return products, products[:, 1:] @ factor
 
 
 def _before(matrix: Float[Array, "C C"]) -> Float[Array, "C C"]:
