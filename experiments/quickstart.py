@@ -1,13 +1,13 @@
 """Quickstart: a small Hope and its Transformer++ twin on the Python standard library.
 
-Run:     bash launch/quickstart.sh   (environment, data, both rows, evaluation, pictures)
+Run:     bash launch/quickstart.sh (environment, data, both rows, numbers, pictures)
          python -m launch.train --experiment=quickstart --row=hope --workdir=DIR
-Smoke:   add --scale=smoke (two steps of a byte-level model, CPU, seconds); a test does.
+Smoke:   add --scale=smoke (two steps on bytes, CPU, a minute); a test runs it so.
 Expect:  Hope below `gzip -9` in bits per byte on the validation files, with its memory
          reset before each file; see experiments/README.md for the last measured number.
 Cost:    at most 12 minutes on 2 CPU cores, after the installation.
 
-Both rows read as many tokens of the same text in the same order; only the model differs.
+Both rows read as many tokens of the same text in one order; only the model differs.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ DATA = {
     ),
 }
 TRAIN = {
-    "full": TrainConfig(steps=600, batch=8, seq_len=256, checkpoint_every=100),
-    "smoke": TrainConfig(
-        steps=2, batch=2, seq_len=32, checkpoint_every=1, log_every=1
+    "full": TrainConfig(
+        steps=600, batch=8, seq_len=256, log_every=5, checkpoint_every=100
     ),
+    "smoke": TrainConfig(steps=2, batch=4, seq_len=32, checkpoint_every=1, log_every=1),
 }
 OPTIMIZER = {
     "full": OptimizerConfig(learning_rate=2e-3, warmup_steps=50),

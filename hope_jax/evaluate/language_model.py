@@ -110,7 +110,7 @@ def score(
     documents: Sequence[Document],
     *,
     mode: Mode,
-    rows: int = 4,
+    rows: int = 2,
     window: int = 512,
 ) -> Score:
     """Reads `documents` and counts what each one cost.
@@ -118,7 +118,8 @@ def score(
     The rows of a batch are readers that know nothing of each other; all read windows of
     one length, so a mode is compiled once. In `reset` and `frozen` every row of a group
     is one document, and the numbers do not depend on `rows` or `window`. In `carried`
-    the documents are dealt to `rows` streams: the fewer, the more each of them reads.
+    the documents are dealt to `rows` streams, or fewer, so that there are two or more
+    for each: the fewer the streams, the more each of them reads.
 
     Args:
       reader: the model.
@@ -140,7 +141,8 @@ def score(
         raise ValueError(f"rows must be at least 1, got {rows}.")
     check_tokenizer(reader, tokenizer)
     window = reader.window(window)
-    rows = min(rows, len(_some(documents)))
+    most = len(_some(documents))
+    rows = min(rows, max(1, most // 2) if mode == "carried" else most)
     ids = encode_documents(tokenizer, documents)
 
     nats = np.zeros(len(ids))
@@ -174,7 +176,7 @@ def evaluate(
     documents: Sequence[Document],
     *,
     modes: Sequence[Mode] = MODES,
-    rows: int = 4,
+    rows: int = 2,
     window: int = 512,
 ) -> dict[str, float]:
     """Flat metrics of a model on documents, the memory mode in every name.

@@ -1,14 +1,20 @@
 """A language model as its readers see it: functions of its parameters, and a state."""
 
 import functools
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from hope_jax.core import config as config_lib
 from hope_jax.data.tokenizer import Tokenizer
+from hope_jax.models import lm
+from hope_jax.train import checkpoint, loop
+from hope_jax.train.config import RunConfig
 
 
 class Reader(NamedTuple):
@@ -54,13 +60,11 @@ def check_tokenizer(reader: Reader, tokenizer: Tokenizer) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def reader_of(config) -> Reader:
+def reader_of(config: lm.ModelConfig) -> Reader:
     """The reader of the model that `config` describes; one object a config.
 
     The parameters stay outside: every function of a reader takes them.
     """
-    from hope_jax.models import lm
-
     graphdef = None
 
     def build():
@@ -79,3 +83,48 @@ def reader_of(config) -> Reader:
         return lm.initial_state(graphdef, params, batch)
 
     return Reader(apply, initial_state, config.span, config.vocab)
+
+
+class Opened(NamedTuple):
+    """A trained model, ready to read: what `open_checkpoint` found."""
+
+    config: RunConfig
+    reader: Reader
+    params: PyTree
+    tokenizer: Tokenizer
+    step: int
+
+
+def open_checkpoint(
+    directory: str | os.PathLike, settings: Sequence[str] = ()
+) -> Opened:
+    """The newest intact model of a run.
+
+    Args:
+      directory: a workdir, or its `checkpoints` folder.
+      settings: `"path=value"`, fields that the run's config must have. They change
+        nothing: a model is what it was trained to be.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ValueError: the checkpoint, the `config.json` and the tokenizer beside it, and
+        `settings` do not belong together; the message names each field.
+      hope_jax.train.checkpoint.Damaged: no checkpoint is intact.
+    """
+    written = checkpoint.find(directory).parent / loop.CONFIG
+    expected = None
+    if written.exists():  # beside the checkpoints, where anyone can edit it
+        data = json.loads(written.read_text(encoding="utf-8"))
+        expected = config_lib.from_json(RunConfig, data)
+    config, params, step = checkpoint.restore_params(directory, expected)
+    differing = config_lib.differences(config, config_lib.override(config, settings))
+    if differing:
+        raise checkpoint.ConfigMismatch(
+            f"The checkpoint in {str(directory)!r} is of another config:\n  "
+            + "\n  ".join(differing)
+            + "\nLeave these settings out, or train a model with them."
+        )
+    tokenizer = checkpoint.restore_tokenizer(directory)
+    reader = reader_of(config.model)
+    check_tokenizer(reader, tokenizer)
+    return Opened(config, reader, params, tokenizer, step)

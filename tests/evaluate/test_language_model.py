@@ -107,6 +107,16 @@ def test_carried_streams_do_not_read_each_other():
     np.testing.assert_allclose(result.nats, expected, rtol=1e-5)
 
 
+def test_carried_leaves_no_stream_with_one_document():
+    carried, one = (
+        language_model.score(
+            fakes.counting(257), ONE, BYTES, DOCUMENTS[:3], mode="carried", rows=rows
+        )
+        for rows in (8, 1)
+    )
+    np.testing.assert_array_equal(carried.nats, one.nats)
+
+
 def test_frozen_neither_learns_nor_carries():
     result = language_model.score(
         fakes.counting(257), ONE, BYTES, DOCUMENTS, mode="frozen", rows=2, window=8

@@ -1,0 +1,164 @@
+"""Bits per byte of a trained model, in three modes of its memory, beside gzip and xz.
+
+    python -m launch.evaluate --checkpoint=runs/quickstart/hope
+
+    reset     each document starts at the learned initial memory
+    carried   the memory goes on from document to document
+    frozen    as reset, and no level moves while reading
+
+What a model gains by learning while it reads is frozen minus reset.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from hope_jax.data import text
+from hope_jax.evaluate import language_model
+from hope_jax.stream.reader import Opened, open_checkpoint
+from hope_jax.train import checkpoint, metrics
+
+SPLITS = ("validation", "all")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a file, a folder or a glob; default: the text it was trained on",
+    )
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        default="validation",
+        help="the files held out in training, or all files",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=2, help="most documents read side by side"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="write a result file there, as experiments/results has them",
+    )
+    options = parser.parse_args(arguments)
+
+    console = Console(highlight=False)
+    quiet_libraries()
+    with fail_in_words():
+        if options.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {options.rows}.")
+        opened = open_checkpoint(options.checkpoint, options.set)
+        config = opened.config
+        corpus = text.load(
+            options.data or config.data.path,
+            max_train_bytes=config.data.max_train_bytes,
+            max_validation_bytes=config.data.max_validation_bytes,
+            undecodable=config.data.undecodable,
+        )
+    documents = corpus.validation
+    if options.split == "all":
+        documents = (*corpus.train, *corpus.validation)
+    console.print(corpus.summary(), markup=False, soft_wrap=True)
+    measured = measure(opened, documents, rows=options.rows)
+    print_table(
+        console,
+        f"{config.model.name}, step {opened.step:,}: {len(documents):,} documents,"
+        f" {sum(len(d.data) for d in documents):,} bytes",
+        measured,
+    )
+    if options.output:
+        path = metrics.write_result(
+            options.output,
+            experiment=config.experiment,
+            row=config.row,
+            scale=config.scale,
+            seed=config.seed,
+            config=config,
+            metrics={
+                **measured,
+                "step": opened.step,
+                "documents": len(documents),
+                "bytes": sum(len(document.data) for document in documents),
+            },
+        )
+        console.print(f"wrote {path}", markup=False)
+
+
+def measure(
+    opened: Opened, documents: Sequence[text.Document], *, rows: int
+) -> dict[str, float]:
+    """All metrics of `hope_jax.evaluate.language_model`, and those of gzip and xz."""
+    sizes = language_model.compression(documents)
+    return {
+        **language_model.evaluate(
+            opened.reader, opened.params, opened.tokenizer, documents, rows=rows
+        ),
+        "bits_per_byte_gzip": sizes.gzip_bits_per_byte,
+        "bits_per_byte_xz": sizes.xz_bits_per_byte,
+    }
+
+
+def print_table(console: Console, title: str, measured: Mapping[str, float]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("bits per byte", justify="right")
+    table.add_column("of gzip -9", justify="right")
+    gzip = measured["bits_per_byte_gzip"]
+    for name, key in (
+        ("memory reset per document", "reset"),
+        ("memory carried over", "carried"),
+        ("memory frozen", "frozen"),
+        ("gzip -9, each file by itself", "gzip"),
+        ("xz -9, each file by itself", "xz"),
+    ):
+        value = measured[f"bits_per_byte_{key}"]
+        table.add_row(name, f"{value:.3f}", f"{value / gzip:.0%}")
+        if key == "frozen":
+            table.add_section()
+    console.print(table)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="the workdir of a run, or its folder of checkpoints",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field that the checkpoint's config must have, or it is refused",
+    )
+
+
+def quiet_libraries() -> None:
+    """Keeps what Orbax says of reading a folder that it may not write to itself."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+@contextlib.contextmanager
+def fail_in_words() -> Iterator[None]:
+    """Ends the program with the message of an error that its user can mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, checkpoint.Damaged) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

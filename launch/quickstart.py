@@ -1,0 +1,320 @@
+"""Trains a small Hope and its Transformer++ twin, scores both, draws what came of it.
+
+    bash launch/quickstart.sh      or, in an environment that has hope_jax:
+    python -m launch.quickstart
+
+Everything is kept under --workdir (default: runs/quickstart):
+
+    <row>/          a run of launch.train: config, tokenizer, metrics, checkpoints
+    <row>/evaluation.json
+    loss.png        bits per byte while training, against gzip and xz
+    levels.png      the levels of Hope, their clocks and what passes between them
+    results.json    the numbers of the table
+
+A second start reuses all of it: what is finished is not done again, and a training that
+was stopped goes on where it stood.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments import quickstart as experiment
+from hope_jax import plot
+from hope_jax.core import config as config_lib
+from hope_jax.core import system
+from hope_jax.data import text
+from hope_jax.evaluate import language_model
+from hope_jax.models import lm
+from hope_jax.stream.reader import open_checkpoint
+from hope_jax.train import checkpoint, loop, metrics
+from hope_jax.train.config import RunConfig
+from launch.evaluate import quiet_libraries
+
+NAMES = {"hope": "Hope", "transformer": "Transformer++"}
+EVALUATION = "evaluation.json"
+ROWS = 2  # documents read side by side: few, so that a carried memory reads far
+
+
+class Stopped(Exception):
+    """A training was ended by a signal, and saved."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--workdir", default="runs/quickstart", metavar="DIR", help="where all is kept"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a file, a folder or a glob; default: the Python standard library",
+    )
+    parser.add_argument(
+        "--scale", choices=list(experiment.TRAIN), default="full", help="how much"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    quiet_libraries()
+    try:
+        run(options.workdir, scale=options.scale, data=options.data, console=console)
+    except Stopped as stopped:
+        console.print(f"{stopped}; start the same command again to go on.")
+        sys.exit(128 + stopped.number)
+    except checkpoint.ConfigMismatch as error:
+        sys.exit(
+            f"error: {error}\n{options.workdir} holds a quickstart of other settings or"
+            " data. Remove that folder, or give another --workdir."
+        )
+    except (
+        ValueError,
+        FileNotFoundError,
+        checkpoint.Damaged,
+        checkpoint.SaveFailed,
+        loop.NonFinite,
+    ) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(
+    workdir: str, *, scale: str, data: str | None, console: Console
+) -> dict[str, Any]:
+    """Does what is not done yet; returns what `results.json` holds.
+
+    Raises:
+      Stopped: a signal ended a training.
+      hope_jax.train.checkpoint.ConfigMismatch: `workdir` is of other settings or data.
+    """
+    folder = Path(workdir)
+    rows = experiment.rows(scale)
+    if data is not None:
+        rows = {
+            row: config_lib.override(config, [f"data.path={data}"])
+            for row, config in rows.items()
+        }
+    shared = rows["hope"].data
+    corpus = text.load(
+        shared.path,
+        max_train_bytes=shared.max_train_bytes,
+        max_validation_bytes=shared.max_validation_bytes,
+        undecodable=shared.undecodable,
+    )
+    if all((folder / row / EVALUATION).exists() for row in rows):
+        # Training prints it.
+        console.print(corpus.summary(), markup=False, soft_wrap=True)
+    sizes = language_model.compression(corpus.validation)
+
+    scores = {}
+    for number, (row, config) in enumerate(rows.items(), start=1):
+        console.rule(f"{number} of {len(rows)}: {NAMES[row]}", align="left")
+        scores[row] = score_row(folder / row, config, corpus, console)
+
+    results = {
+        "hope_bpb": scores["hope"]["bits_per_byte_reset"],
+        "hope_bpb_frozen": scores["hope"]["bits_per_byte_frozen"],
+        "hope_bpb_carried": scores["hope"]["bits_per_byte_carried"],
+        "transformer_bpb": scores["transformer"]["bits_per_byte_reset"],
+        "gzip_bpb": sizes.gzip_bits_per_byte,
+        "xz_bpb": sizes.xz_bits_per_byte,
+        "seconds": sum(score["seconds"] for score in scores.values()),
+        "info": {
+            "scale": scale,
+            "corpus": corpus.name,
+            "corpus_sha256": corpus.sha256,
+            "commit": metrics.commit(),
+            "device": metrics.device(),
+            "versions": metrics.versions(),
+            "rows": {row: dict(score) for row, score in scores.items()},
+        },
+    }
+    write_json(folder / "results.json", results)
+    draw(folder, rows, results, corpus)
+
+    console.rule(align="left")
+    console.print(table(rows, results))
+    console.print(next_steps(folder, rows), markup=False, soft_wrap=True)
+    return results
+
+
+def score_row(
+    folder: Path, config: RunConfig, corpus: text.Corpus, console: Console
+) -> dict[str, float]:
+    """Trains and evaluates one row, unless `folder` has both."""
+    # What an evaluation belongs to; any difference makes it stale.
+    belongs = {"config": config_lib.to_json(config), "corpus": corpus.sha256}
+    kept = folder / EVALUATION
+    if kept.exists():
+        saved = json.loads(kept.read_text(encoding="utf-8"))
+        metrics_ = saved.pop("metrics")
+        differing = config_lib.differences(saved, belongs)
+        if differing:
+            raise checkpoint.ConfigMismatch(
+                f"{kept} is of another run:\n  " + "\n  ".join(differing)
+            )
+        console.print(f"reusing {kept}", markup=False)
+        return metrics_
+
+    clock = folder / "seconds.json"
+    before = json.loads(clock.read_text()) if clock.exists() else 0.0
+    start = time.perf_counter()
+    try:
+        outcome = loop.train(config, folder, resume=True)
+    finally:
+        trained = before + time.perf_counter() - start
+        if folder.is_dir():
+            write_json(clock, trained)
+    if not outcome.finished:
+        raise Stopped(outcome.stopped_by)
+
+    console.print(f"scoring {len(corpus.validation)} validation files")
+    opened = open_checkpoint(folder)
+    scores = language_model.evaluate(
+        opened.reader, opened.params, opened.tokenizer, corpus.validation, rows=ROWS
+    )
+    scores |= {
+        "parameters": lm.count_parameters(config.model),
+        "tokens": config.train.steps * config.train.batch * config.train.seq_len,
+        "seconds_train": trained,
+        "seconds": before + time.perf_counter() - start,
+    }
+    write_json(kept, {**belongs, "metrics": scores})
+    return scores
+
+
+def draw(
+    folder: Path,
+    rows: Mapping[str, RunConfig],
+    results: Mapping[str, Any],
+    corpus: text.Corpus,
+) -> None:
+    curves = {}
+    for row in rows:
+        log = metrics.read_log(folder / row / "metrics.jsonl")
+        curves[NAMES[row]] = (
+            [line["tokens"] for line in log],
+            [line["bits_per_byte"] for line in log],
+        )
+    plot.loss_curves(
+        folder / "loss.png",
+        curves,
+        lines={"gzip -9": results["gzip_bpb"], "xz -9": results["xz_bpb"]},
+        marks={
+            NAMES["hope"]: results["hope_bpb"],
+            NAMES["transformer"]: results["transformer_bpb"],
+        },
+        title=corpus.name,
+    )
+    system.draw(lm.system(rows["hope"].model), folder / "levels.png")
+
+
+def table(rows: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Table:
+    scores = results["info"]["rows"]
+    made = Table(
+        title="Validation files, each by itself (lower is better)",
+        title_justify="left",
+        title_style="bold",
+        caption="Memory: reset before each file; carried from file to file; frozen, so"
+        f" that nothing is learned while reading. {scores['hope']['tokens']:,} training"
+        f" tokens a model, {results['seconds'] / 60:.1f} minutes in all.",
+        caption_justify="left",
+    )
+    for name, justify in (
+        ("", "left"),
+        ("bits per byte", "right"),
+        ("of gzip -9", "right"),
+        ("parameters", "right"),
+        ("training", "right"),
+    ):
+        made.add_column(name, justify=justify)
+
+    def line(name, key, row=None, **style):
+        value = results[key]
+        made.add_row(
+            name,
+            f"{value:.3f}",
+            f"{value / results['gzip_bpb']:.0%}",
+            f"{scores[row]['parameters']:,}" if row else "",
+            f"{scores[row]['seconds_train']:,.0f} s" if row else "",
+            **style,
+        )
+
+    line("Hope, memory reset", "hope_bpb", "hope", style="bold")
+    line("Hope, memory carried", "hope_bpb_carried")
+    line("Hope, memory frozen", "hope_bpb_frozen")
+    line("Transformer++", "transformer_bpb", "transformer")
+    made.add_section()
+    line("gzip -9", "gzip_bpb")
+    line("xz -9", "xz_bpb")
+    return made
+
+
+def next_steps(folder: Path, rows: Mapping[str, RunConfig]) -> str:
+    """Commands that work from here, as they are."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    hope = folder / "hope"
+    data = rows["hope"].data.path
+    scale = rows["hope"].scale
+    train = ["-m", "launch.train", "--experiment=quickstart", "--row=hope"]
+    train += [f"--scale={scale}"] if scale != "full" else []
+    train += [f"--data={data}"] if data else []
+    commands = {
+        "text from it": [
+            "-m",
+            "launch.generate",
+            f"--checkpoint={hope}",
+            "--prompt",
+            "def main(",
+        ],
+        "the same numbers on your own text": [
+            "-m",
+            "launch.evaluate",
+            f"--checkpoint={hope}",
+            "--data=README.md",
+        ],
+        "its levels, clocks and rules": [*train, "--describe"],
+        "another model: any field can be set": [
+            *train,
+            f"--workdir={folder / 'mine'}",
+            "--set",
+            "optimizer.learning_rate=1e-3",
+        ],
+    }
+    lines = [
+        f"Pictures: {folder / 'loss.png'}, {folder / 'levels.png'}."
+        f"  Numbers: {folder / 'results.json'}.",
+        "",
+        "What to try next:",
+    ]
+    for what, arguments in commands.items():
+        lines += ["", f"  # {what}", f"  {shlex.join([str(python), *arguments])}"]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes beside and renames, so that no start ever finds half a file."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", "utf-8")
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The two programs that read a checkpoint: launch.evaluate and launch.generate."""
+
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import quickstart
+from hope_jax.core import config as config_lib
+from hope_jax.data import text, tokenizer
+from hope_jax.evaluate import language_model
+from hope_jax.models import lm
+from hope_jax.stream.reader import open_checkpoint
+from hope_jax.train import checkpoint, loop, metrics
+from launch import evaluate, generate
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in range(8):
+        lines = [f"def f{i}(x): return x + {i * name}\n" for i in range(40)]
+        (folder / f"{name}.py").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus_folder):
+    """The workdir of a run of two steps."""
+    config = config_lib.override(
+        quickstart.rows("smoke")["hope"], [f"data.path={corpus_folder}"]
+    )
+    workdir = tmp_path_factory.mktemp("run")
+    assert loop.train(config, workdir).finished
+    return workdir
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
+def refusal(program, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(list(arguments))
+    assert stopped.value.code != 0
+    return str(stopped.value.code)
+
+
+def test_prints_all_modes_and_writes_a_result(trained, tmp_path, capsys):
+    evaluate.main([f"--checkpoint={trained}", f"--output={tmp_path}"])
+    said = capsys.readouterr().out
+    result = metrics.read_result(tmp_path / "quickstart" / "hope-s0.json")
+    for name in ("reset", "carried", "frozen", "gzip", "xz"):
+        assert f"{result['metrics'][f'bits_per_byte_{name}']:.3f}" in said, name
+    assert result["metrics"]["step"] == 2
+    assert "wrote" in said and "sha256" in said
+
+
+def test_bits_per_byte_of_a_trained_model_by_hand(trained, capsys):
+    """One plain forward pass over one file gives the number that is reported."""
+    opened = open_checkpoint(trained)
+    document = text.load(opened.config.data.path).validation[0]
+    score = language_model.score(
+        opened.reader,
+        opened.params,
+        opened.tokenizer,
+        [document],
+        mode="reset",
+        window=64,
+    )
+    graphdef, _ = lm.build(opened.config.model, jax.random.key(0))
+    ids = np.concatenate([[256], np.frombuffer(document.data, np.uint8)])
+    logits, _ = lm.apply(graphdef, opened.params, jnp.asarray(ids[None, :-1]))
+    log_p = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
+    nats = -log_p[np.arange(len(ids) - 1), ids[1:]].sum()
+    by_hand = nats / math.log(2) / len(document.data)
+    assert score.bits_per_byte == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_scores_the_text_that_is_named(trained, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("what I wrote\n" * 40)
+    arguments = [f"--checkpoint={trained}", f"--data={tmp_path / 'mine.txt'}"]
+    evaluate.main([*arguments, "--rows=1"])
+    assert "1 documents, 26 bytes" in capsys.readouterr().out
+    evaluate.main([*arguments, "--split=all"])
+    assert "2 documents, 520 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [evaluate, generate])
+def test_a_setting_that_is_not_the_checkpoints_is_refused(program, trained):
+    width = open_checkpoint(trained).config.model.d_model
+    said = refusal(
+        program, f"--checkpoint={trained}", f"--set=model.d_model={2 * width}"
+    )
+    assert f"model.d_model: saved {width}, now {2 * width}" in said
+
+
+def test_a_setting_that_is_the_checkpoints_is_accepted(trained):
+    width = open_checkpoint(trained).config.model.d_model
+    opened = open_checkpoint(trained, [f"model.d_model={width}", "seed=0"])
+    assert opened.step == 2
+
+
+@pytest.mark.parametrize("program", [evaluate, generate])
+def test_a_changed_config_file_is_refused(program, copied):
+    path = copied / loop.CONFIG
+    config = json.loads(path.read_text())
+    config["train"]["seq_len"] = 48
+    path.write_text(json.dumps(config))
+    said = refusal(program, f"--checkpoint={copied}")
+    assert "train.seq_len: saved 32, now 48" in said
+
+
+@pytest.mark.parametrize("program", [evaluate, generate])
+def test_another_tokenizer_is_refused(program, copied):
+    other = tokenizer.train_bpe([b"abababab"], vocab_size=257)
+    assert other.vocab_size == 257  # so that only the fingerprint tells
+    other.save(copied / checkpoint.TOKENIZER)
+    said = refusal(program, f"--checkpoint={copied}")
+    assert "tokenizer" in said and other.fingerprint in said
+
+
+@pytest.mark.parametrize("program", [evaluate, generate])
+def test_a_missing_checkpoint_is_named(program, tmp_path):
+    said = refusal(program, f"--checkpoint={tmp_path / 'nothing'}")
+    assert "No checkpoint in" in said and "nothing" in said
+
+
+def test_bad_arguments_are_named(trained):
+    said = refusal(evaluate, f"--checkpoint={trained}", "--rows=0")
+    assert "rows must be at least 1, got 0" in said
+    said = refusal(evaluate, f"--checkpoint={trained}", "--data=/no/such/text")
+    assert "/no/such/text" in said
+    for argument, message in (
+        (
+            "--temperature=-1",
+            "temperature must be a finite number, 0 (greedy) or above",
+        ),
+        ("--top_k=0", "top_k must be at least 1"),
+        ("--tokens=0", "tokens must be at least 1, got 0"),
+    ):
+        assert message in refusal(generate, f"--checkpoint={trained}", argument)
+
+
+def test_generates_text_after_the_prompt(trained, capsys):
+    def said(*arguments):
+        generate.main([f"--checkpoint={trained}", "--tokens=24", *arguments])
+        return capsys.readouterr().out
+
+    text_ = said("--prompt=def ", "--top_k=50", "--seed=1")
+    assert text_.startswith("def ") and len(text_) > len("def \n")
+    assert text_ == said("--prompt=def ", "--top_k=50", "--seed=1")
+    assert text_ != said("--prompt=def ", "--top_k=50", "--seed=2")
+    greedy = said("--prompt=def ", "--temperature=0")
+    assert greedy == said("--prompt=def ", "--temperature=0", "--seed=9")
+    assert len(said()) > 1  # an empty prompt starts a document

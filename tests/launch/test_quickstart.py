@@ -1,0 +1,180 @@
+"""The quickstart, end to end at its smallest scale, and a second start of it."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from hope_jax.evaluate import language_model
+from hope_jax.train import loop
+from launch import evaluate, generate, quickstart
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "hope_bpb",
+    "hope_bpb_frozen",
+    "hope_bpb_carried",
+    "transformer_bpb",
+    "gzip_bpb",
+    "xz_bpb",
+    "seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in range(8):
+        lines = [f"def f{i}(x): return x + {i * name}\n" for i in range(40)]
+        (folder / f"{name}.py").write_text("".join(lines))
+    workdir = tmp_path_factory.mktemp("runs") / "quickstart"
+    return ["--scale=smoke", f"--data={folder}", f"--workdir={workdir}"]
+
+
+@pytest.fixture(scope="module")
+def workdir(arguments):
+    """A quickstart that went through."""
+    quickstart.main(arguments)
+    return Path(arguments[-1].partition("=")[2])
+
+
+@pytest.fixture
+def said(workdir, arguments, capsys):
+    """What a second start prints."""
+    quickstart.main(arguments)
+    return capsys.readouterr().out
+
+
+def test_writes_the_numbers(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results) == KEYS | {"info"}
+    for key in KEYS:
+        assert isinstance(results[key], float) and 0 < results[key] < 1000, key
+    # Each number is the one its name says.
+    for row, key, mode in (
+        ("hope", "hope_bpb", "reset"),
+        ("hope", "hope_bpb_frozen", "frozen"),
+        ("hope", "hope_bpb_carried", "carried"),
+        ("transformer", "transformer_bpb", "reset"),
+    ):
+        kept = json.loads((workdir / row / quickstart.EVALUATION).read_text())
+        assert results[key] == kept["metrics"][f"bits_per_byte_{mode}"]
+    corpus = results["info"]["corpus_sha256"]
+    assert re.fullmatch("[0-9a-f]{64}", corpus)
+
+
+def test_writes_the_pictures(workdir):
+    for name in ("loss.png", "levels.png"):
+        image = matplotlib.image.imread(workdir / name)
+        assert min(image.shape[:2]) > 100 and image[..., :3].std() > 0.01, name
+
+
+def test_both_rows_read_as_many_tokens(workdir):
+    logs = [
+        (workdir / row / "metrics.jsonl").read_text().splitlines()
+        for row in ("hope", "transformer")
+    ]
+    tokens = [[json.loads(line)["tokens"] for line in log] for log in logs]
+    assert tokens[0] == tokens[1] and len(tokens[0]) >= 2
+
+
+def test_a_second_start_repeats_nothing(workdir, arguments, monkeypatch, capsys):
+    before = json.loads((workdir / "results.json").read_text())
+    for name in ("loss.png", "levels.png", "results.json"):
+        (workdir / name).unlink()
+
+    def forbidden(*_, **__):
+        raise AssertionError("a second start must not do this again")
+
+    monkeypatch.setattr(loop, "train", forbidden)
+    monkeypatch.setattr(language_model, "evaluate", forbidden)
+    quickstart.main(arguments)
+    after = json.loads((workdir / "results.json").read_text())
+    assert {k: after[k] for k in KEYS} == {k: before[k] for k in KEYS}
+    assert (workdir / "loss.png").exists() and (workdir / "levels.png").exists()
+    assert "reusing" in capsys.readouterr().out
+
+
+def test_prints_one_table(said, workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    for key in KEYS - {"seconds"}:
+        assert f"{results[key]:.3f}" in said, key
+    assert said.count("bits per byte") == 1
+    assert "sha256" in said
+
+
+def test_the_commands_it_names_work(said, capsys, tmp_path):
+    commands = re.findall(r"^  (\S+) -m (launch\.\w+) (.*)$", said, re.MULTILINE)
+    assert [module for _, module, _ in commands] == [
+        "launch.generate",
+        "launch.evaluate",
+        "launch.train",
+        "launch.train",
+    ]
+    for python, module, rest in commands:
+        assert (Path.cwd() / python).exists()
+        given = shlex.split(rest)
+        if module == "launch.generate":
+            generate.main([*given, "--tokens=4"])
+        elif module == "launch.evaluate":
+            text = tmp_path / "mine.md"
+            text.write_text("some text of mine\n" * 20)
+            evaluate.main([given[0], f"--data={text}"])
+        else:
+            described = subprocess.run(
+                [sys.executable, "-m", module, *given, "--describe"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
+            assert described.returncode == 0, described.stderr
+            assert '"row": "hope"' in described.stdout
+
+
+def test_a_stopped_training_goes_on(arguments, tmp_path, monkeypatch, capsys):
+    resumed = []
+
+    def stopped(config, workdir, *, resume):
+        resumed.append(resume)
+        workdir.mkdir(parents=True, exist_ok=True)
+        return loop.Outcome(step=1, finished=False, stopped_by=15, metrics={})
+
+    monkeypatch.setattr(loop, "train", stopped)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            quickstart.main([*arguments[:2], f"--workdir={tmp_path}"])
+        assert end.value.code == 128 + 15
+    assert resumed == [True, True]
+    assert "SIGTERM" in capsys.readouterr().out
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_folder_of_other_settings_is_refused(workdir, arguments, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in range(4):
+        (other / f"{name}.txt").write_text("other text\n" * 100)
+    with pytest.raises(SystemExit) as end:
+        quickstart.main(["--scale=smoke", f"--data={other}", arguments[-1]])
+    message = str(end.value.code)
+    assert "corpus: saved" in message and "Remove that folder" in message
+
+
+def test_rows_differ_in_the_model_alone():
+    from experiments import quickstart as experiment
+
+    rows = experiment.rows("full")
+    hope, twin = rows["hope"], rows["transformer"]
+    assert hope.data.tokenizer == "bpe" and hope.data.vocab == 4096
+    assert hope.model.vocab == twin.model.vocab == 4096
+    assert hope.model.name == "hope_tiny" and twin.model.name == "transformer_tiny"
+    # The model is all that differs.
+    assert (hope.data, hope.train, hope.seed) == (twin.data, twin.train, twin.seed)
+    assert hope.optimizer == twin.optimizer
+    with pytest.raises(ValueError, match="scale must be one of full, smoke, got 'big'"):
+        experiment.rows("big")
