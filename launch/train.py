@@ -13,7 +13,7 @@ import pkgutil
 import shlex
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 # What jax <= 0.11.2 needs so that collectives of virtual CPU devices cannot dead-lock;
 # read when jax starts.
@@ -121,6 +121,8 @@ def main(argv: list[str]) -> int:
 
     from hope_jax.train import checkpoint, loop
 
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells everything at INFO
     try:
         outcome = loop.train(config, _WORKDIR.value, resume=_RESUME.value)
     except (

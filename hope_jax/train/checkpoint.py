@@ -92,6 +92,10 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
+    def _reopen(self) -> None:
+        self._manager.close()
+        self._manager = self._open()
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -156,8 +160,9 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
         except Exception as error:
+            # A fresh manager: this one would go on listing the failed step.
+            self._reopen()
             raise _save_failed(self._saving, self.directory, error) from error
 
     def close(self) -> None:
@@ -332,7 +337,6 @@ class Checkpoints:
         """Moves damaged steps away: Orbax writes no step older than its last."""
         if not steps:
             return
-        self._manager.close()
         beside = self.directory.with_name(self.directory.name + ".damaged")
         beside.mkdir(exist_ok=True)
         for step in steps:
@@ -341,7 +345,7 @@ class Checkpoints:
             if target.exists():
                 shutil.rmtree(target)
             os.replace(self.directory / str(step), target)
-        self._manager = self._open()
+        self._reopen()
 
 
 def restore_params(

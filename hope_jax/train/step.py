@@ -63,8 +63,8 @@ def make_step(
         change = jax.tree.map(jnp.subtract, moved.params, state.params)
         metrics = {
             "loss": after.loss,
-            "grad_norm": optax.global_norm(after.gradient),
-            "update_norm": optax.global_norm(change),
+            "grad_norm": optax.tree.norm(after.gradient),
+            "update_norm": optax.tree.norm(change),
             "tokens": jnp.asarray(tokens[:, 1:].size, jnp.int32),
         }
         return state._replace(level=moved), metrics

@@ -1,0 +1,323 @@
+"""Checkpoints: what comes back is what was saved, or it is refused by name."""
+
+import contextlib
+import dataclasses
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hope_jax.core import config as config_lib
+from hope_jax.data import stream
+from hope_jax.data.tokenizer import ByteTokenizer
+from hope_jax.models import lm
+from hope_jax.optim import groups
+from hope_jax.train import checkpoint, sharding
+from hope_jax.train import state as state_lib
+from tests.train import tiny
+
+CONFIG = tiny.rows("smoke")["tiny"]
+FINGERPRINT = {"corpus": "abc", "tokenizer": ByteTokenizer().fingerprint}
+
+
+def some_iterator():
+    documents = [np.arange(200, dtype=np.int32) % 250]
+    rows = stream.Rows(documents, seq_len=4, vocab_size=257)
+    return iter(stream.batches(rows, stream.StreamConfig(seq_len=4, batch=2, seed=1)))
+
+
+@pytest.fixture(scope="module")
+def state():
+    """The real parameters, on two clocks and inside a period."""
+    _, params = lm.build(CONFIG.model, jax.random.key(1))
+    names = iter(range(10_000))
+    periods = jax.tree.map(lambda _: 1 + 2 * (next(names) % 2), params)
+    tx = groups.on_clocks(lambda period: optax.trace(0.9), periods)
+    state = state_lib.create(params, tx, jax.random.key(7))
+    _, opt = tx.update(jax.tree.map(jnp.ones_like, params), state.level.opt, params)
+    level = state.level._replace(opt=opt, count=jnp.asarray(20, jnp.int32))
+    return sharding.replicate(state._replace(level=level), sharding.make_mesh())
+
+
+def spec(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def shifted(state, by):
+    params = jax.tree.map(lambda p: p + by, state.params)
+    return state._replace(level=state.level._replace(params=params))
+
+
+@pytest.fixture(scope="module")
+def two_steps(state, tmp_path_factory):
+    """Checkpoints of step 10 and, with other parameters, of step 20."""
+    directory = tmp_path_factory.mktemp("run") / checkpoint.FOLDER
+    iterator = some_iterator()
+    with checkpoint.Checkpoints(directory) as checkpoints:
+        for step in (10, 20):
+            next(iterator)
+            save(
+                checkpoints, step, shifted(state, 0.0 if step == 20 else 1.0), iterator
+            )
+    return directory
+
+
+def save(checkpoints, step, state, iterator):
+    checkpoints.save(
+        step, state, iterator=iterator, config=CONFIG, fingerprint=FINGERPRINT
+    )
+
+
+def restore(directory, like, **changes):
+    arguments = dict(iterator=some_iterator(), config=CONFIG, fingerprint=FINGERPRINT)
+    with checkpoint.Checkpoints(directory) as checkpoints:
+        return checkpoints.restore(like, **{**arguments, **changes})
+
+
+@pytest.fixture
+def copied(two_steps, tmp_path):
+    directory = tmp_path / checkpoint.FOLDER
+    shutil.copytree(two_steps, directory)
+    return directory
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+def test_round_trip_is_exact(two_steps, state):
+    iterator = some_iterator()
+    restored, step = restore(two_steps, spec(state), iterator=iterator)
+    assert step == 20
+    assert_same(restored, state)
+    assert jax.random.uniform(restored.key) == jax.random.uniform(state.key)
+    reference = some_iterator()
+    next(reference), next(reference)
+    np.testing.assert_array_equal(next(iterator)["tokens"], next(reference)["tokens"])
+    assert jax.tree.leaves(restored.params)[0].sharding.is_fully_replicated
+
+
+def test_nothing_to_restore(tmp_path, state):
+    assert restore(tmp_path / "new", spec(state)) is None
+    assert checkpoint.latest_verified_step(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="give the workdir of a run"):
+        checkpoint.restore_params(tmp_path)
+
+
+def damage(path, kind):
+    data = bytearray(path.read_bytes())
+    if kind == "delete":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[int(len(data) * kind)] ^= 0x10
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", [0.2, 0.7, "cut", "delete"])
+def test_damage_to_any_file_is_found_or_harmless(two_steps, tmp_path, state, kind):
+    """Never wrong numbers: step 20 exactly, or step 10 and a reason."""
+    files = sorted(p for p in (two_steps / "20").rglob("*") if p.is_file())
+    fell_back = set()
+    for i, file in enumerate(files):
+        directory = tmp_path / str(i) / checkpoint.FOLDER
+        shutil.copytree(two_steps, directory)
+        damage(directory / file.relative_to(two_steps), kind)
+        iterator = some_iterator()
+        restored, step = restore(directory, spec(state), iterator=iterator)
+        assert_same(restored, state if step == 20 else shifted(state, 1.0))
+        reference = some_iterator()
+        for _ in range(step // 10):
+            next(reference)
+        assert iterator.get_state() == reference.get_state()
+        if step == 10:
+            fell_back.add(file.relative_to(two_steps / "20").parts[0])
+    assert {"data", "meta", "params", "state"} <= fell_back
+
+
+def test_every_data_file_flipped_is_found(two_steps, tmp_path, state, caplog):
+    """Orbax alone restores a flipped bit of these without a word."""
+    step = two_steps / "20"
+    files = [*step.glob("*/d/*"), *step.glob("*/ocdbt.process_*/d/*")]
+    assert len(files) >= 2
+    for i, file in enumerate(files):
+        directory = tmp_path / str(i) / checkpoint.FOLDER
+        shutil.copytree(two_steps, directory)
+        damage(directory / file.relative_to(two_steps), 0.5)
+        assert checkpoint.latest_verified_step(directory) in (10, 20)
+    damage_all = tmp_path / "all" / checkpoint.FOLDER
+    shutil.copytree(two_steps, damage_all)
+    for file in files:
+        damage(damage_all / file.relative_to(two_steps), 0.5)
+    assert checkpoint.latest_verified_step(damage_all) == 10
+
+
+def test_a_damaged_step_is_set_aside_and_written_again(copied, state):
+    damage(copied / "20" / "meta" / "metadata", 0.5)
+    iterator = some_iterator()
+    with checkpoint.Checkpoints(copied) as checkpoints:
+        _, step = checkpoints.restore(
+            spec(state), iterator=iterator, config=CONFIG, fingerprint=FINGERPRINT
+        )
+        assert (step, checkpoints.steps()) == (10, [10])
+        assert (copied.parent / "checkpoints.damaged" / "20").is_dir()
+        next(iterator)
+        save(checkpoints, 20, state, iterator)
+    restored, step = restore(copied, spec(state))
+    assert step == 20
+    assert_same(restored, state)
+
+
+def test_when_nothing_is_intact(copied, state):
+    for step in ("10", "20"):
+        damage(copied / step / "meta" / "metadata", 0.5)
+    with pytest.raises(checkpoint.Damaged, match="(?s)No checkpoint .*20.*10 is dam"):
+        restore(copied, spec(state))
+    assert checkpoint.latest_verified_step(copied) is None
+    with pytest.raises(checkpoint.Damaged, match="meta"):
+        checkpoint.restore_params(copied)
+
+
+def test_another_config_is_refused_by_field(two_steps, state):
+    other = config_lib.override(CONFIG, ["model.d_model=32", "optimizer.b1=0.5"])
+    message = r"(?s)model.d_model: saved 16, now 32.*optimizer.b1: saved 0.9, now 0.5"
+    with pytest.raises(checkpoint.ConfigMismatch, match=message):
+        restore(two_steps, spec(state), config=other)
+    with checkpoint.Checkpoints(two_steps) as checkpoints:
+        with pytest.raises(checkpoint.ConfigMismatch, match=message):
+            checkpoints.check_config(other)
+        free = ["train.keep=9", "train.checkpoint_every=2", "data.path=moved"]
+        checkpoints.check_config(config_lib.override(CONFIG, free))
+    with pytest.raises(checkpoint.ConfigMismatch, match=message):
+        checkpoint.restore_params(two_steps, expected=other)
+
+
+def test_other_data_is_refused_by_field(two_steps, state):
+    with pytest.raises(checkpoint.ConfigMismatch, match="corpus: saved 'abc', now 'x'"):
+        restore(two_steps, spec(state), fingerprint={**FINGERPRINT, "corpus": "x"})
+
+
+def test_other_types_and_shapes_are_refused_by_name(two_steps, state):
+    def first_leaf(change):
+        leaves, treedef = jax.tree.flatten(spec(state))
+        index = next(i for i, x in enumerate(leaves) if x.dtype == jnp.float32)
+        leaves[index] = change(leaves[index])
+        return treedef.unflatten(leaves)
+
+    def as_bfloat16(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding)
+
+    def longer(leaf):
+        shape = (leaf.shape[0] + 1, *leaf.shape[1:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+    for change, message in [
+        (as_bfloat16, r"params\..*: saved float32.*, now bfloat16"),
+        (longer, r"params\..*: saved float32\[.*now float32\["),
+    ]:
+        with pytest.raises(checkpoint.ConfigMismatch, match=message):
+            restore(two_steps, first_leaf(change))
+
+
+def test_params_for_evaluation(two_steps, state):
+    config, params, step = checkpoint.restore_params(two_steps.parent, CONFIG)
+    assert (config, step) == (CONFIG, 20)
+    assert_same(params, state.params)
+
+
+def test_the_tokenizer_must_be_the_saved_one(copied):
+    path = copied.parent / checkpoint.TOKENIZER
+    with pytest.raises(FileNotFoundError, match="No tokenizer.json beside"):
+        checkpoint.restore_tokenizer(copied.parent)
+    ByteTokenizer().save(path)
+    assert checkpoint.restore_tokenizer(copied.parent) == ByteTokenizer()
+    path.write_text(path.read_text().replace('"bytes"', '"bpe","merges":[[1,2]]'))
+    with pytest.raises(checkpoint.ConfigMismatch, match="is not the tokenizer of"):
+        checkpoint.restore_tokenizer(copied.parent)
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """A real failed write, in Orbax's own threads: the system refuses more bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_failed_save_is_reported_and_never_restored(copied, state):
+    iterator = some_iterator()
+    with checkpoint.Checkpoints(copied) as checkpoints:
+        with files_no_larger_than(4000):
+            save(
+                checkpoints, 30, state, iterator
+            )  # returns: it fails in the background
+            with pytest.raises(checkpoint.SaveFailed, match="of step 30 could not"):
+                save(checkpoints, 40, state, iterator)
+        assert checkpoints.steps() == [10, 20]
+        save(checkpoints, 40, state, iterator)
+        checkpoints.wait()
+        assert checkpoints.steps() == [10, 20, 40]
+    assert checkpoint.latest_verified_step(copied) == 40
+    checkpoint.Checkpoints(copied).close()
+    assert not list(copied.glob("*tmp*"))  # the next start clears what was half-written
+
+
+def test_a_failed_last_save_is_reported_on_the_way_out(copied, state):
+    with pytest.raises(checkpoint.SaveFailed, match="of step 30 could not"):
+        with files_no_larger_than(4000), checkpoint.Checkpoints(copied) as checkpoints:
+            save(checkpoints, 30, state, some_iterator())
+    _, step = restore(copied, spec(state))
+    assert step == 20
+
+
+def test_saving_a_step_twice_is_an_error(copied, state):
+    with checkpoint.Checkpoints(copied) as checkpoints:
+        with pytest.raises(checkpoint.SaveFailed, match="step 20"):
+            save(checkpoints, 20, state, some_iterator())
+
+
+def test_only_so_many_are_kept(copied, state):
+    with checkpoint.Checkpoints(copied, keep=2) as checkpoints:
+        save(checkpoints, 30, state, some_iterator())
+        checkpoints.wait()
+        assert checkpoints.steps() == [20, 30]
+
+
+def test_names_that_could_lead_elsewhere_are_refused(state, tmp_path):
+    level = state.level._replace(params={"../evil": jnp.zeros(2)})
+    with checkpoint.Checkpoints(tmp_path / "a") as checkpoints:
+        with pytest.raises(ValueError, match="'../evil' in params cannot name"):
+            save(checkpoints, 1, state._replace(level=level), some_iterator())
+
+
+def test_donated_right_after_the_save(copied, state):
+    give_away = jax.jit(lambda s: shifted(s, 5.0), donate_argnums=0)
+    mine = jax.tree.map(jnp.copy, state)
+    with checkpoint.Checkpoints(copied) as checkpoints:
+        save(checkpoints, 30, mine, some_iterator())
+        give_away(mine)
+    restored, step = restore(copied, spec(state))
+    assert step == 30
+    assert_same(restored, state)
+
+
+def test_config_is_the_one_of_its_time():
+    """The config is stored whole, so a changed default shows as a difference."""
+    saved = config_lib.to_json(CONFIG)
+    assert config_lib.from_json(type(CONFIG), saved) == CONFIG
+    assert set(saved["train"]) == {f.name for f in dataclasses.fields(CONFIG.train)}

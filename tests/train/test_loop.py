@@ -1,0 +1,160 @@
+"""The loop, in this process: what it refuses, writes and stops at."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hope_jax.core import config as config_lib
+from hope_jax.train import checkpoint, loop, metrics
+from tests.train import tiny
+
+SMOKE = tiny.rows("smoke")["tiny"]
+
+
+def config(*settings):
+    return config_lib.override(SMOKE, settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    outcome = loop.train(
+        config("train.validate_every=5", "train.validate_batches=2"), workdir
+    )
+    return workdir, outcome
+
+
+def test_what_a_run_leaves(finished):
+    workdir, outcome = finished
+    assert (outcome.step, outcome.finished, outcome.stopped_by) == (12, True, None)
+    assert {p.name for p in workdir.iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+    }
+    saved, params, step = checkpoint.restore_params(workdir)
+    assert step == 12
+    assert config_lib.to_json(saved) == json.loads(
+        (workdir / "config.json").read_text()
+    )
+    assert checkpoint.restore_tokenizer(workdir).vocab_size == 257
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
+
+
+def test_what_the_log_says(finished):
+    workdir, outcome = finished
+    log = metrics.read_log(workdir / "metrics.jsonl")
+    assert [line["step"] for line in log] == list(range(1, 13))
+    assert log[-1]["tokens"] == 12 * 4 * 16
+    assert log[-1]["loss"] < log[0]["loss"]
+    for line in log:
+        # Bytes as tokens, and one token more for each document's start.
+        ratio = line["bits_per_byte"] / (line["loss"] / np.log(2))
+        assert 1 < ratio < 1.01
+    validated = [line["step"] for line in log if "validation_bits_per_byte" in line]
+    assert validated == [5, 10, 12]
+    assert {k: v for k, v in log[-1].items() if k != "step"} == outcome.metrics
+
+
+def test_a_workdir_holds_one_run(finished):
+    workdir, _ = finished
+    with pytest.raises(FileExistsError, match="has checkpoints already: pass --resume"):
+        loop.train(SMOKE, workdir)
+
+
+def test_resuming_a_finished_run_does_nothing(finished):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    same = config("train.validate_every=5", "train.validate_batches=2")
+    outcome = loop.train(same, workdir, resume=True)
+    assert (outcome.step, outcome.finished) == (12, True)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_another_config_names_the_field(finished, monkeypatch):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_bytes()
+    monkeypatch.setattr(loop.text, "load", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(checkpoint.ConfigMismatch, match="d_model: saved 16, now 32"):
+        loop.train(config("model.d_model=32"), workdir, resume=True)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_nan_stops_and_names_the_step(tmp_path):
+    """A step that blows up is not saved, and what was saved before is kept."""
+    diverging = config(
+        "optimizer.name=sgd",
+        "optimizer.learning_rate=1e38",
+        "optimizer.clip_norm=none",
+        "optimizer.warmup_steps=0",
+        "train.checkpoint_every=1",
+    )
+    with pytest.raises(loop.NonFinite, match=r"Step (\d+): .*(nan|inf)") as caught:
+        loop.train(diverging, tmp_path)
+    step = int(str(caught.value).split()[1].rstrip(":"))
+    assert f"keeps the checkpoint of step {step - 1}" in str(caught.value) or step == 1
+    assert checkpoint.latest_verified_step(tmp_path) == (step - 1 or None)
+    logged = metrics.read_log(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in logged] == list(range(1, step))
+
+
+def test_a_gradient_that_is_nan_is_not_saved_either(tmp_path, monkeypatch):
+    """The loss of step 3 is fine, its gradient is not: parameters would be NaN."""
+    made = loop.optim.build
+
+    def poisoned(*arguments, **named):
+        def factor(count):
+            return jnp.where(count == 2, jnp.float32(jnp.nan), jnp.float32(1.0))
+
+        return optax.chain(made(*arguments, **named), optax.scale_by_schedule(factor))
+
+    monkeypatch.setattr(loop.optim, "build", poisoned)
+    every = config("train.checkpoint_every=1")
+    with pytest.raises(loop.NonFinite, match="Step 3: update_norm is nan.*of step 2"):
+        loop.train(every, tmp_path)
+    assert checkpoint.latest_verified_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.batch=6"], r"batch \(6\) must be a multiple of the 4 devices"),
+        (["model.vocab=256"], r"model.vocab \(256\) must be .* set model.vocab=257"),
+        (["train.seq_len=30000"], "(?s)seq_len=30000"),
+        (
+            ["train.validate_every=1", "train.batch=4000"],
+            "rows of seq_len=16, fewer",
+        ),
+        (["optimizer.name=adamv"], "no optimizer 'adamv'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(config(*settings), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_signals_are_given_back(tmp_path):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    loop.train(config("train.steps=2"), tmp_path)
+    after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    assert before == after
+
+
+def test_bpe_is_trained_once_and_kept(tmp_path):
+    bpe = config(
+        "data.tokenizer=bpe", "data.vocab=300", "model.vocab=300", "train.steps=2"
+    )
+    loop.train(bpe, tmp_path)
+    kept = checkpoint.restore_tokenizer(tmp_path)
+    assert kept.vocab_size == 300
+    source = loop.load_source(bpe, tmp_path)
+    assert source.tokenizer == kept
+    assert source.bytes_per_token > 1

@@ -1,0 +1,130 @@
+"""The pure step: its loss, its update, and the same on one device or four."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hope_jax.train import sharding
+from hope_jax.train import state as state_lib
+from hope_jax.train import step as step_lib
+
+VOCAB = 5
+
+
+def apply_fn(graphdef, params, tokens, state):
+    """A bigram model with a context: enough to have gradients in two leaves."""
+    assert graphdef == "static" and state is None
+    logits = params["table"][tokens] + jnp.tanh(params["bias"])
+    return logits, {"read": tokens}
+
+
+@pytest.fixture
+def params(key):
+    return {
+        "table": jax.random.normal(key, (VOCAB, VOCAB)),
+        "bias": jnp.zeros((1, 1, VOCAB)),
+    }
+
+
+@pytest.fixture
+def tokens():
+    return np.random.default_rng(0).integers(0, VOCAB, (8, 7)).astype(np.int32)
+
+
+def test_loss_by_hand():
+    logits = jnp.log(jnp.array([[[0.25, 0.75], [0.5, 0.5]]]))
+    loss = step_lib.next_token_loss(logits, jnp.array([[0, 1, 0]]))
+    np.testing.assert_allclose(loss, -(np.log(0.75) + np.log(0.5)) / 2, rtol=1e-6)
+    assert (
+        step_lib.next_token_loss(
+            logits.astype(jnp.bfloat16), jnp.array([[0, 1, 0]])
+        ).dtype
+        == jnp.float32
+    )
+
+
+def test_step_is_gradient_descent_on_the_loss(params, tokens, key):
+    tx = optax.sgd(0.3)
+    step = step_lib.make_step("static", apply_fn, tx)
+    state = state_lib.create(params, tx, key)
+    after, metrics = jax.jit(step)(state, tokens)
+
+    def loss(p):
+        logits, _ = apply_fn("static", p, tokens[:, :-1], None)
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1
+        )
+        return -picked.mean()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        metrics["update_norm"], 0.3 * metrics["grad_norm"], rtol=1e-4
+    )
+    for name in params:
+        np.testing.assert_allclose(
+            after.params[name], params[name] - 0.3 * gradient[name], atol=1e-6
+        )
+    assert metrics["tokens"] == 8 * 6
+    assert after.step == 1 and state.step == 0
+
+
+def run(devices, params, tokens, key, steps=5):
+    mesh = sharding.make_mesh(devices)
+    tx, traces = optax.adam(0.1), []
+
+    def counted(*arguments):
+        traces.append(arguments)
+        return apply_fn(*arguments)
+
+    step = sharding.jit_step(step_lib.make_step("static", counted, tx), mesh)
+    params, key = jax.tree.map(jnp.copy, (params, key))  # the step donates them
+    with jax.numpy_dtype_promotion("standard"):  # optax raises to an integer power
+        state = sharding.replicate(state_lib.create(params, tx, key), mesh)
+        losses = []
+        for i in range(steps):
+            batch = sharding.shard_batch(np.roll(tokens, i, axis=0), mesh)
+            before = state
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+    assert len(traces) == 1
+    assert jax.tree.leaves(before.params)[0].is_deleted()
+    return state, losses, batch
+
+
+def test_four_devices_equal_one(params, tokens, key):
+    one, losses_one, _ = run(jax.devices()[:1], params, tokens, key)
+    four, losses_four, batch = run(jax.devices(), params, tokens, key)
+    assert len(batch.sharding.device_set) == 4
+    assert batch.addressable_shards[0].data.shape == (2, 7)
+    np.testing.assert_allclose(losses_one, losses_four, rtol=1e-5)
+    for a, b in zip(
+        jax.tree.leaves(one.level), jax.tree.leaves(four.level), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert jax.tree.leaves(four.params)[0].sharding.is_fully_replicated
+
+
+def test_a_batch_the_devices_cannot_share(tokens):
+    mesh = sharding.make_mesh()
+    with pytest.raises(ValueError, match=r"batch \(6\) .* 4 devices; .* are 4 and 8"):
+        sharding.shard_batch(tokens[:6], mesh)
+    sharding.check_batch(6, sharding.make_mesh(jax.devices()[:2]))
+
+
+def test_evaluation_is_the_loss_of_the_step(params, tokens, key):
+    mesh = sharding.make_mesh()
+    evaluate = sharding.jit_evaluation(
+        step_lib.make_evaluation("static", apply_fn), mesh
+    )
+    loss = evaluate(params, sharding.shard_batch(tokens, mesh))
+    tx = optax.sgd(0.0)
+    _, metrics = step_lib.make_step("static", apply_fn, tx)(
+        state_lib.create(params, tx, key), tokens
+    )
+    np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-6)
