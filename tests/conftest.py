@@ -6,6 +6,8 @@ import os
 # its thread pool is larger than the number of devices; set before jax starts.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile much and compute little: unoptimised programs halve their time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
