@@ -55,7 +55,10 @@ def from_level(
         )
 
     def init(params):
-        return jax.tree.map(lambda leaf: begin(level, start(leaf)), params)
+        # astype: a weakly typed leaf would change type, and compile, at the first step.
+        return jax.tree.map(
+            lambda leaf: begin(level, start(leaf.astype(leaf.dtype))), params
+        )
 
     def update(updates, state, params=None, **extra):
         del params, extra

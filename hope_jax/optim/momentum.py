@@ -147,17 +147,23 @@ def _solve(
     """right (I + η gᵀ g)⁻¹, solved in the smaller of the two widths (Woodbury)."""
     rows, columns = g.shape[-2:]
     if columns <= rows:
-        inner = jnp.eye(columns, dtype=g.dtype) + rate * g.mT @ g
+        inner = _plus_identity(rate * g.mT @ g)
         return jnp.linalg.solve(inner, right.mT).mT
-    inner = jnp.eye(rows, dtype=g.dtype) + rate * g @ g.mT
+    inner = _plus_identity(rate * g @ g.mT)
     return right - rate * (right @ g.mT) @ jnp.linalg.solve(inner, g)
+
+
+def _plus_identity(square):
+    eye = jnp.eye(square.shape[-1], dtype=square.dtype)
+    return square + jnp.broadcast_to(eye, square.shape)
 
 
 def _with_memory(step, learning_rate) -> optax.GradientTransformationExtraArgs:
     """Carries `step(memory, gradient, rate) -> memory` for each leaf."""
 
     def wide(leaf):  # in bfloat16 a decay of 0.999 is 1
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        narrow = jnp.finfo(leaf.dtype).bits < 32
+        return leaf.astype(jnp.float32 if narrow else leaf.dtype)
 
     def init(params):
         memory = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
