@@ -1,0 +1,90 @@
+"""The table equation -> function -> test tells the truth."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_function_named_exists():
+    for row in table.rows():
+        module, _, name = row.function.rpartition(".")
+        assert row.function.startswith("hope_jax."), row
+        assert callable(getattr(importlib.import_module(module), name)), row
+        assert not name.startswith("_"), row
+
+
+def test_every_test_uses_what_it_names():
+    """The function's name occurs in the file, so the table does not point elsewhere."""
+    for row in table.rows():
+        text = (ROOT / row.file).read_text(encoding="utf-8")
+        assert f"def {row.test}(" in text
+        name = row.function.rpartition(".")[2]
+        code = [line for line in text.splitlines() if "Implements:" not in line]
+        assert re.search(rf"\b{name}\b", "\n".join(code)), row
+
+
+def test_the_equations_of_the_framework_are_all_there():
+    listed = {row.equation for row in table.rows()}
+    assert listed >= {5, *range(8, 19), *range(24, 29), *range(54, 59), 62}
+
+
+def test_equations_come_in_order_and_once():
+    rows = table.rows()
+    assert [row.equation for row in rows] == sorted(row.equation for row in rows)
+    assert len({row.test for row in rows}) == len(rows)
+
+
+def write(folder, docstring):
+    tests = folder / "tests" / "equations"
+    tests.mkdir(parents=True)
+    code = f'def test_equation_7_x():\n    """{docstring}"""\n'
+    (tests / "test_some.py").write_text(code + "def test_other():\n    pass\n")
+    return tests
+
+
+def test_a_table_by_hand(tmp_path):
+    tests = write(tmp_path, "y = x\n\n    Implements: a.b.c\n    ")
+    assert table.markdown(table.rows(tests)) == (
+        "| Equation | Function | Test |\n|---:|---|---|\n"
+        "| 7 | `a.b.c` | [`test_equation_7_x`](tests/equations/test_some.py) |"
+    )
+
+
+def test_a_test_that_does_not_say_what_it_shows_is_named(tmp_path):
+    with pytest.raises(ValueError, match="test_equation_7_x needs a line 'Implements"):
+        table.rows(write(tmp_path, "y = x"))
+
+
+def test_write_replaces_what_is_between_the_markers(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- equations -->\nold\n<!-- /equations -->\nz\n")
+    assert table.main(["--write", str(readme)]) == 0
+    expected = table.markdown(table.rows())
+    assert readme.read_text() == (
+        f"a\n<!-- equations -->\n{expected}\n<!-- /equations -->\nz\n"
+    )
+    once = readme.read_text()
+    assert table.main(["--write", str(readme)]) == 0 and readme.read_text() == once
+    for bad in ("no markers", "<!-- /equations --> <!-- equations -->"):
+        readme.write_text(bad)
+        assert table.main(["--write", str(readme)]) == 1
+        assert readme.read_text() == bad
+    assert table.main(["--write", str(tmp_path / "none.md")]) == 1
+    assert "none.md" in capsys.readouterr().err
+
+
+def test_the_command_needs_no_jax():
+    code = "import sys, launch.table as t; t.main([]); sys.exit('jax' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "| 62 | `hope_jax.core.transfer.regress` |" in run.stdout
