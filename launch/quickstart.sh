@@ -8,7 +8,8 @@
 # any arguments given here. Everything it writes is under runs/quickstart; a second
 # start goes on from what is there.
 set -euo pipefail
+CDPATH='' cd -- "${0%"${0##*/}"}." # the folder of this script, however it was called
 # shellcheck source=launch/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source ./environment.sh
 environment
 exec "$python" -m launch.quickstart "$@"

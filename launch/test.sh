@@ -5,8 +5,9 @@
 #   PYTHON=python3.12 bash launch/test.sh    on another Python, beside the first
 #   bash launch/test.sh tests/core -k clock  arguments go to pytest
 set -euo pipefail
+CDPATH='' cd -- "${0%"${0##*/}"}." # the folder of this script, however it was called
 # shellcheck source=launch/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source ./environment.sh
 environment test
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
+BASH = shutil.which("bash")
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 # Knows its version, makes "environments" that are copies of itself, logs the rest.
-PYTHON = """#!/usr/bin/env bash
+PYTHON = """#!/bin/bash
+PATH=/usr/bin:/bin
 case "$1 $2" in
   "-c "*print*) echo {major}.{minor} ;;
   "-c "*exit*) (( {minor} >= 11 )) ;;
-  "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "venv $3" >>"$LOG" ;;
+  "-m venv") [[ "$3" == --clear ]] && rm -rf "$4"; mkdir -p "$4/bin"
+    cp "$0" "$4/bin/python" && echo "venv $4" >>"$LOG" ;;
   "-m pip") echo "pip $0 ${{@: -1}}" >>"$LOG"; exit "${{PIP_STATUS:-0}}" ;;
   *) echo "run $0 $*" >>"$LOG" ;;
 esac
@@ -41,17 +44,18 @@ def copy(tmp_path):
     return root
 
 
-def run(root, script="quickstart.sh", *arguments, **variables):
+def run(root, script="quickstart.sh", *arguments, cwd="/", **variables):
     tmp = root.parent
     environment = {
-        "PATH": f"{tmp / 'bin'}:{os.defpath}",
+        "PATH": str(tmp / "bin"),  # Python, and nothing else
+        "CDPATH": str(tmp),
         "LOG": str(tmp / "log"),
         **variables,
     }
     (tmp / "log").write_text("")
     done = subprocess.run(
-        ["bash", str(root / "launch" / script), *arguments],
-        cwd="/",  # the scripts find their repository from any folder
+        [BASH, os.path.relpath(root / "launch" / script, cwd), *arguments],
+        cwd=cwd,
         env=environment,
         capture_output=True,
         text=True,
@@ -69,6 +73,13 @@ def test_makes_an_environment_and_starts_the_program(copy):
         "run ROOT/.venv/bin/python -m launch.quickstart --scale=smoke --workdir=a b",
     ]
     assert (copy / ".venv" / ".gitignore").read_text() == "*\n"
+
+
+@pytest.mark.parametrize("folder", [".", "launch", "..", "/"])
+def test_runs_from_any_folder(copy, folder):
+    done, log = run(copy, cwd=copy / folder)
+    assert done.returncode == 0, done.stderr
+    assert log[-1] == "run ROOT/.venv/bin/python -m launch.quickstart"
 
 
 def test_a_second_start_installs_nothing(copy):
@@ -151,4 +162,4 @@ def test_scripts_are_strict():
     for script in LAUNCH.glob("*.sh"):
         text = script.read_text()
         assert "set -euo pipefail" in text or script.name == "environment.sh"
-        subprocess.run(["bash", "-n", str(script)], check=True)
+        subprocess.run([BASH, "-n", str(script)], check=True)
