@@ -13,17 +13,30 @@ from hope_jax.core.level import (
     tick,
     unroll,
 )
+from hope_jax.core.system import Box, Edge, System, as_level, describe, draw
+from hope_jax.core.transfer import attend, backprop, condition, generate, initialise
 
 __all__ = [
+    "Box",
     "Clock",
+    "Edge",
     "Fast",
     "HopeUpdate",
     "Level",
     "LevelState",
     "Seen",
     "Slow",
+    "System",
+    "as_level",
+    "attend",
+    "backprop",
     "begin",
+    "condition",
+    "describe",
+    "draw",
+    "generate",
     "hope_update",
+    "initialise",
     "tick",
     "unroll",
 ]

@@ -291,3 +291,4 @@ def test_examples_in_docstrings(module):
 
 def test_the_core_is_the_package_root():
     assert hope_jax.unroll is unroll and hope_jax.Clock is Clock
+    assert all(hasattr(hope_jax, name) for name in hope_jax.__all__)
