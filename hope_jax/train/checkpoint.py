@@ -92,10 +92,6 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
-    def _reopen(self) -> None:
-        self._manager.close()
-        self._manager = self._open()
-
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -161,8 +157,6 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            # A fresh manager: this one would go on listing the failed step.
-            self._reopen()
             raise _save_failed(self._saving, self.directory, error) from error
 
     def close(self) -> None:
@@ -345,7 +339,8 @@ class Checkpoints:
             if target.exists():
                 shutil.rmtree(target)
             os.replace(self.directory / str(step), target)
-        self._reopen()
+        self._manager.close()
+        self._manager = self._open()
 
 
 def restore_params(

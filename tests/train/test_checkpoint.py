@@ -273,7 +273,8 @@ def test_a_failed_save_is_reported_and_never_restored(copied, state):
         checkpoints.wait()
         assert checkpoints.steps() == [10, 20, 40]
     assert checkpoint.latest_verified_step(copied) == 40
-    checkpoint.Checkpoints(copied).close()
+    with checkpoint.Checkpoints(copied) as checkpoints:
+        save(checkpoints, 50, state, iterator)
     assert not list(copied.glob("*tmp*"))  # the next start clears what was half-written
 
 

@@ -1,0 +1,158 @@
+"""The command line, in processes of its own; killed and resumed for real."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hope_jax.train import checkpoint, metrics
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--experiment=tests.train.tiny", "--row=tiny"]
+
+
+def start(*arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.train", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, f"{out}\n{err}"
+    return out, err
+
+
+def stop_when(process, ready, number):
+    while not ready():
+        assert process.poll() is None, finish(process, code=None)
+        time.sleep(0.001)
+    process.send_signal(number)
+
+
+def lines(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def final_state(workdir):
+    """The manifest of the last checkpoint: a SHA-256 of every array and of the data."""
+    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
+        step = saved.verify(saved.steps()[-1])
+        meta = saved._meta(step)
+    return step, meta["params"], meta["state"], meta["data"]
+
+
+def test_killed_four_times_equals_unbroken(tmp_path):
+    """Before the first step and later, asked to stop and not asked: no byte differs."""
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    finish(start(*TINY, f"--workdir={unbroken}"))
+
+    moments = [
+        (lambda: (broken / "config.json").exists(), signal.SIGTERM),
+        (lambda: lines(broken) >= 3, signal.SIGTERM),
+        (lambda: lines(broken) >= 20, signal.SIGINT),
+        (lambda: lines(broken) >= 41, signal.SIGKILL),
+    ]
+    for i, (ready, number) in enumerate(moments):
+        process = start(*TINY, f"--workdir={broken}", *(["--resume"] if i else []))
+        stop_when(process, ready, number)
+        if number == signal.SIGKILL:
+            finish(process, code=-number)
+            continue
+        out, _ = finish(process, code=128 + number)
+        assert "--resume" in out
+        stopped = int(out.split("stopped and saved at step ")[1].split(".")[0])
+        assert checkpoint.latest_verified_step(broken) == stopped
+        assert lines(broken) == stopped  # the step at hand was finished, and none lost
+
+    saved = checkpoint.latest_verified_step(broken)
+    assert saved >= lines(broken) - 2 * 9 and saved < 90  # two intervals: one in flight
+    out, _ = finish(start(*TINY, f"--workdir={broken}", "--resume"))
+    assert f"resumed at step {saved} of 90" in out
+
+    assert final_state(broken) == final_state(unbroken)
+    for name in ("metrics.jsonl", "config.json", "tokenizer.json"):
+        assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+def test_help_is_fast():
+    """It must not import jax: that alone takes seconds on a busy machine."""
+    code = (
+        "import sys; from launch import train; "
+        "assert 'jax' not in sys.modules and 'hope_jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    out, _ = finish(start("--helpshort"), code=1)
+    for flag in ("experiment", "row", "scale", "workdir", "set", "data", "resume"):
+        assert f"--{flag}" in out or f"--[no]{flag}" in out
+
+
+def test_describe_prints_and_exits(tmp_path):
+    out, _ = finish(start(*TINY, "--describe", "--set=model.d_model=32"))
+    config = json.loads(out[: out.index("\n}") + 2])
+    assert config["model"]["d_model"] == 32
+    assert " parameters\n" in out
+    assert "| level " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experiment=quikstart"], "there are .*quickstart.* Did you mean 'quick"),
+        (["--experiment=launch.train"], "has no function rows"),
+        (["--experiment=tests.train.tiny", "--row=tinny"], "its rows are tiny. Did"),
+        ([*TINY, "--set=model.d_modle=3"], "no field 'd_modle'. Did you mean 'd_mod"),
+        ([*TINY, "--set=train.steps=many"], "train.steps must be a whole number"),
+        ([], "Give --experiment, one of .*quickstart"),
+    ],
+)
+def test_wrong_flags_name_what_exists(arguments, message):
+    from absl import flags
+
+    from launch import train
+
+    flags.FLAGS.unparse_flags()
+    try:
+        flags.FLAGS(["train", "--workdir=unused", *arguments])
+        with pytest.raises(ValueError, match=message):
+            train._config()
+    finally:
+        flags.FLAGS(["train"])
+        for name in ("experiment", "row", "workdir", "set"):
+            flags.FLAGS[name].unparse()
+
+
+def test_a_mistake_is_one_line_not_a_traceback(tmp_path):
+    _, err = finish(start(*TINY, "--workdir=x", "--set=optimizer.b1=2"), code=1)
+    assert err.strip().splitlines()[-1].startswith("ValueError: b1 must lie between")
+    assert "Traceback" not in err
+
+
+def test_data_flag_sets_the_path(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question\n" * 200)
+    workdir = tmp_path / "run"
+    out, _ = finish(
+        start(*TINY, f"--workdir={workdir}", f"--data={text}", "--set=train.steps=2")
+    )
+    assert "text.txt" in out
+    assert len(metrics.read_log(workdir / "metrics.jsonl")) == 2
+    digest = hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest()
+    _, err = finish(start(*TINY, f"--workdir={workdir}", "--set=train.steps=2"), code=1)
+    assert "pass --resume" in err
+    after = hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest()
+    assert digest == after
