@@ -527,11 +527,11 @@ def describe(system: System) -> str:
 def human(count: int) -> str:
     """A count in three digits: 950, 65.5K, 1.23M, 1.3B.
 
-    >>> [human(n) for n in (0, 950, 65_536, 1_234_567, 1_300_000_000)]
-    ['0', '950', '65.5K', '1.23M', '1.3B']
+    >>> [human(n) for n in (0, 950, 65_536, 999_999, 1_234_567, 1_300_000_000)]
+    ['0', '950', '65.5K', '1M', '1.23M', '1.3B']
     """
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
+        if count >= 0.9995 * size:  # 999,999 is 1M, not 1e+03K
             return f"{count / size:.3g}{unit}"
     return str(count)
 
@@ -556,6 +556,8 @@ _WIDTH, _HEIGHT, _PITCH = 1.35, 0.62, 1.75  # of a box, and between boxes; inche
 
 def draw(system: System, path=None):
     """Draws `system`: levels by update frequency (upwards, log), edges by kind.
+
+    Edges that gradients do not cross are pale.
 
     Args:
       system: boxes appear from left to right in its order.
@@ -654,7 +656,7 @@ def draw(system: System, path=None):
     figure.set_size_inches(width + 1.9, high - low + 0.9)
     clocks = {box.clock.frequency(): _period(box.clock) for box in system.boxes}
     axes.set_yticks([heights[f] for f in clocks], clocks.values())
-    axes.set_ylabel("moves every …  (log scale, faster upwards)")
+    axes.set_ylabel("update frequency (log scale, faster upwards)")
     axes.set_xticks([])
     axes.grid(axis="y", color="#DDDDDD", zorder=0)
     axes.set_axisbelow(True)
