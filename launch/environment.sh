@@ -45,6 +45,11 @@ environment() {
   fi
   python="$PWD/$folder/bin/python"
 
+  # Without a home to write to, pip would fail on its cache, and matplotlib warn of its.
+  if [[ ! -w "${HOME:-}" ]]; then
+    export PIP_NO_CACHE_DIR=1 MPLCONFIGDIR="${MPLCONFIGDIR:-$PWD/$folder/matplotlib}"
+  fi
+
   # What was installed, as a copy of what asked for it; written only once pip is done.
   local wanted stamp="$folder/installed${extra:+-$extra}"
   wanted="$(<requirements.txt)$(<setup.py)"

@@ -18,7 +18,9 @@ case "$1 $2" in
   "-c "*exit*) (( {minor} >= 11 )) ;;
   "-m venv") [[ "$3" == --clear ]] && rm -rf "$4"; mkdir -p "$4/bin"
     cp "$0" "$4/bin/python" && echo "venv $4" >>"$LOG" ;;
-  "-m pip") echo "pip $0 ${{@: -1}}" >>"$LOG"; exit "${{PIP_STATUS:-0}}" ;;
+  "-m pip")
+    echo "pip $0 ${{@: -1}}${{PIP_NO_CACHE_DIR:+ without cache}}" >>"$LOG"
+    exit "${{PIP_STATUS:-0}}" ;;
   *) echo "run $0 $*" >>"$LOG" ;;
 esac
 """
@@ -50,6 +52,7 @@ def run(root, script="quickstart.sh", *arguments, cwd="/", **variables):
         "PATH": str(tmp / "bin"),  # Python, and nothing else
         "CDPATH": str(tmp),
         "LOG": str(tmp / "log"),
+        "HOME": str(tmp),
         **variables,
     }
     (tmp / "log").write_text("")
@@ -73,6 +76,11 @@ def test_makes_an_environment_and_starts_the_program(copy):
         "run ROOT/.venv/bin/python -m launch.quickstart --scale=smoke --workdir=a b",
     ]
     assert (copy / ".venv" / ".gitignore").read_text() == "*\n"
+
+
+def test_a_home_that_cannot_be_written_is_no_cache(copy):
+    _, log = run(copy, HOME="/proc/none")
+    assert log[1] == "pip ROOT/.venv/bin/python . without cache"
 
 
 @pytest.mark.parametrize("folder", [".", "launch", "..", "/"])
