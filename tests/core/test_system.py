@@ -23,6 +23,7 @@ from hope_jax.core.system import (
     start,
 )
 from hope_jax.core.transfer import attend
+from hope_jax.optim.dgd import dgd
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):
@@ -291,6 +292,47 @@ def test_backprop_edges_make_one_gradient_flow_on_two_clocks(key):
         if t % 2 == 0:
             w, owed = w | {"first": w["first"] - 0.1 * owed}, jnp.zeros((2, 2))
     close({name: states[name].params for name in states}, w, rtol=1e-4)
+
+
+def test_a_flow_in_a_gradient_flow_is_given_its_inputs(key):
+    """Delta gradient descent on the second layer needs what the first one said."""
+    sys = two_layers(
+        (math.inf, 1), flow=dgd(0.3), inputs=lambda w, item: item[1]["first"]
+    )
+    params = initial(sys, key)
+    x = jax.random.normal(key, (1, 2))
+    states, _ = live(sys, start(sys, params), x)
+    w, hidden = params["second"], jnp.tanh(params["first"] @ x[0])
+    rate = 0.3 / (1 + 0.3 * jnp.vdot(hidden, hidden))
+    expected = w - rate * jnp.outer(w @ hidden + (w @ hidden - 1.0), hidden)
+    close(states["second"].params, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "first_order", "none"])
+def test_levels_in_a_gradient_flow_keep_their_outer_gradient(key, gradient):
+    sys = two_layers((1, 1), gradient=gradient)
+    x = jax.random.normal(key, (3, 2))
+
+    def outer(params):
+        return jnp.sum(jnp.sin(live(sys, start(sys, params), x)[1]["second"]))
+
+    got = jax.grad(outer)(initial(sys, key))
+    assert (float(jnp.abs(got["second"]).max()) > 0) == (gradient != "none")
+    assert float(jnp.abs(got["first"]).max()) > 0
+
+
+@pytest.mark.parametrize("gradient", ["exact", "none"])
+def test_a_system_as_a_level_is_differentiable_in_its_start(key, gradient):
+    sys = linear_transformer()
+    level = as_level(sys, echo, flow=optax.sgd(0.1), gradient=gradient)
+    sequences = jax.vmap(copy_task)(jax.random.split(key, 2))
+
+    def outer(params):
+        state, _ = unroll(level, begin(level, params), sequences)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state.params))
+
+    got = jax.grad(outer)(level.init(key))
+    assert (float(jnp.abs(got["projection"]).max()) > 0) == (gradient != "none")
 
 
 def test_a_start_from_a_slower_level_and_its_gradient(key):

@@ -193,6 +193,21 @@ def test_backprop_hands_each_flow_its_inputs(key):
     np.testing.assert_array_equal(states["0"].params, np.outer(np.ones(3), x))
 
 
+def test_backprop_takes_gradients_at_anchors(key):
+    levels, objective = two_layers(1, 1)
+    levels["0"] = levels["0"]._replace(clock=Clock(anchor=2))
+    params = {name: levels[name].init(key) for name in levels}
+    context = jax.random.normal(key, (2, 3)), jax.random.normal(key, (2, 3))
+    states = {name: begin(levels[name], params[name]) for name in levels}
+    first, item = (jax.tree.map(lambda x, t=t: x[t], context) for t in (0, 1))
+    one, _ = backprop(levels, states, objective, first)
+    two, _ = backprop(levels, one, objective, item)
+    point = {"0": params["0"], "1": one["1"].params}  # "0" still at its chunk's start
+    gradient = jax.grad(lambda w: objective(w, item)[0])(point)
+    close(two["0"].params, one["0"].params - ETA_0 * gradient["0"], rtol=1e-4)
+    close(two["1"].params, one["1"].params - ETA_1 * gradient["1"], rtol=1e-4)
+
+
 def test_backprop_refuses_levels_without_states():
     levels, objective = two_layers(1, 1)
     with pytest.raises(ValueError, match="must have the same names"):
