@@ -250,13 +250,14 @@ def test_hope_update_takes_parameters_of_several_types_and_hands_on_inputs(key):
 
     flow = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
     slow, live = slow_and_fast(
-        flow=flow, inputs=lambda params, seen: {"scale": seen[0][0][0]}
+        flow=flow, inputs=lambda params, seen: {"x": seen[0][0][0], "read": seen[1]}
     )
     params = slow.init(key) | {"unused": jnp.ones((2,), jnp.bfloat16)}
     x = items(key)
     out = hope_update(x, Slow(slow, begin(slow, params)), Fast(live))
     assert out.gradient["unused"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(seen["inputs"]["scale"], x[0][0])
+    np.testing.assert_array_equal(seen["inputs"]["x"], x[0][0])
+    np.testing.assert_array_equal(seen["inputs"]["read"], out.read)
 
 
 # Clock --------------------------------------------------------------------------------
