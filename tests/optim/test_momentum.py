@@ -109,7 +109,7 @@ def test_only_the_literal_form_blows_up(key, form):
 
 
 def test_clipping_survives_a_gradient_of_nothing():
-    rule = delta_momentum(ETA, form="matrix", stability="clip")
+    rule = delta_momentum(ETA, decay=0.0, form="matrix", stability="clip")
     update, _ = rule.update(jnp.zeros((2, 2)), rule.init(jnp.ones((2, 2))))
     np.testing.assert_array_equal(update, 0.0)
 
