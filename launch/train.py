@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
 
     from hope_jax.train import checkpoint, loop
 
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells everything at INFO
     try:
         outcome = loop.train(config, _WORKDIR.value, resume=_RESUME.value)

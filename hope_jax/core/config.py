@@ -80,25 +80,32 @@ def differences(saved: Any, current: Any) -> list[str]:
     >>> differences({"model": {"d_model": 128}}, {"model": {"d_model": 256}})
     ['model.d_model: saved 128, now 256']
     """
-    before, after = ({k: v for k, v in _flat(to_json(c), "")} for c in (saved, current))
+    before, after = (dict(_flat(to_json(c), "")) for c in (saved, current))
 
     def said(values, path):
-        return values[path] if path in values else "nothing"
+        return json.dumps(values[path]) if path in values else "nothing"
+
+    def same(path):
+        a, b = before.get(path, _MISSING), after.get(path, _MISSING)
+        return a == b and isinstance(a, bool) == isinstance(
+            b, bool
+        )  # 1 is 1.0, not True
 
     return [
         f"{path}: saved {said(before, path)}, now {said(after, path)}"
         for path in [*before, *(path for path in after if path not in before)]
-        if before.get(path, _MISSING) != after.get(path, _MISSING)
+        if not same(path)
     ]
 
 
 def _flat(data: Json, path: str):
+    """Pairs (path, scalar); an empty list or config counts as a scalar."""
     if isinstance(data, dict | list) and data:
         items = data.items() if isinstance(data, dict) else enumerate(data)
         for name, value in items:
             yield from _flat(value, _join(path, name))
     else:
-        yield path, json.dumps(data)
+        yield path, data
 
 
 def _encode(value: Any, path: str) -> Json:

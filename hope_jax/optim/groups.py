@@ -132,9 +132,10 @@ def is_matrix(path: tuple, leaf: Any) -> bool:
     """Whether a parameter is a matrix in the sense of weight decay and Muon.
 
     A parameter is one if its name is `kernel` or `embedding` and it has two axes at
-    least. Everything else is a scale, an offset or a rate, for which 0 means something:
-    biases, the scales of norms, and the read-outs of gates and inner rates. A stack of
-    layers `[L, D, F]` is a stack of matrices; stacked biases `[L, D]` are none.
+    least. Everything else is a scale, an offset, a rate or an initial state, for which
+    0 means something: biases, the scales of norms, the read-outs of gates and inner
+    rates, and where the memories start. A stack of layers `[L, D, F]` is a stack of
+    matrices; stacked biases `[L, D]` are none.
     """
     names = path_names(path)
     return names[-1] in _MATRICES and jnp.ndim(leaf) >= 2
@@ -149,13 +150,15 @@ def muon_dimensions(params: PyTree) -> PyTree:
     """`optax.contrib.MuonDimensionNumbers` of every leaf, or None where Adam moves it.
 
     Kernels are matrices over their last two axes, whatever is stacked before.
-    Embeddings are tables of vectors, not maps, so Adam moves them. Optax's own default
-    takes every array of two axes: it would give stacked kernels to Adam and stacked
-    biases to Muon.
+    Embeddings are tables of vectors and convolutions a few taps a channel, not maps, so
+    Adam moves them. Optax's own default takes every array of two axes: it would give
+    stacked kernels to Adam and stacked biases to Muon.
     """
 
     def dimensions(path, leaf):
-        if not is_matrix(path, leaf) or path_names(path)[-1] == "embedding":
+        names = path_names(path)
+        is_map = names[-1] == "kernel" and not "".join(names[-2:-1]).startswith("conv")
+        if not is_matrix(path, leaf) or not is_map:
             return None
         return optax.contrib.MuonDimensionNumbers(
             reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1

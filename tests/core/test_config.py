@@ -163,6 +163,14 @@ def test_differences_name_each_field_with_both_values():
     ]
 
 
+def test_a_whole_float_is_no_difference_but_a_bool_is():
+    whole = dataclasses.replace(RUN, model=_with_rate(2))
+    read = config_lib.from_json(Run, config_lib.to_json(whole))
+    assert isinstance(read.model.rate, float)
+    assert config_lib.differences(whole, read) == []
+    assert config_lib.differences({"a": 1}, {"a": True}) == ["a: saved 1, now true"]
+
+
 def test_what_no_config_can_hold():
     for value in (float("nan"), object()):
         with pytest.raises(ValueError, match="model.rate"):

@@ -114,7 +114,10 @@ def test_describe_prints_and_exits(tmp_path):
     [
         (["--experiment=quikstart"], "there are .*quickstart.* Did you mean 'quick"),
         (["--experiment=launch.train"], "has no function rows"),
-        (["--experiment=tests.train.tiny", "--row=tinny"], "its rows are tiny. Did"),
+        (
+            ["--experiment=tests.train.tiny", "--row=tinny"],
+            "its rows are tiny. Did",
+        ),
         ([*TINY, "--set=model.d_modle=3"], "no field 'd_modle'. Did you mean 'd_mod"),
         ([*TINY, "--set=train.steps=many"], "train.steps must be a whole number"),
         ([], "Give --experiment, one of .*quickstart"),

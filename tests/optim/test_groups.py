@@ -167,6 +167,7 @@ def test_muon_takes_stacked_kernels_and_only_those(key):
         "kernel": jnp.zeros((2, 8, 8)),
         "embedding": jnp.zeros((8, 8)),
         "bias": jnp.zeros((8, 8)),
+        "conv_q": {"kernel": jnp.zeros((2, 8, 8))},
     }
     tx = optim.build(
         settings(name="muon"), total_steps=9, periods=optim.one_clock(params)
@@ -180,6 +181,7 @@ def test_muon_takes_stacked_kernels_and_only_those(key):
     assert spread(updates[0]["kernel"]) < 2.5
     assert spread(updates[0]["embedding"]) > 5
     assert spread(updates[0]["bias"]) > 5
+    assert spread(updates[0]["conv_q"]["kernel"]) > 5
 
 
 def test_only_matrices_decay():

@@ -1,7 +1,8 @@
 """Checkpoints: what comes back is what was saved, or it is refused by name."""
 
 import contextlib
-import dataclasses
+import gc
+import json
 import resource
 import shutil
 
@@ -19,6 +20,11 @@ from hope_jax.optim import groups
 from hope_jax.train import checkpoint, sharding
 from hope_jax.train import state as state_lib
 from tests.train import tiny
+
+# Orbax leaves coroutines behind when a file is damaged or cannot be written.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 CONFIG = tiny.rows("smoke")["tiny"]
 FINGERPRINT = {"corpus": "abc", "tokenizer": ByteTokenizer().fingerprint}
@@ -81,7 +87,14 @@ def restore(directory, like, **changes):
 
 
 @pytest.fixture
-def copied(two_steps, tmp_path):
+def leftovers():
+    """Finalises what Orbax abandoned here, not in the middle of something else."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def copied(two_steps, tmp_path, leftovers):
     directory = tmp_path / checkpoint.FOLDER
     shutil.copytree(two_steps, directory)
     return directory
@@ -127,7 +140,9 @@ def damage(path, kind):
 
 
 @pytest.mark.parametrize("kind", [0.2, 0.7, "cut", "delete"])
-def test_damage_to_any_file_is_found_or_harmless(two_steps, tmp_path, state, kind):
+def test_damage_to_any_file_is_found_or_harmless(
+    two_steps, tmp_path, state, kind, leftovers
+):
     """Never wrong numbers: step 20 exactly, or step 10 and a reason."""
     files = sorted(p for p in (two_steps / "20").rglob("*") if p.is_file())
     fell_back = set()
@@ -147,7 +162,7 @@ def test_damage_to_any_file_is_found_or_harmless(two_steps, tmp_path, state, kin
     assert {"data", "meta", "params", "state"} <= fell_back
 
 
-def test_every_data_file_flipped_is_found(two_steps, tmp_path, state, caplog):
+def test_every_data_file_flipped_is_found(two_steps, tmp_path, leftovers):
     """Orbax alone restores a flipped bit of these without a word."""
     step = two_steps / "20"
     files = [*step.glob("*/d/*"), *step.glob("*/ocdbt.process_*/d/*")]
@@ -162,6 +177,16 @@ def test_every_data_file_flipped_is_found(two_steps, tmp_path, state, caplog):
     for file in files:
         damage(damage_all / file.relative_to(two_steps), 0.5)
     assert checkpoint.latest_verified_step(damage_all) == 10
+
+
+def test_a_changed_place_in_the_data_is_found(copied, state):
+    """Still JSON, still a state that grain takes: the stream of another step."""
+    (file,) = (copied / "20" / "data").glob("*.json")
+    place = json.loads(file.read_text())
+    file.write_text(json.dumps(place).replace("4", "6"))
+    assert json.loads(file.read_text()) != place
+    _, step = restore(copied, spec(state))
+    assert step == 10
 
 
 def test_a_damaged_step_is_set_aside_and_written_again(copied, state):
@@ -315,10 +340,3 @@ def test_donated_right_after_the_save(copied, state):
     restored, step = restore(copied, spec(state))
     assert step == 30
     assert_same(restored, state)
-
-
-def test_config_is_the_one_of_its_time():
-    """The config is stored whole, so a changed default shows as a difference."""
-    saved = config_lib.to_json(CONFIG)
-    assert config_lib.from_json(type(CONFIG), saved) == CONFIG
-    assert set(saved["train"]) == {f.name for f in dataclasses.fields(CONFIG.train)}
