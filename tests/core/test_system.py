@@ -489,6 +489,8 @@ def test_draw_keeps_boxes_apart_and_everything_in_the_picture(tmp_path):
         text = next(t for t in axes.texts if t.get_text() == name.name)
         inside = text.get_window_extent()
         assert frame.x0 <= inside.x0 and inside.x1 <= frame.x1
+    over = arrows[[e.kind for e in hope().edges].index("generate")]
+    assert over.get_window_extent().y1 > max(f.y1 for f in frames)  # k over v to memory
     height = {
         b.name: p.get_bbox().y0 for b, p in zip(hope().boxes, patches, strict=True)
     }

@@ -46,6 +46,7 @@ def write(folder, docstring):
     tests = folder / "tests" / "equations"
     tests.mkdir(parents=True)
     code = f'def test_equation_7_x():\n    """{docstring}"""\n'
+    code += 'def test_equation_2():\n    """Implements: a.b"""\n'
     (tests / "test_some.py").write_text(code + "def test_other():\n    pass\n")
     return tests
 
@@ -54,6 +55,7 @@ def test_a_table_by_hand(tmp_path):
     tests = write(tmp_path, "y = x\n\n    Implements: a.b.c\n    ")
     assert table.markdown(table.rows(tests)) == (
         "| Equation | Function | Test |\n|---:|---|---|\n"
+        "| 2 | `a.b` | [`test_equation_2`](tests/equations/test_some.py) |\n"
         "| 7 | `a.b.c` | [`test_equation_7_x`](tests/equations/test_some.py) |"
     )
 
