@@ -91,12 +91,18 @@ def train(
 
     Raises:
       FileExistsError: `workdir` has checkpoints and `resume` is False.
-      ValueError: a config that fits neither its data nor the devices.
+      ValueError: a config that does not fit its data or the devices; more than one
+        process.
       hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
       hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
       NonFinite: the loss, gradient or update of a step is NaN or infinite.
     """
     workdir = Path(workdir)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"train runs in one process, over all its devices; got process_count "
+            f"{jax.process_count()}. Signals and logs are not shared between processes."
+        )
     mesh = sharding.make_mesh()
     sharding.check_batch(config.train.batch, mesh)
     _check_workdir(workdir, resume)
@@ -237,27 +243,17 @@ def load_tokenizer(
 
 
 def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dict]:
-    """Batches of this process, and what their iterator's state belongs to."""
+    """Batches, and what their iterator's state belongs to."""
     settings = stream.StreamConfig(
         seq_len=config.train.seq_len,
         batch=config.train.batch,
         seed=config.seed,
         workers=config.train.workers,
     )
-    processes = jax.process_count()
-    dataset = stream.batches(
-        source.rows,
-        settings,
-        process_index=jax.process_index(),
-        process_count=processes,
-    )
     fingerprint = stream.fingerprint(
-        settings,
-        source.corpus.sha256,
-        source.tokenizer.fingerprint,
-        process_count=processes,
+        settings, source.corpus.sha256, source.tokenizer.fingerprint
     )
-    return iter(dataset), fingerprint
+    return iter(stream.batches(source.rows, settings)), fingerprint
 
 
 def _model(config: RunConfig, mesh: jax.sharding.Mesh):
@@ -300,10 +296,8 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
     )
 
     def mean(params) -> dict[str, float]:
-        share = config.train.batch // jax.process_count()
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
         losses = [
-            evaluate(params, sharding.shard_batch(tokens[mine], mesh))
+            evaluate(params, sharding.shard_batch(tokens, mesh))
             for tokens in source.validation
         ]
         loss = float(np.mean([float(value) for value in losses]))
@@ -355,8 +349,7 @@ def _bits(nats: float, bytes_per_token: float) -> float:
 
 
 def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)
+    print(line, flush=True)
 
 
 class _Stop:
@@ -394,7 +387,7 @@ class _Progress:
         self._config, self._start, self._done = config, done, done
         self._began: float | None = None
         self._bar: progress.Progress | None = None
-        if sys.stdout.isatty() and jax.process_index() == 0:
+        if sys.stdout.isatty():
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
@@ -412,6 +405,8 @@ class _Progress:
                 completed=self._done,
                 numbers="compiling",
             )
+        else:
+            _say("compiling the step, once")
         return self
 
     def __exit__(self, *_) -> None:
