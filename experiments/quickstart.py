@@ -22,7 +22,7 @@ from hope_jax.train.config import (
 
 MODELS = {"hope": "hope_tiny", "transformer": "transformer_tiny"}
 
-# What to tune: the length of a run, the size of a step, the learning rate.
+# What to tune: the length of a run, the size of a step and model, the learning rate.
 DATA = {
     "full": DataConfig(tokenizer="bpe", vocab=4096),
     "smoke": DataConfig(
@@ -33,8 +33,11 @@ TRAIN = {
     "full": TrainConfig(
         steps=600, batch=8, seq_len=256, log_every=5, checkpoint_every=100
     ),
-    "smoke": TrainConfig(steps=2, batch=4, seq_len=32, checkpoint_every=1, log_every=1),
+    "smoke": TrainConfig(
+        steps=2, batch=4, seq_len=128, checkpoint_every=1, log_every=1
+    ),
 }
+SIZE = {"full": {}, "smoke": {"d_model": 32, "heads": 2, "layers": 1}}
 OPTIMIZER = {
     "full": OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
     "smoke": OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
@@ -50,12 +53,13 @@ def rows(scale: str) -> dict[str, RunConfig]:
     if scale not in TRAIN:
         raise ValueError(f"scale must be one of {', '.join(TRAIN)}, got {scale!r}.")
     vocab = DATA[scale].vocab if DATA[scale].tokenizer == "bpe" else 257
+    size = {"context": TRAIN[scale].seq_len, **SIZE[scale]}
     return {
         row: RunConfig(
             experiment="quickstart",
             row=row,
             scale=scale,
-            model=dataclasses.replace(zoo.get(name), vocab=vocab),
+            model=dataclasses.replace(zoo.get(name), vocab=vocab, **size),
             data=DATA[scale],
             optimizer=OPTIMIZER[scale],
             train=TRAIN[scale],

@@ -114,7 +114,7 @@ def test_a_changed_config_file_is_refused(program, copied):
     config["train"]["seq_len"] = 48
     path.write_text(json.dumps(config))
     said = refusal(program, f"--checkpoint={copied}")
-    assert "train.seq_len: saved 32, now 48" in said
+    assert "train.seq_len: saved 128, now 48" in said
 
 
 @pytest.mark.parametrize("program", [evaluate, generate])
