@@ -9,6 +9,7 @@ import optax
 from jaxtyping import PyTree
 
 from hope_jax.optim import groups
+from hope_jax.optim import momentum as momentum_lib
 
 
 class Settings(NamedTuple):
@@ -30,15 +31,16 @@ def _decayed(direction: optax.GradientTransformation, s: Settings):
 
 
 def _muon(s: Settings) -> optax.GradientTransformation:
-    return optax.contrib.muon(
-        s.rate,
+    # Optax's own decay would leave out embeddings, or take in every bias.
+    direction = optax.contrib.muon(
+        1.0,
         beta=s.b1,
-        weight_decay=s.weight_decay,
         adam_b1=s.b1,
         adam_b2=s.b2,
         muon_weight_dimension_numbers=groups.muon_dimensions,
         consistent_rms=0.2,  # an update as large as AdamW's, so rates carry over
     )
+    return _decayed(optax.chain(direction, optax.scale(-1.0)), s)
 
 
 def _adafactor(s: Settings) -> optax.GradientTransformation:
@@ -50,13 +52,24 @@ def _adafactor(s: Settings) -> optax.GradientTransformation:
     return _decayed(direction, s)
 
 
+def _memory(rule: Callable, s: Settings) -> optax.GradientTransformation:
+    """One of our own momenta, which store steps, not gradients; decoupled decay."""
+    return optax.chain(
+        rule(s.rate, decay=s.b1),
+        optax.add_decayed_weights(
+            lambda count: -s.weight_decay * s.rate(count), mask=groups.decays
+        ),
+    )
+
+
 RULES: dict[str, Callable[[Settings], optax.GradientTransformation]] = {
     "adamw": lambda s: _decayed(optax.scale_by_adam(b1=s.b1, b2=s.b2), s),
     "adam": lambda s: _decayed(
         optax.scale_by_adam(b1=s.b1, b2=s.b2), s._replace(weight_decay=0.0)
     ),
     "sgd": lambda s: _decayed(optax.identity(), s),
-    "momentum": lambda s: _decayed(optax.trace(s.b1), s),
+    "momentum": lambda s: _memory(momentum_lib.momentum, s),
+    "delta_momentum": lambda s: _memory(momentum_lib.delta_momentum, s),
     "lion": lambda s: _decayed(optax.scale_by_lion(b1=s.b1, b2=s.b2), s),
     "adafactor": _adafactor,
     "muon": _muon,

@@ -184,7 +184,8 @@ def test_muon_takes_stacked_kernels_and_only_those(key):
     assert spread(updates[0]["conv_q"]["kernel"]) > 5
 
 
-def test_only_matrices_decay():
+@pytest.mark.parametrize("name", sorted(set(optim.RULES) - {"adam"}))
+def test_only_matrices_decay(name):
     params = {
         "layers": {
             "attention": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))},
@@ -194,7 +195,9 @@ def test_only_matrices_decay():
         "token": {"embedding": jnp.ones((5, 3))},
     }
     tx = optim.build(
-        settings(weight_decay=0.5), total_steps=2, periods=optim.one_clock(params)
+        settings(name=name, weight_decay=0.5),
+        total_steps=2,
+        periods=optim.one_clock(params),
     )
     still = jax.tree.map(jnp.zeros_like, params)
     _, moved, _ = run(tx, params, [still])
