@@ -42,16 +42,22 @@ def memory_scan(
         state, y = piece(config, state, chunk)
         return commit(state), y
 
-    if remat:
-        whole_chunk = jax.checkpoint(whole_chunk)
     return scan_chunks(
-        whole_chunk, lambda s, rest: piece(config, s, rest), config.chunk, state, tokens
+        whole_chunk,
+        lambda s, rest: piece(config, s, rest),
+        config.chunk,
+        state,
+        tokens,
+        remat=remat,
     )
 
 
-def scan_chunks(whole, rest, chunk, carry, xs):
+def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
     """Scans `whole` over the full chunks of `xs` (leaves lead with time), then `rest`
-    over what remains, and joins the outputs in time."""
+    over what remains, and joins the outputs in time.
+
+    With `remat` the backward pass of the scan recomputes each chunk's inside.
+    """
     length = jax.tree.leaves(xs)[0].shape[0]
     count = length // chunk
     outputs = []
@@ -62,7 +68,8 @@ def scan_chunks(whole, rest, chunk, carry, xs):
         if count == 1:
             carry, y = whole(carry, jax.tree.map(lambda x: x[0], full))
         else:
-            carry, y = jax.lax.scan(whole, carry, full)
+            body = jax.checkpoint(whole) if remat else whole
+            carry, y = jax.lax.scan(body, carry, full)
             y = jax.tree.map(lambda a: a.reshape(count * chunk, *a.shape[2:]), y)
         outputs.append(y)
     if count * chunk < length:

@@ -19,7 +19,7 @@ def unit_lower_inverse(a: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
     are taken to be zero and must be."""
     size = a.shape[-1]
     if size == 1:
-        return jnp.ones_like(a)
+        return 1.0 - a
     padded = _BASE
     while padded < size:
         padded *= 2

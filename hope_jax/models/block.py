@@ -1,0 +1,195 @@
+"""A pre-norm residual block: a sequence mixer, then the chain of continuum memory."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from hope_jax.models.attention import Attention
+from hope_jax.models.cms import CMSConfig
+from hope_jax.models.layers import DTYPES, SwiGLU
+from hope_jax.models.self_modifying import SelfModifyingConfig, SelfModifyingTitans
+
+MIXERS = ("self_modifying", "attention")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A language model, complete in one place.
+
+    Attributes:
+      name: what the zoo calls it.
+      vocab: entries of its vocabulary.
+      d_model: width of the residual stream, a multiple of `heads`.
+      layers: number of blocks.
+      heads: heads of the mixer.
+      mixer: `self_modifying` (Hope) or `attention` (Transformer++, Hope-Attention).
+      context: tokens of a training sequence. CMS levels with a shorter period move
+        inside it; attention looks back over as many tokens.
+      memory: the self-modifying mixer.
+      cms: the chain of MLPs; one level of infinite period is a Transformer block.
+      dtype: compute type of projections and MLPs; memories stay in float32.
+      remat: recompute each base chunk in the backward pass rather than keep its inside.
+    """
+
+    name: str = "custom"
+    vocab: int = 257
+    d_model: int = 128
+    layers: int = 2
+    heads: int = 4
+    mixer: str = "self_modifying"
+    context: int = 256
+    memory: SelfModifyingConfig = SelfModifyingConfig()
+    cms: CMSConfig = CMSConfig()
+    dtype: str = "float32"
+    remat: bool = True
+
+    def __post_init__(self):
+        for name in ("vocab", "d_model", "layers", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
+        if self.d_model % self.heads:
+            raise ValueError(
+                f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})."
+            )
+        if self.mixer not in MIXERS:
+            raise ValueError(
+                f"mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}."
+            )
+        if self.mixer == "attention" and (self.d_model // self.heads) % 2:
+            raise ValueError(
+                f"d_model / heads must be even for rotary positions, got "
+                f"{self.d_model // self.heads}."
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
+            )
+        chunks = [self.mixer_chunk] + [int(p) for p in self.fast_periods]
+        for inner, outer in zip(chunks, chunks[1:], strict=False):
+            if outer % inner:
+                raise ValueError(
+                    f"cms.levels: a fast period ({outer}) must be a multiple of the "
+                    f"next faster chunk ({inner}), so that clocks nest."
+                )
+
+    @property
+    def mixer_chunk(self) -> int:
+        if self.mixer == "attention":
+            return 1
+        return self.memory.projection_chunk
+
+    @property
+    def fast(self) -> tuple[int, ...]:
+        """Indices of the CMS levels that move inside a sequence, fast first."""
+        return self.cms.fast(self.context)
+
+    @property
+    def fast_periods(self) -> tuple[int, ...]:
+        return tuple(int(self.cms.levels[i].period) for i in self.fast)
+
+    @property
+    def base_chunk(self) -> int | None:
+        """Tokens between two moves of the fastest CMS level; None without fast levels."""
+        return self.fast_periods[0] if self.fast else None
+
+    @property
+    def span(self) -> int:
+        """Tokens after which every clock inside the sequence stands at a boundary."""
+        return math.lcm(self.mixer_chunk, *self.fast_periods)
+
+
+class BlockState(NamedTuple):
+    """A block's state.
+
+    Attributes:
+      mixer: the mixer's state.
+      fast: the weights of each fast CMS level, one copy a row; the block reads them,
+        the model moves them, for only it knows the task loss.
+    """
+
+    mixer: PyTree
+    fast: tuple[PyTree, ...]
+
+
+class CMSBlock(nnx.Module):
+    """One MLP of the chain with its norm."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = DTYPES[config.dtype]
+        self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(config.d_model, config.cms.hidden, dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], fast: PyTree | None = None
+    ) -> Float[Array, "B T D"]:
+        """`fast` are weights that lead with rows and stand for the learned ones."""
+        h = self.norm(x)
+        if fast is None:
+            return x + self.mlp(h)
+        graphdef = nnx.graphdef(self.mlp)
+        return x + jax.vmap(lambda w, h: nnx.merge(graphdef, w)(h))(fast, h)
+
+
+class Block(nnx.Module):
+    """`y, state = block(x, state)`: mixer and CMS chain, both residual."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = DTYPES[config.dtype]
+        self.config = config
+        self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
+        if config.mixer == "attention":
+            self.mixer = Attention(
+                config.d_model, config.heads, config.context, dtype, rngs=rngs
+            )
+        else:
+            self.mixer = SelfModifyingTitans(
+                config.d_model, config.heads, config.memory, dtype, rngs=rngs
+            )
+        self.levels = nnx.List([CMSBlock(config, rngs=rngs) for _ in config.cms.levels])
+
+    def initial_state(self, rows: int) -> BlockState:
+        def spread(level):
+            weights = nnx.state(level.mlp, nnx.Param)
+            return jax.tree.map(
+                lambda w: jnp.broadcast_to(w[None], (rows, *w.shape)), weights
+            )
+
+        fast = tuple(spread(self.levels[i]) for i in self.config.fast)
+        return BlockState(self.mixer.initial_state(rows), fast)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: BlockState | None = None,
+        *,
+        aligned: bool | None = None,
+        learn: bool = True,
+    ) -> tuple[Float[Array, "B T D"], BlockState]:
+        """Any T >= 1; see the mixer for `aligned` and `learn`.
+
+        A fresh state reads the learned CMS weights themselves, without a copy a row.
+        """
+        aligned = state is None if aligned is None else aligned
+        mixer = None if state is None else state.mixer
+        fast = (
+            {}
+            if state is None
+            else dict(zip(self.config.fast, state.fast, strict=True))
+        )
+        y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn)
+        x = x + y
+        chain = range(len(self.levels))
+        if self.config.cms.order == "slow_to_fast":
+            chain = reversed(chain)
+        for i in chain:
+            x = self.levels[i](x, fast.get(i))
+        if state is None:
+            return x, self.initial_state(x.shape[0])._replace(mixer=mixer)
+        return x, BlockState(mixer, state.fast)

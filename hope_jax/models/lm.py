@@ -1,0 +1,431 @@
+"""The language model: blocks scanned over layers, read chunk by chunk of its clocks.
+
+`apply` is training, prefill and decoding. Without fast CMS levels it is one pass over the
+tokens. With them the sequence is scanned over base chunks: forward with the current fast
+weights, next-token loss, one backward pass for all fast levels, each of which moves when
+its own period ends (equation 71 of arXiv:2512.24695). The loss of a chunk's last token
+needs the first token of the next chunk, so a chunk is held until that token arrives: then
+the levels move, and that token is the first to see it. Nothing reads what it should not.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from hope_jax.kernels.select import scan_chunks
+from hope_jax.models import cms
+from hope_jax.models.block import Block, BlockState, ModelConfig
+from hope_jax.models.layers import DTYPES
+
+__all__ = [
+    "LMState",
+    "LanguageModel",
+    "ModelConfig",
+    "abstract",
+    "apply",
+    "build",
+    "count_parameters",
+    "initial_state",
+    "periods",
+]
+
+
+class Held(NamedTuple):
+    """The base chunk whose loss is not yet complete.
+
+    Attributes:
+      mixers: the mixers' states at its start, leaves `[B, L, ...]`.
+      tokens: its tokens so far; what follows them is left from before.
+      full: whether only the label of its last token is missing.
+    """
+
+    mixers: PyTree
+    tokens: Int[Array, "B C"]
+    full: Bool[Array, " B"]
+
+
+class LMState(NamedTuple):
+    """Where a model stands in the text of each row. Its size does not grow with the text.
+
+    Every leaf leads with rows, B, then layers, L, where it belongs to the blocks.
+
+    Attributes:
+      blocks: mixers and fast CMS weights.
+      levels: gradients and rule states of the fast CMS levels.
+      held: the unfinished chunk; None without fast levels.
+      position: tokens read.
+    """
+
+    blocks: BlockState
+    levels: tuple[cms.FastLevel, ...]
+    held: Held | None
+    position: Int[Array, " B"]
+
+
+class LanguageModel(nnx.Module):
+    """What the outermost level learns: embedding, blocks, norm and inner rates.
+
+    `blocks` is one `Block` whose parameters lead with layers, L.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, dtype = config.d_model, DTYPES[config.dtype]
+        self.embed = nnx.Embed(
+            config.vocab,
+            width,
+            embedding_init=nnx.initializers.normal(width**-0.5),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        keys = jax.random.split(rngs.params(), config.layers)
+        graphdef = nnx.graphdef(Block(config, rngs=nnx.Rngs(0)))
+        stacked = jax.vmap(
+            lambda key: nnx.state(Block(config, rngs=nnx.Rngs(key)), nnx.Param)
+        )(keys)
+        self.blocks = nnx.merge(graphdef, stacked)
+        self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        if config.fast:
+            start = [config.cms.levels[i].rate for i in config.fast]
+            share = jnp.array(start, jnp.float32) / config.cms.rate_bound
+            share = jnp.clip(share, 1e-6, 1 - 1e-6)
+            self.rates = nnx.Param(jnp.log(share) - jnp.log1p(-share))
+
+    def inner_rates(self) -> Float[Array, " F"]:
+        """The learned rates of the fast CMS levels, in (0, rate_bound)."""
+        static = jnp.array(
+            [self.config.cms.levels[i].rate > 0 for i in self.config.fast]
+        )
+        rates = self.config.cms.rate_bound * jax.nn.sigmoid(self.rates[...])
+        return jnp.where(static, rates, 0.0)
+
+
+def build(config: ModelConfig, key: Array) -> tuple[nnx.GraphDef, nnx.State]:
+    """A new model as `(graphdef, params)`; after this only pure functions."""
+    return nnx.split(LanguageModel(config, rngs=nnx.Rngs(key)), nnx.Param)
+
+
+def abstract(config: ModelConfig) -> nnx.State:
+    """Shapes and dtypes of the parameters, without making them."""
+    return jax.eval_shape(lambda key: build(config, key)[1], jax.random.key(0))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
+
+
+def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
+    """After how many optimizer steps each parameter moves.
+
+    A step reads `seq_len` tokens of each stream, so a CMS level that is slower than the
+    sequence moves every `period / seq_len` steps; all else moves at every step.
+    """
+
+    def steps(path, leaf):
+        del leaf
+        keys = [getattr(p, "key", getattr(p, "name", None)) for p in path]
+        if "levels" not in keys:
+            return 1
+        index = int(keys[keys.index("levels") + 1])
+        level = config.cms.levels[index]
+        if index in config.fast or level.period == float("inf"):
+            return 1
+        return max(1, round(level.period / seq_len))
+
+    return jax.tree_util.tree_map_with_path(steps, params)
+
+
+def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState:
+    """`batch` rows at the learned initial states, before their first token."""
+    model = nnx.merge(graphdef, params)
+    return _rows_first(_begin(model, batch))
+
+
+def apply(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    state: LMState | None = None,
+    *,
+    labels: Int[Array, "B T"] | None = None,
+    aligned: bool | None = None,
+    learn: bool = True,
+) -> tuple[Float[Array, "B T N"], LMState]:
+    """Reads tokens, lets every fast level live through them, predicts the next ones.
+
+    Args:
+      graphdef, params: of `build`.
+      tokens: ids in `[0, vocab)`, at least one a row.
+      state: where each row stands; None starts fresh rows.
+      labels: the next token of every position, where the text after `tokens` is known,
+        as in training. It completes the last chunk, so nothing is held back; logits are
+        the same with and without. Needs `aligned` and T a multiple of `base_chunk`.
+      aligned: static; promises that every row has read a multiple of `config.span`
+        tokens, and reads chunks in parallel. By default true for a fresh state only;
+        else the tokens are read one by one, wherever each row stands.
+      learn: static; False leaves every fast level at its state: nothing is learned
+        while reading.
+
+    Returns:
+      Float32 logits, those of position t predicting token t + 1, and the new state.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(f"tokens must be [B, T] with T >= 1, got {tokens.shape}.")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers, got {tokens.dtype}.")
+    aligned = state is None if aligned is None else aligned
+    model = nnx.merge(graphdef, params)
+    chunk = model.config.base_chunk or 1
+    if labels is not None and (not aligned or tokens.shape[1] % chunk):
+        raise ValueError(
+            "labels need aligned=True and a length that is a multiple of base_chunk "
+            f"({chunk}), got aligned={aligned} and {tokens.shape[1]} tokens."
+        )
+    fresh = state is None
+    state = _begin(model, tokens.shape[0]) if fresh else _layers_first(state)
+    if not aligned:
+        step = functools.partial(_step, model, learn=learn)
+        if tokens.shape[1] == 1:
+            state, logits = step(state, tokens[:, 0])
+            return logits[:, None], _rows_first(state)
+        state, logits = jax.lax.scan(step, state, tokens.T)
+        return jnp.moveaxis(logits, 0, 1), _rows_first(state)
+    logits, state = _read_aligned(model, tokens, labels, state, fresh, learn)
+    return logits, _rows_first(state)
+
+
+def next_token_loss(
+    logits: Float[Array, "*B N"], labels: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """Cross-entropy in nats of each label."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+# Inside, leaves of the blocks lead with layers, so that layers are scanned; outside they
+# lead with rows. Rows are axis 1 of every such leaf inside.
+
+
+def _swap(tree):
+    return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
+
+
+def _rows_first(state: LMState) -> LMState:
+    held = state.held
+    if held is not None:
+        held = held._replace(mixers=_swap(held.mixers))
+    levels = tuple(v._replace(gradient=_swap(v.gradient)) for v in state.levels)
+    return state._replace(blocks=_swap(state.blocks), levels=levels, held=held)
+
+
+_layers_first = _rows_first
+
+
+def _begin(model, rows):
+    graphdef, params = nnx.split(model.blocks, nnx.Param)
+    blocks = jax.vmap(lambda p: nnx.merge(graphdef, p).initial_state(rows))(params)
+    config = model.config
+    if config.cms.gradient == "none":
+        blocks = blocks._replace(fast=jax.lax.stop_gradient(blocks.fast))
+    levels = tuple(cms.begin_level(config.cms, w, axis=1) for w in blocks.fast)
+    held = None
+    if config.fast:
+        held = Held(
+            mixers=blocks.mixer,
+            tokens=jnp.zeros((rows, config.base_chunk), jnp.int32),
+            full=jnp.zeros((rows,), bool),
+        )
+    return LMState(blocks, levels, held, jnp.zeros((rows,), jnp.int32))
+
+
+def _read(model, tokens, mixers, fast, *, aligned, learn):
+    """Logits and new mixer states of `[B, T]` tokens with the fast weights as they are."""
+    graphdef, params = nnx.split(model.blocks, nnx.Param)
+    x = model.embed(tokens) * model.config.d_model**0.5
+
+    def layer(x, block):
+        params, mixer, fast = block
+        x, state = nnx.merge(graphdef, params)(
+            x, BlockState(mixer, fast), aligned=aligned, learn=learn
+        )
+        return x, state.mixer
+
+    x, mixers = jax.lax.scan(layer, x, (params, mixers, fast))
+    return model.embed.attend(model.norm(x)).astype(jnp.float32), mixers
+
+
+def _read_and_blame(model, tokens, labels, mixers, fast):
+    """`_read` of a base chunk, and the gradient of its loss in each row's fast weights."""
+
+    def objective(fast):
+        logits, after = _read(model, tokens, mixers, fast, aligned=True, learn=True)
+        return jnp.sum(next_token_loss(logits, labels)), (logits, after)
+
+    gradient, aux = jax.grad(objective, has_aux=True)(fast)
+    if model.config.cms.gradient != "exact":
+        gradient = jax.lax.stop_gradient(gradient)
+    return gradient, aux
+
+
+def _accumulate(levels, gradient):
+    return tuple(
+        level._replace(gradient=jax.tree.map(jnp.add, level.gradient, g))
+        for level, g in zip(levels, gradient, strict=True)
+    )
+
+
+class _Life(NamedTuple):
+    """What the scan over chunks carries."""
+
+    mixers: PyTree
+    fast: tuple
+    levels: tuple
+
+
+def _read_aligned(model, tokens, labels, state, fresh, learn):
+    config = model.config
+    length = tokens.shape[1]
+    position = state.position + length
+    if not config.fast or not learn:
+        mixers, fast = state.blocks
+        logits, mixers = _read(model, tokens, mixers, fast, aligned=True, learn=learn)
+        state = state._replace(blocks=BlockState(mixers, fast), position=position)
+        return logits, state
+
+    chunk = config.base_chunk
+    if not fresh:
+        state = _settle(model, state, tokens[:, 0])
+    life = _Life(*state.blocks, state.levels)
+    known = length if labels is not None else (length - 1) // chunk * chunk
+    outputs = []
+    if known:
+        if labels is None:
+            labels = tokens[:, 1 : known + 1]
+        xs = (tokens[:, :known].T, labels.T)
+        life, logits = _live(model, len(config.fast) - 1, life, xs)
+        outputs.append(jnp.moveaxis(logits, 0, 1))
+    mixers, rest = life.mixers, tokens[:, known:]
+    if known < length:
+        logits, mixers = _read(model, rest, mixers, life.fast, aligned=True, learn=True)
+        outputs.append(logits)
+    held = Held(
+        mixers=life.mixers,
+        tokens=jnp.pad(rest, ((0, 0), (0, chunk - rest.shape[1]))),
+        full=jnp.full((tokens.shape[0],), rest.shape[1] == chunk),
+    )
+    state = LMState(BlockState(mixers, life.fast), life.levels, held, position)
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def _live(model, depth, life, xs):
+    """Reads `[T, B]` tokens and labels: loops nest by level, the slowest outermost."""
+    config = model.config
+    if depth < 0:
+        tokens, labels = (a.T for a in xs)
+        read = functools.partial(_read_and_blame, model)
+        if config.remat:
+            read = jax.checkpoint(read)
+        gradient, (logits, mixers) = read(tokens, labels, life.mixers, life.fast)
+        levels = _accumulate(life.levels, gradient)
+        return _Life(mixers, life.fast, levels), jnp.moveaxis(logits, 1, 0)
+
+    def whole(life, xs):
+        life, logits = _live(model, depth - 1, life, xs)
+        return _move(model, depth, life), logits
+
+    def rest(life, xs):
+        return _live(model, depth - 1, life, xs)
+
+    return scan_chunks(whole, rest, config.fast_periods[depth], life, xs)
+
+
+def _move(model, which, life):
+    """Moves one fast level of every row."""
+    config = model.config
+    rate = model.inner_rates()[which]
+    if config.cms.gradient == "none":
+        rate = jax.lax.stop_gradient(rate)
+    weights, level = cms.move(
+        config.cms,
+        config.fast_periods[which],
+        rate,
+        life.fast[which],
+        life.levels[which],
+        axis=1,
+    )
+    return life._replace(
+        fast=_replace(life.fast, which, weights),
+        levels=_replace(life.levels, which, level),
+    )
+
+
+def _settle(model, state, token):
+    """Moves the levels of rows whose held chunk is completed by the arrival of `token`."""
+    config = model.config
+    due = state.held.full
+
+    def settle():
+        labels = jnp.concatenate([state.held.tokens[:, 1:], token[:, None]], axis=1)
+        gradient, _ = _read_and_blame(
+            model, state.held.tokens, labels, state.held.mixers, state.blocks.fast
+        )
+        life = _Life(*state.blocks, _accumulate(state.levels, gradient))
+        fast, levels = [], []
+        for which, period in enumerate(config.fast_periods):
+            moved = _move(model, which, life)
+            moves = due & (state.position % period == 0)
+            kept = _where_level(due, life.levels[which], state.levels[which])
+            fast.append(_where(moves, moved.fast[which], life.fast[which]))
+            levels.append(_where_level(moves, moved.levels[which], kept))
+        held = state.held._replace(
+            mixers=_where(due, state.blocks.mixer, state.held.mixers),
+            full=jnp.zeros_like(due),
+        )
+        blocks = state.blocks._replace(fast=tuple(fast))
+        return state._replace(blocks=blocks, levels=tuple(levels), held=held)
+
+    return jax.lax.cond(jnp.any(due), settle, lambda: state)
+
+
+def _step(model, state, token, *, learn):
+    """One token a row, wherever each row stands."""
+    config = model.config
+    held = state.held
+    if config.fast and learn:
+        state = _settle(model, state, token)
+        slot = state.position % config.base_chunk
+        here = jnp.arange(config.base_chunk, dtype=jnp.int32)[None] == slot[:, None]
+        held = state.held._replace(
+            tokens=jnp.where(here, token[:, None], state.held.tokens),
+            full=slot == config.base_chunk - 1,
+        )
+    mixers, fast = state.blocks
+    logits, mixers = _read(
+        model, token[:, None], mixers, fast, aligned=False, learn=learn
+    )
+    state = LMState(BlockState(mixers, fast), state.levels, held, state.position + 1)
+    return state, logits[:, 0]
+
+
+def _where(rows, new, old, axis=1):
+    """Chooses rows, which are an axis of every leaf."""
+
+    def choose(a, b):
+        shape = [-1 if i == axis else 1 for i in range(a.ndim)]
+        return jnp.where(rows.reshape(shape), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _where_level(rows, new, old):
+    return cms.FastLevel(
+        _where(rows, new.gradient, old.gradient), _where(rows, new.opt, old.opt, axis=0)
+    )
+
+
+def _replace(items: tuple, index: int, item) -> tuple:
+    return (*items[:index], item, *items[index + 1 :])
