@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.split == "all":
         documents = (*corpus.train, *corpus.validation)
     console.print(corpus.summary(), markup=False, soft_wrap=True)
-    measured = measure(opened, documents, rows=options.rows)
+    with fail_in_words():
+        measured = measure(opened, documents, rows=options.rows)
     print_table(
         console,
         f"{config.model.name}, step {opened.step:,}: {len(documents):,} documents,"
@@ -156,7 +157,12 @@ def fail_in_words() -> Iterator[None]:
     """Ends the program with the message of an error that its user can mend."""
     try:
         yield
-    except (ValueError, FileNotFoundError, checkpoint.Damaged) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FloatingPointError,
+        checkpoint.Damaged,
+    ) as error:
         sys.exit(f"error: {error}")
 
 

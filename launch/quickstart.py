@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         FileNotFoundError,
         checkpoint.Damaged,
         checkpoint.SaveFailed,
-        loop.NonFinite,
+        FloatingPointError,
     ) as error:
         sys.exit(f"error: {error}")
 

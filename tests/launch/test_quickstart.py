@@ -1,16 +1,23 @@
 """The quickstart, end to end at its smallest scale, and a second start of it."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
+import numpy as np
 import pytest
 
+from hope_jax.data import text
 from hope_jax.evaluate import language_model
+from hope_jax.models import lm
+from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import loop
 from launch import evaluate, generate, quickstart
 
@@ -83,6 +90,28 @@ def test_both_rows_read_as_many_tokens(workdir):
     assert tokens[0] == tokens[1] and len(tokens[0]) >= 2
 
 
+def test_bits_per_byte_of_a_trained_model_by_hand(workdir):
+    """One plain forward pass over one file gives the number that is reported."""
+    opened = open_checkpoint(workdir / "hope")
+    document = text.load(opened.config.data.path).validation[0]
+    document = text.Document("its start", document.data[:300])
+    score = language_model.score(
+        opened.reader,
+        opened.params,
+        opened.tokenizer,
+        [document],
+        mode="reset",
+        window=64,
+    )
+    graphdef, _ = lm.build(opened.config.model, jax.random.key(0))
+    ids = np.concatenate([[256], np.frombuffer(document.data, np.uint8)])
+    logits, _ = lm.apply(graphdef, opened.params, jnp.asarray(ids[None, :-1]))
+    log_p = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
+    nats = -log_p[np.arange(len(ids) - 1), ids[1:]].sum()
+    by_hand = nats / math.log(2) / len(document.data)
+    assert score.bits_per_byte == pytest.approx(by_hand, rel=1e-5)
+
+
 def test_a_second_start_repeats_nothing(workdir, arguments, monkeypatch, capsys):
     before = json.loads((workdir / "results.json").read_text())
     for name in ("loss.png", "levels.png", "results.json"):
@@ -122,9 +151,9 @@ def test_the_commands_it_names_work(said, capsys, tmp_path):
         if module == "launch.generate":
             generate.main([*given, "--tokens=4"])
         elif module == "launch.evaluate":
-            text = tmp_path / "mine.md"
-            text.write_text("some text of mine\n" * 20)
-            evaluate.main([given[0], f"--data={text}"])
+            mine = tmp_path / "mine.md"
+            mine.write_text("some text of mine\n" * 20)
+            evaluate.main([given[0], f"--data={mine}"])
         else:
             described = subprocess.run(
                 [sys.executable, "-m", module, *given, "--describe"],
