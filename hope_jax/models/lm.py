@@ -17,6 +17,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from hope_jax.core.clock import Clock
+from hope_jax.core.system import Box, Edge, System
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.models import cms
 from hope_jax.models.block import Block, BlockState, ModelConfig
@@ -32,6 +34,7 @@ __all__ = [
     "count_parameters",
     "initial_state",
     "periods",
+    "system",
 ]
 
 
@@ -140,6 +143,74 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
     return jax.tree_util.tree_map_with_path(steps, params)
 
 
+def system(config: ModelConfig) -> System:
+    """The model as levels and what passes between them; items are tokens of a stream."""
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
+        keys = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
+        owner = _owner(keys)
+        sizes[owner] = sizes.get(owner, 0) + leaf.size
+
+    slow = Box(
+        "slow weights",
+        Clock(period=config.context),
+        sizes["slow weights"],
+        "next-token loss",
+        "outer optimizer",
+    )
+    boxes, edges = [slow], []
+    if config.mixer == "attention":
+        mixer = "attention"
+        boxes.append(Box(mixer, Clock(period=0), 0, "regression on values", "softmax"))
+        edges.append(Edge(slow.name, mixer, "generate"))
+    else:
+        mixer = "main memory"
+        memory = config.memory.memory
+        rule = "DGD" if memory.dgd != "none" else "GD"
+        rule += " + momentum" if memory.momentum else ""
+        objective = "recall of own values" if memory.bias == "l2" else "dot with values"
+        projections = _projection_names(config)
+        for name in (*projections, mixer):
+            chunk = memory.chunk if name == mixer else config.memory.projection_chunk
+            size = sizes[mixer]
+            boxes.append(Box(name, Clock(period=chunk), size, objective, rule))
+            edges.append(Edge(slow.name, name, "initialise"))
+            if name != mixer:
+                edges.append(Edge(name, mixer, "generate"))
+    below = mixer
+    for i, level in enumerate(config.cms.levels):
+        name = f"CMS {i + 1}"
+        fast = i in config.fast
+        period = level.period if level.period != float("inf") else config.context
+        rule = config.cms.rule.upper() if fast else "outer optimizer"
+        boxes.append(
+            Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
+        )
+        if fast:
+            edges.append(Edge(slow.name, name, "initialise"))
+        kind = "attend" if below == "attention" else "backprop"
+        edges.append(Edge(below, name, kind))
+        below = name
+    return System(tuple(boxes), tuple(edges))
+
+
+def _projection_names(config: ModelConfig) -> list[str]:
+    names = {"k": "key", "v": "value", "q": "query"}
+    names |= {"eta": "rate", "alpha": "retention"}
+    return [f"{names[p]} memory" for p in config.memory.projections]
+
+
+def _owner(keys: list[str]) -> str:
+    """The box that a parameter belongs to; the projections' memories are stacked."""
+    if "levels" in keys:
+        return f"CMS {int(keys[keys.index('levels') + 1]) + 1}"
+    if "main_start" in keys:
+        return "main memory"
+    if "projection_start" in keys:
+        return "projections"
+    return "slow weights"
+
+
 def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState:
     """`batch` rows at the learned initial states, before their first token."""
     model = nnx.merge(graphdef, params)
@@ -163,8 +234,8 @@ def apply(
       tokens: ids in `[0, vocab)`, at least one a row.
       state: where each row stands; None starts fresh rows.
       labels: the next token of every position, where the text after `tokens` is known,
-        as in training. It completes the last chunk, so nothing is held back; logits are
-        the same with and without. Needs `aligned` and T a multiple of `base_chunk`.
+        as in training. They complete a last chunk that is full, which is then not held
+        back. Logits are the same with and without. Needs `aligned`.
       aligned: static; promises that every row has read a multiple of `config.span`
         tokens, and reads chunks in parallel. By default true for a fresh state only;
         else the tokens are read one by one, wherever each row stands.
@@ -180,11 +251,10 @@ def apply(
         raise ValueError(f"tokens must be integers, got {tokens.dtype}.")
     aligned = state is None if aligned is None else aligned
     model = nnx.merge(graphdef, params)
-    chunk = model.config.base_chunk or 1
-    if labels is not None and (not aligned or tokens.shape[1] % chunk):
+    if labels is not None and (not aligned or labels.shape != tokens.shape):
         raise ValueError(
-            "labels need aligned=True and a length that is a multiple of base_chunk "
-            f"({chunk}), got aligned={aligned} and {tokens.shape[1]} tokens."
+            "labels need aligned=True and the shape of tokens, got "
+            f"aligned={aligned} and {labels.shape} for {tokens.shape}."
         )
     fresh = state is None
     state = _begin(model, tokens.shape[0]) if fresh else _layers_first(state)
@@ -300,12 +370,11 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
     if not fresh:
         state = _settle(model, state, tokens[:, 0])
     life = _Life(*state.blocks, state.levels)
-    known = length if labels is not None else (length - 1) // chunk * chunk
+    labels = tokens[:, 1:] if labels is None else labels
+    known = labels.shape[1] // chunk * chunk  # tokens of chunks with all their labels
     outputs = []
     if known:
-        if labels is None:
-            labels = tokens[:, 1 : known + 1]
-        xs = (tokens[:, :known].T, labels.T)
+        xs = (tokens[:, :known].T, labels[:, :known].T)
         life, logits = _live(model, len(config.fast) - 1, life, xs)
         outputs.append(jnp.moveaxis(logits, 0, 1))
     mixers, rest = life.mixers, tokens[:, known:]

@@ -40,7 +40,8 @@ def make_step(
 
     Args:
       graphdef: the static half of the model.
-      apply_fn: `(graphdef, params, tokens[B, T]) -> (logits[B, T, N], state)`.
+      apply_fn: `(graphdef, params, tokens[B, T], fast, labels=[B, T])
+        -> (logits[B, T, N], state)`.
       tx: the slow level's optimizer.
 
     Returns:
@@ -49,7 +50,8 @@ def make_step(
     """
 
     def live(params, fast, tokens):
-        return apply_fn(graphdef, params, tokens[:, :-1], fast)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        return apply_fn(graphdef, params, inputs, fast, labels=labels)
 
     def objective(params, context):
         tokens, logits = context
@@ -78,7 +80,8 @@ def make_evaluation(
     """`(params, tokens[B, T+1]) -> mean loss in nats`, memory reset at each row."""
 
     def evaluate(params, tokens):
-        logits, _ = apply_fn(graphdef, params, tokens[:, :-1], None)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        logits, _ = apply_fn(graphdef, params, inputs, None, labels=labels)
         return next_token_loss(logits, tokens)
 
     return evaluate

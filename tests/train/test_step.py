@@ -13,7 +13,7 @@ from hope_jax.train import step as step_lib
 VOCAB = 5
 
 
-def apply_fn(graphdef, params, tokens, state):
+def apply_fn(graphdef, params, tokens, state, labels=None):
     """A bigram model with a context: enough to have gradients in two leaves."""
     assert graphdef == "static" and state is None
     logits = params["table"][tokens] + jnp.tanh(params["bias"])
