@@ -270,6 +270,9 @@ class SelfModifyingTitans(nnx.Module):
 
         projection = self._write_projections(state.projection, generated)
         main, y = self._live_main(state.main, generated.tokens, whole is not None)
+        if not learn:
+            projection = projection._replace(momentum=state.projection.momentum)
+            main = main._replace(momentum=state.main.momentum)
         if whole is None:
             projection = _commit_where(
                 position % self.config.projection_chunk == 0, projection
@@ -315,6 +318,7 @@ class SelfModifyingTitans(nnx.Module):
             alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
         else:
             eta, alpha = jnp.zeros_like(theta), jnp.ones_like(theta)
+            theta = jnp.zeros_like(theta)  # nor does what was learned before coast on
         tokens = Tokens(k, v, q, eta, alpha, theta)
         return Generated(tokens, every(over_memories)(anchor, v)), tails
 

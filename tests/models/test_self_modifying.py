@@ -1,0 +1,322 @@
+"""The self-modifying layer is its definition, and keeps the promises of every layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hope_jax.memory.compose import MemoryConfig
+from hope_jax.models.reference import self_modifying_reference
+from hope_jax.models.self_modifying import SelfModifyingConfig, SelfModifyingTitans
+
+D, HEADS, ROWS = 8, 2, 2
+
+
+def configured(chunk=2, projection_chunk=4, adaptive_q=False, rate=None, **memory):
+    return SelfModifyingConfig(
+        memory=MemoryConfig(chunk=chunk, expansion=2, **memory),
+        projection_chunk=projection_chunk,
+        adaptive_q=adaptive_q,
+        rate=rate,
+        conv=3,
+    )
+
+
+def build(config, dtype=jnp.float32):
+    """A layer none of whose parameters is at a special value, as pure functions."""
+    layer = SelfModifyingTitans(D, HEADS, config, dtype, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer, nnx.Param)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [
+        leaf + 0.2 * jax.random.normal(k, leaf.shape)
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return graphdef, jax.tree.unflatten(structure, leaves)
+
+
+def tokens(length, seed=2):
+    return jax.random.normal(jax.random.key(seed), (ROWS, length, D))
+
+
+def call(graphdef, params, x, state=None, **options):
+    return nnx.merge(graphdef, params)(x, state, **options)
+
+
+def fast(graphdef, params, x):
+    y, state = call(graphdef, params, x)
+    memories = state.projection, state.main
+    return y, tuple((m.weights, m.momentum or {}) for m in memories)
+
+
+def slow(graphdef, params, x):
+    y, memories = self_modifying_reference(nnx.merge(graphdef, params), x)
+    momentum = nnx.merge(graphdef, params).config.memory.momentum
+    return y, tuple((m.params, m.opt[1] if momentum else {}) for m in memories)
+
+
+def close(a, b, tolerance=1e-5):
+    def compare(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = 1.0 + np.max(np.abs(b), initial=0.0)
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
+
+    jax.tree.map(compare, a, b)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+LAYERS = {
+    "both clocks, remainder": (11, configured()),
+    "token recurrence": (4, configured(chunk=1, projection_chunk=1, rate=0.3)),
+    "no momentum, adaptive query": (
+        6,
+        configured(chunk=3, projection_chunk=3, momentum=False, adaptive_q=True),
+    ),
+    "dot, read before, delta on the input": (
+        4,
+        configured(chunk=2, projection_chunk=2, bias="dot", read="pre", dgd="input"),
+    ),
+    "read at the anchor, no delta, no retention": (
+        4,
+        configured(
+            chunk=2, projection_chunk=2, read="anchor", dgd="none", retention="none"
+        ),
+    ),
+    "linear": (5, configured(projection_chunk=2, architecture="linear")),
+    "linear, dot": (
+        4,
+        configured(
+            projection_chunk=2,
+            architecture="linear",
+            bias="dot",
+            momentum=False,
+            dgd="none",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_is_its_definition(name):
+    """Outputs, memories, and the pullback of both in every parameter and input."""
+    length, config = LAYERS[name]
+    graphdef, params = build(config)
+    x = tokens(length)
+
+    def value_and_pullback(run):
+        def program(params, x, cotangents):
+            out, pullback = jax.vjp(lambda p, x: run(graphdef, p, x), params, x)
+            return out, pullback(cotangents)
+
+        return jax.jit(program)
+
+    shapes = jax.eval_shape(lambda p, x: fast(graphdef, p, x), params, x)
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    cotangents = jax.tree.unflatten(
+        structure,
+        [
+            jax.random.normal(k, leaf.shape)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ],
+    )
+    ours = value_and_pullback(fast)(params, x, cotangents)
+    close(ours, value_and_pullback(slow)(params, x, cotangents))
+    unused = {"read_theta", "bias_theta"} if not config.memory.momentum else set()
+    if config.memory.retention == "none":
+        unused |= {"read_alpha", "bias_alpha"}
+    for path, gradient in nnx.to_flat_state(ours[1][0]):
+        assert bool(jnp.any(gradient[...] != 0)) == (path[0] not in unused), path
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """A layer with two chunk sizes, read from a state, compiled once a length."""
+    graphdef, params = build(configured())
+    run = jax.jit(
+        lambda x, state, aligned, learn: call(
+            graphdef, params, x, state, aligned=aligned, learn=learn
+        ),
+        static_argnums=(2, 3),
+    )
+    start = nnx.merge(graphdef, params).initial_state(ROWS)
+
+    def read(x, state=start, aligned=False, learn=True):
+        return run(x, state, aligned, learn)
+
+    return read
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_pieces_make_the_whole(layer, size):
+    x = tokens(13)
+    expected, end = layer(x, aligned=True)
+    y, state = layer(x[:, :size])
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    reads = [y]
+    for start in range(size, 13, size):
+        y, state = layer(x[:, start : start + size], state)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == shapes
+        reads.append(y)
+    close(jnp.concatenate(reads, axis=1), expected)
+    close(state, end)
+
+
+def test_a_state_between_chunks_goes_on_in_parallel(layer):
+    x = tokens(12)
+    expected, end = layer(x, aligned=True)
+    y, state = layer(x[:, :8], aligned=True)
+    rest, state = layer(x[:, 8:], state, aligned=True)
+    close(jnp.concatenate([y, rest], axis=1), expected)
+    close(state, end)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_outputs_do_not_see_the_future(layer, aligned):
+    x = tokens(13)
+    y, _ = layer(x, aligned=aligned)
+    for token in (5, 8, 12):
+        z, _ = layer(x.at[:, token].add(1.0), aligned=aligned)
+        equal(z[:, :token], y[:, :token])
+        assert bool(jnp.all(jnp.any(z[:, token] != y[:, token], axis=-1)))
+
+
+def test_the_first_token_reaches_the_last(layer):
+    x = tokens(13)
+    y, _ = layer(x, aligned=True)
+    z, _ = layer(x.at[:, 0].add(1.0), aligned=True)
+    assert jnp.min(jnp.max(jnp.abs(z - y)[:, 4:], axis=-1)) > 1e-5
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_rows_are_apart(layer, aligned):
+    x = tokens(13)
+    y, state = layer(x, aligned=aligned)
+    z, other = layer(x.at[1].add(1.0), aligned=aligned)
+    first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
+    equal(first((z, other)), first((y, state)))
+    assert bool(jnp.any(z[1] != y[1]))
+
+
+def test_rows_stand_where_they_stand(layer):
+    """Rows at different places of their chunks go on as each would by itself."""
+    x = tokens(13)
+    _, ahead = layer(x[:, :7])
+    _, behind = layer(x[:, :3])
+    mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, behind)
+    y, _ = layer(jnp.stack([x[0, 7:13], x[1, 3:9]]), mixed)
+    expected, _ = layer(x, aligned=True)
+    close(y, jnp.stack([expected[0, 7:13], expected[1, 3:9]]))
+
+
+def test_reading_changes_the_memory(layer):
+    start = layer(tokens(1), learn=False)[1]
+    _, after = layer(tokens(13), aligned=True)
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.max(jnp.abs(a - b))),
+        (after.projection.weights, after.main.weights),
+        (start.projection.weights, start.main.weights),
+    )
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_the_second_text_is_learned_by_what_the_first_made(layer):
+    """update(AB) != update(A) + update(B)."""
+    x = tokens(8)
+    weights = lambda state: state.main.weights["w1"]  # noqa: E731
+    start = weights(layer(x[:, :1], learn=False)[1])
+    change = lambda x: weights(layer(x, aligned=True)[1]) - start  # noqa: E731
+    both, apart = change(x), change(x[:, :4]) + change(x[:, 4:])
+    assert jnp.max(jnp.abs(both - apart)) > 1e-3
+
+
+@pytest.mark.parametrize("aligned, read", [(True, 8), (False, 7)])
+def test_without_learning_the_memory_stays(layer, aligned, read):
+    x = tokens(13)
+    _, state = layer(x[:, :read])
+    _, after = layer(x[:, read:], state, aligned=aligned, learn=False)
+    for ours, theirs in (
+        (after.projection, state.projection),
+        (after.main, state.main),
+    ):
+        equal(ours.weights, theirs.weights)
+        equal(ours.momentum, theirs.momentum)
+    assert int(after.position[0]) == 13
+
+
+def test_at_the_start_a_memory_outlives_its_chunk():
+    """The half-life that a fresh layer gives every token is at least its chunk."""
+    config = SelfModifyingConfig()
+    layer = SelfModifyingTitans(32, 4, config, jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 4 * config.projection_chunk, 32))
+    logit = layer.bias_alpha[...][:, None]
+    heads = jnp.moveaxis(x.reshape(1, -1, 4, 8)[0], 1, 0)
+    weights = {n: w[...][:, 3] for n, w in layer.projection_start.items()}
+    hidden = jax.nn.gelu(jnp.einsum("hek,htk->hte", weights["w2"], heads))
+    made = heads + jnp.einsum("hke,hte->htk", weights["w1"], hidden)
+    logit = logit + jnp.einsum("htk,hk->ht", made, layer.read_alpha[...])
+    half_life = -1.0 / jnp.log2(jax.nn.sigmoid(logit))
+    assert jnp.min(half_life) >= config.projection_chunk
+    assert jnp.max(half_life) <= 100 * config.projection_chunk
+
+
+def test_memories_stay_in_float32():
+    graphdef, params = build(configured(), dtype=jnp.bfloat16)
+    x = tokens(5).astype(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # for the library's own norm
+        y, state = jax.eval_shape(lambda x: call(graphdef, params, x), x)
+        again = jax.eval_shape(lambda x, s: call(graphdef, params, x, s), x, state)[1]
+    assert y.dtype == jnp.bfloat16
+    kept = state._replace(position=None)
+    assert {a.dtype for a in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype, again, state)
+    assert jax.tree.all(same)
+
+
+def test_new_values_do_not_compile_again():
+    graphdef, params = build(configured(architecture="linear"))
+    run = jax.jit(lambda p, x, s: call(graphdef, p, x, s, aligned=True))
+    state = nnx.merge(graphdef, params).initial_state(ROWS)
+    for seed in (0, 1):
+        _, state = run(params, tokens(8, seed), state)
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(chunk=3), r"projection_chunk \(4\) must be a multiple of .* \(3\)"),
+        (dict(chunk=8), r"projection_chunk \(4\) must be a multiple of .* \(8\)"),
+        (dict(rate=0.0), r"rate must lie in \(0, 1\], got 0.0"),
+        (dict(rate=1.5), r"rate must lie in \(0, 1\], got 1.5"),
+        (
+            dict(architecture="linear", gradient="exact"),
+            "memory.gradient must be 'anchored', got 'exact'",
+        ),
+    ],
+)
+def test_configs_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        configured(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(conv=0), "conv must be at least 1, got 0"),
+        (dict(rate_start=1.0), "rate_start must lie strictly .* got 1.0"),
+        (dict(momentum_start=0.0), "momentum_start must lie strictly .* got 0.0"),
+    ],
+)
+def test_starts_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        SelfModifyingConfig(**options)
+
+
+def test_rates_of_a_chunk_sum_to_one_at_most():
+    assert configured(projection_chunk=4).rate_bound == 0.25
+    assert configured(rate=0.3).rate_bound == 0.3
