@@ -1,0 +1,99 @@
+"""Benchmarks run at their small sizes, and time what they say they time."""
+
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks import hope_layer, timing
+from hope_jax.train.metrics import read_benchmark
+
+
+def test_programs_take_turns_and_every_other_round_backwards(monkeypatch):
+    monkeypatch.setattr(timing, "_SHORTEST", 1e-9)
+    called = []
+    programs = {name: lambda name=name: called.append(name) for name in "ab"}
+    times = timing.interleave(programs, rounds=3)
+    warm_up = list("aabb")
+    assert called == warm_up + list("ab") + list("ba") + list("ab")
+    assert {len(t.wall) for t in times.values()} == {3}
+    assert {len(t.cpu) for t in times.values()} == {3}
+
+
+def test_seconds_are_those_of_one_call(monkeypatch):
+    monkeypatch.setattr(timing, "_SHORTEST", 0.02)
+    calls = []
+
+    def program():
+        calls.append(None)
+        time.sleep(0.005)
+
+    (times,) = timing.interleave({"sleeps": program}, rounds=1).values()
+    assert len(calls) > 3
+    assert 0.005 <= times.wall[0] < 0.05
+    assert times.cpu[0] < times.wall[0]  # sleeping takes no core
+
+
+def test_rounds_are_at_least_one():
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        timing.interleave({}, rounds=0)
+
+
+def test_ratios_are_of_pairs():
+    """The median of the ratios, which is not the ratio of the medians."""
+    found = timing.workload("w", "m", ours=[1.0, 4.0, 9.0], peer=[1.0, 1.0, 3.0])
+    assert found == {
+        "workload": "w",
+        "metric": "m",
+        "ours": 4.0,
+        "peer": 1.0,
+        "ratio": 3.0,
+        "ratios": [1.0, 4.0, 3.0],
+    }
+
+
+@pytest.mark.parametrize("wrong", [2.1, float("nan"), float("inf")])
+def test_programs_that_disagree_are_not_timed(wrong):
+    right = {"a": jnp.array([1.0, 2.0])}
+    assert timing.check_agreement("they", right, right, 1e-3) == 0.0
+    with pytest.raises(ValueError, match="they differ by .* not timed"):
+        timing.check_agreement("they", {"a": jnp.array([1.0, wrong])}, right, 1e-3)
+
+
+def test_a_reference_that_differs_stops_the_benchmark(monkeypatch):
+    wrong = lambda layer, x: (x, ())  # noqa: E731
+    monkeypatch.setattr(hope_layer, "self_modifying_reference", wrong)
+    programs = hope_layer.build(hope_layer.QUICK)
+    some = {name: programs[name] for name in programs if name[1:] == ("forward", 4)}
+    monkeypatch.setattr(hope_layer, "build", lambda sizes: some)
+    with pytest.raises(ValueError, match="layer and reference, forward, T 4, differ"):
+        hope_layer.run(hope_layer.QUICK, report=lambda line: None)
+
+
+def test_hope_layer(tmp_path, capsys):
+    assert hope_layer.main(["--quick", "--rounds=2", f"--out={tmp_path}"]) == 0
+    (path,) = (tmp_path / "benchmarks").iterdir()
+    benchmark = read_benchmark(path)
+    assert benchmark["name"] == "hope_layer"
+    workloads = {(w["workload"], w["metric"]): w for w in benchmark["workloads"]}
+    assert len(workloads) == len(benchmark["workloads"])
+    for peer, task, length in [
+        ("attention", "forward", 4),
+        ("attention", "forward", 8),
+        ("attention", "training", 4),
+        ("attention", "training", 8),
+        ("reference", "forward", 4),
+        ("reference", "forward", 8),
+        ("reference", "training", 4),
+    ]:
+        name = f"self-modifying layer against {peer}, {task}, T {length}"
+        for metric in ("tokens per second", "tokens per second of one core"):
+            assert len(workloads[name, metric]["ratios"]) == 2
+            assert workloads[name, metric]["ours"] > 0
+    for layer in ("layer", "attention"):
+        for task in ("forward", "training"):
+            name = f"growth of {layer}, {task}, T 8 against 4"
+            assert (name, "tokens per second of one core") in workloads
+    output = capsys.readouterr().out
+    assert "layer and reference, training, T 4, agree to" in output
+    assert path.name in output
