@@ -33,7 +33,6 @@ class ModelConfig:
       memory: the self-modifying mixer.
       cms: the chain of MLPs; one level of infinite period is a Transformer block.
       dtype: compute type of projections and MLPs; memories stay in float32.
-      remat: recompute each base chunk in the backward pass rather than keep its inside.
     """
 
     name: str = "custom"
@@ -46,7 +45,6 @@ class ModelConfig:
     memory: SelfModifyingConfig = SelfModifyingConfig()
     cms: CMSConfig = CMSConfig()
     dtype: str = "float32"
-    remat: bool = True
 
     def __post_init__(self):
         for name in ("vocab", "d_model", "layers", "heads", "context"):

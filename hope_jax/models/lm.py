@@ -329,16 +329,59 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
 
 
 def _read_and_blame(model, tokens, labels, mixers, fast):
-    """`_read` of a base chunk, and the gradient of its loss in each row's fast weights."""
+    """`_read` of a base chunk, and the gradient of its loss in each row's fast weights.
 
+    The gradient is that of the chunk alone: states at its start are constants to it.
+    """
+    graphdef, params = nnx.split(model, nnx.Param)
+    chunk = Chunk(tokens, labels, mixers, fast)
+    if model.config.cms.gradient == "exact":
+        return jax.checkpoint(_blame, static_argnums=0)(graphdef, params, chunk)
+    return _blame_constant(graphdef, params, chunk)
+
+
+class Chunk(NamedTuple):
+    """A base chunk and the states at its start."""
+
+    tokens: Array
+    labels: Array
+    mixers: PyTree
+    fast: tuple
+
+
+def _read_chunk(graphdef, params, chunk):
+    model = nnx.merge(graphdef, params)
+    return _read(
+        model, chunk.tokens, chunk.mixers, chunk.fast, aligned=True, learn=True
+    )
+
+
+def _blame(graphdef, params, chunk):
     def objective(fast):
-        logits, after = _read(model, tokens, mixers, fast, aligned=True, learn=True)
-        return jnp.sum(next_token_loss(logits, labels)), (logits, after)
+        logits, after = _read_chunk(graphdef, params, chunk._replace(fast=fast))
+        return jnp.sum(next_token_loss(logits, chunk.labels)), (logits, after)
 
-    gradient, aux = jax.grad(objective, has_aux=True)(fast)
-    if model.config.cms.gradient != "exact":
-        gradient = jax.lax.stop_gradient(gradient)
-    return gradient, aux
+    return jax.grad(objective, has_aux=True)(chunk.fast)
+
+
+# To the level above, a first-order update is a constant. Its backward pass is then that
+# of `_read_chunk` alone; left to itself, JAX would differentiate the inner backward pass
+# too and throw the result away.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blame_constant(graphdef, params, chunk):
+    return _blame(graphdef, params, chunk)
+
+
+def _blame_constant_forward(graphdef, params, chunk):
+    return _blame(graphdef, params, chunk), (params, chunk)
+
+
+def _blame_constant_backward(graphdef, residuals, cotangents):
+    _, pullback = jax.vjp(functools.partial(_read_chunk, graphdef), *residuals)
+    return pullback(cotangents[1])
+
+
+_blame_constant.defvjp(_blame_constant_forward, _blame_constant_backward)
 
 
 def _accumulate(levels, gradient):
@@ -395,10 +438,9 @@ def _live(model, depth, life, xs):
     config = model.config
     if depth < 0:
         tokens, labels = (a.T for a in xs)
-        read = functools.partial(_read_and_blame, model)
-        if config.remat:
-            read = jax.checkpoint(read)
-        gradient, (logits, mixers) = read(tokens, labels, life.mixers, life.fast)
+        gradient, (logits, mixers) = _read_and_blame(
+            model, tokens, labels, life.mixers, life.fast
+        )
         levels = _accumulate(life.levels, gradient)
         return _Life(mixers, life.fast, levels), jnp.moveaxis(logits, 1, 0)
 

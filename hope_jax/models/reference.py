@@ -51,7 +51,9 @@ def self_modifying_reference(
         M_□,ₜ = M_□,ₜ₋₁ (αₜ I − ηₜ kₜ kₜᵀ) − ηₜ ∇ℓ(M_□; kₜ, v̂ₜ)               (86-88)
 
     where each M_□ without a time is read at its anchor, its state after its last whole
-    chunk (equation 90), which for a chunk of one token is M_□,ₜ₋₁.
+    chunk (equation 90), which for a chunk of one token is M_□,ₜ₋₁. Keys and queries
+    have unit norm; with `unit_values` so have values and targets, which the equations
+    leave free.
 
     Args:
       layer: the layer, whose memories start at its learned initial states.
@@ -114,6 +116,9 @@ def _live(
         dataclasses.replace(config.memory, chunk=config.projection_chunk), width
     )
 
+    def bounded(value):
+        return _unit(value) if config.unit_values else value
+
     def gate(name, of):
         weight, bias = head.gate[name]
         return jax.nn.sigmoid(jnp.vdot(weight, of) + bias)
@@ -134,6 +139,7 @@ def _live(
         eta = config.rate_bound * gate("eta", made["eta"])
         if config.memory.momentum:
             eta = eta * (1.0 - theta)
+        v = bounded(v)
         token = Tokens(
             k=_unit(k),
             v=v,
@@ -144,10 +150,10 @@ def _live(
         )
 
         def learn(state, target):
-            return tick(level, state, token._replace(v=target))[0]
+            return tick(level, state, token._replace(v=bounded(target)))[0]
 
         projection = jax.vmap(learn)(memories.projection, each(anchors, v))
-        own = token._replace(v=recall(main_anchor, v))
+        own = token._replace(v=bounded(recall(main_anchor, v)))
         main, y = tick(main_level, memories.main, own)
         return (Memories(projection, main), windows), y
 

@@ -45,6 +45,9 @@ class SelfModifyingConfig:
         sum of the rates of one chunk by 1: anchored gradients diverge beyond 2.
       rate_start: where η starts, as a fraction of its bound.
       momentum_start: where the inner momentum θ starts.
+      unit_values: gives values and self-generated targets unit norm, as keys have. The
+        equations leave them free; a memory's targets are then read from itself with no
+        bound on their length, and long texts overflow.
     """
 
     memory: MemoryConfig = MemoryConfig(chunk=16)
@@ -54,6 +57,7 @@ class SelfModifyingConfig:
     rate: float | None = None
     rate_start: float = 0.5
     momentum_start: float = 0.5
+    unit_values: bool = True
 
     def __post_init__(self):
         if self.memory.architecture != "mlp" and self.memory.gradient != "anchored":
@@ -155,9 +159,13 @@ class SelfModifyingTitans(nnx.Module):
         self.read_eta = nnx.Param(jax.random.normal(rngs.params(), shape) * small())
         self.read_alpha = nnx.Param(jax.random.normal(rngs.params(), shape) * small())
         self.read_theta = nnx.Param(jax.random.normal(rngs.params(), shape) * small())
-        self.bias_eta = nnx.Param(jnp.full((heads,), _logit(config.rate_start)))
+        self.bias_eta = nnx.Param(
+            jnp.full((heads,), _logit(config.rate_start), jnp.float32)
+        )
         self.bias_alpha = nnx.Param(_retention_start(config, heads))
-        self.bias_theta = nnx.Param(jnp.full((heads,), _logit(config.momentum_start)))
+        self.bias_theta = nnx.Param(
+            jnp.full((heads,), _logit(config.momentum_start), jnp.float32)
+        )
 
         self.gate = dense(d_model, d_model, dtype, rngs)
         self.norm = nnx.RMSNorm(self.width, dtype=dtype, rngs=rngs)
@@ -302,7 +310,7 @@ class SelfModifyingTitans(nnx.Module):
         k, tail_k = self.conv_k(flat(k), state.tails.k)
         v, tail_v = self.conv_v(flat(v), state.tails.v)
         tails = state.tails._replace(k=tail_k, v=tail_v)
-        k, v = _unit(heads(k)), heads(v)
+        k, v = _unit(heads(k)), self._bounded(heads(v))
         if config.adaptive_q:
             q, tail_q = self.conv_q(flat(made[:, :, 4]), state.tails.q)
             q, tails = _unit(heads(q)), tails._replace(q=tail_q)
@@ -320,7 +328,11 @@ class SelfModifyingTitans(nnx.Module):
             eta, alpha = jnp.zeros_like(theta), jnp.ones_like(theta)
             theta = jnp.zeros_like(theta)  # nor does what was learned before coast on
         tokens = Tokens(k, v, q, eta, alpha, theta)
-        return Generated(tokens, every(over_memories)(anchor, v)), tails
+        targets = self._bounded(every(over_memories)(anchor, v))
+        return Generated(tokens, targets), tails
+
+    def _bounded(self, value):
+        return _unit(value) if self.config.unit_values else value
 
     def _write_projections(self, memory, generated):
         """Each projection memory learns its own targets at the shared keys."""
@@ -341,7 +353,7 @@ class SelfModifyingTitans(nnx.Module):
         apply = build_architecture(config, self.width).apply
 
         def write(state, tokens):
-            target = jax.vmap(apply, (None, 0))(state.anchor, tokens.v)
+            target = self._bounded(jax.vmap(apply, (None, 0))(state.anchor, tokens.v))
             return piece(config, state, tokens._replace(v=target))
 
         def whole(state, tokens):

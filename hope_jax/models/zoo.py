@@ -32,7 +32,6 @@ def _family(
     levels: tuple[CMSLevel, ...],
     hidden: dict[str, int],
     dtype: str,
-    remat: bool = True,
 ) -> dict[str, Callable[[], ModelConfig]]:
     """The three models of one size; `hidden` is the MLP width of each."""
 
@@ -48,7 +47,6 @@ def _family(
             memory=memory,
             cms=CMSConfig(levels=chain, hidden=hidden[name]),
             dtype=dtype,
-            remat=remat,
         )
 
     return {
@@ -77,29 +75,28 @@ _ZOO: dict[str, Callable[[], ModelConfig]] = {
     **_family(
         "tiny",
         d_model=128,
-        layers=4,
+        layers=2,
         heads=4,
         vocab=4096,
         context=256,
         memory=SelfModifyingConfig(
-            memory=MemoryConfig(chunk=64, expansion=2), projection_chunk=64
+            memory=MemoryConfig(chunk=32, expansion=2), projection_chunk=32
         ),
-        levels=_levels(64, 128, 4096, rate=0.1),
-        hidden={"hope": 128, "hope_attention": 128, "transformer": 384},
+        levels=_levels(128, 512, 2048, rate=0.1),
+        hidden={"hope": 128, "hope_attention": 185, "transformer": 556},
         dtype="float32",
-        remat=False,
     ),
     **_large(
-        "100m", 640, 12, 10, {"hope": 500, "hope_attention": 500, "transformer": 2000}
+        "100m", 640, 12, 10, {"hope": 488, "hope_attention": 648, "transformer": 2600}
     ),
     **_large(
-        "340m", 1024, 24, 16, {"hope": 500, "hope_attention": 500, "transformer": 2000}
+        "340m", 1024, 24, 16, {"hope": 568, "hope_attention": 704, "transformer": 2800}
     ),
     **_large(
-        "760m", 1536, 24, 16, {"hope": 500, "hope_attention": 500, "transformer": 2000}
+        "760m", 1536, 24, 16, {"hope": 904, "hope_attention": 1096, "transformer": 4376}
     ),
     **_large(
-        "1b3", 2048, 18, 16, {"hope": 500, "hope_attention": 500, "transformer": 2000}
+        "1b3", 2048, 18, 16, {"hope": 1848, "hope_attention": 2104, "transformer": 8432}
     ),
 }
 

@@ -51,7 +51,7 @@ def make_step(
 
     def live(params, fast, tokens):
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        return apply_fn(graphdef, params, inputs, fast, labels=labels)
+        return apply_fn(graphdef, params, inputs, fast)
 
     def objective(params, context):
         tokens, logits = context
