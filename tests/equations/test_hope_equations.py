@@ -39,13 +39,14 @@ def unit(x):
 
 
 def configured(chunk=1, **memory):
-    """The layer of the equations: without momentum, and read before each write."""
+    """The layer of the equations: no momentum, free values, read before each write."""
     options = dict(momentum=False, read="pre", expansion=1, activation="tanh") | memory
     return SelfModifyingConfig(
         memory=MemoryConfig(chunk=chunk, **options),
         projection_chunk=chunk,
         conv=1,
         rate=0.9,
+        unit_values=False,
     )
 
 

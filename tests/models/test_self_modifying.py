@@ -13,12 +13,15 @@ from hope_jax.models.self_modifying import SelfModifyingConfig, SelfModifyingTit
 D, HEADS, ROWS = 8, 2, 2
 
 
-def configured(chunk=2, projection_chunk=4, adaptive_q=False, rate=None, **memory):
+def configured(
+    chunk=2, projection_chunk=4, adaptive_q=False, rate=None, unit_values=True, **memory
+):
     return SelfModifyingConfig(
         memory=MemoryConfig(chunk=chunk, expansion=2, **memory),
         projection_chunk=projection_chunk,
         adaptive_q=adaptive_q,
         rate=rate,
+        unit_values=unit_values,
         conv=3,
     )
 
@@ -71,7 +74,10 @@ def equal(a, b):
 
 LAYERS = {
     "both clocks, remainder": (11, configured()),
-    "token recurrence": (4, configured(chunk=1, projection_chunk=1, rate=0.3)),
+    "token recurrence": (
+        4,
+        configured(chunk=1, projection_chunk=1, rate=0.3, unit_values=False),
+    ),
     "no momentum, adaptive query": (
         6,
         configured(chunk=3, projection_chunk=3, momentum=False, adaptive_q=True),
@@ -95,6 +101,7 @@ LAYERS = {
             bias="dot",
             momentum=False,
             dgd="none",
+            unit_values=False,
         ),
     ),
 }
