@@ -15,6 +15,7 @@ from hope_jax.core.level import (
 )
 from hope_jax.core.system import Box, Edge, System, as_level, describe, draw
 from hope_jax.core.transfer import attend, backprop, condition, generate, initialise
+from hope_jax.evaluate.causality import check_causality
 
 __all__ = [
     "Box",
@@ -31,6 +32,7 @@ __all__ = [
     "attend",
     "backprop",
     "begin",
+    "check_causality",
     "condition",
     "describe",
     "draw",

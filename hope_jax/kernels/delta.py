@@ -1,8 +1,8 @@
 """Chunk-parallel delta rules for one matrix: the WY form with momentum and decay.
 
-Reference: `unroll(memory_level(config, width), ...)` with a linear architecture. For one
-stream and one head; callers `vmap`, and what does not depend on the mapped memory (keys,
-gates, the triangular inverse) is then computed once.
+Reference: `unroll(memory_level(config, width), ...)` with a linear architecture. For
+one stream and one head; callers `vmap`, and what does not depend on the mapped memory
+(keys, gates, the triangular inverse) is then computed once.
 
     Sₜ = θₜ Sₜ₋₁ + eₜ kₜᵀ          Mₜ = Mₜ₋₁ (αₜ I − bₜ kₜ kₜᵀ) + Sₜ
 
@@ -43,25 +43,24 @@ class Transitions(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The unknowns of a chunk: delta rows `u`, None without a delta term, and writes."""
+    """What a chunk solves for: delta rows `u`, None without a delta term; writes."""
 
     u: Array | None
     e: Array
 
 
 def transitions(
-    alpha: Float[Array, " C"] | None, theta: Float[Array, " C"] | None, length: int
+    alpha: Float[Array, " C"], theta: Float[Array, " C"] | None
 ) -> Transitions:
-    """`alpha` None keeps everything; `theta` None has no momentum (`D = Γ`, `c = 0`)."""
-    kept = jnp.ones((length,), jnp.float32) if alpha is None else alpha
-    products = cumulative_products(kept)
+    """Of a chunk's gates; `theta` None has no momentum (`D = Γ`, `c = 0`)."""
+    products = cumulative_products(alpha)
     decay = products[1:, 1:]
     if theta is None:
-        none = jnp.zeros((length + 1,), jnp.float32)
+        none = jnp.zeros_like(products[0])
         return Transitions(products[:, 0], decay, decay, none, none[1:], none[0])
     coasts = cumulative_products(theta)
     coast = coasts[1:, 1:]
-    lag = jnp.concatenate([jnp.zeros((1,), jnp.float32), decay @ coasts[1:, 0]])
+    lag = jnp.concatenate([jnp.zeros_like(alpha[:1]), decay @ coasts[1:, 0]])
     return Transitions(
         kept=products[:, 0],
         decay=decay,
@@ -106,7 +105,7 @@ def anchored_rows(
     b: Float[Array, " C"] | None,
     gates: Transitions,
 ) -> Rows:
-    """Rows when the writes `e` are known at the chunk's start (`spec` 0.1, anchored)."""
+    """Rows when the writes `e` are known at the chunk's start: anchored gradients."""
     if b is None:
         return Rows(None, e)
     overlap = k @ k.T
@@ -126,7 +125,7 @@ def exact_rows(
     gates: Transitions,
 ) -> Rows:
     """Rows when each L2 gradient is taken where the memory stands: `P` are the recalls
-    `Mₜ₋₁ kₜ`, of which u and e are multiples (`spec` 0.1, exact)."""
+    `Mₜ₋₁ kₜ`, of which u and e are multiples."""
     overlap = k @ k.T
     system = _before(gates.spread) * overlap * eta[None, :]
     if b is not None:

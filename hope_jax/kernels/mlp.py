@@ -50,10 +50,10 @@ def output_error(config: MemoryConfig, output: Array, value: Array) -> Array:
 
 
 def gate_transitions(config: MemoryConfig, tokens: Tokens) -> delta.Transitions:
+    keeps = config.retention == "none"
     return delta.transitions(
-        tokens.alpha if config.retention == "decay" else None,
+        jnp.ones_like(tokens.alpha) if keeps else tokens.alpha,
         tokens.theta if config.momentum else None,
-        tokens.k.shape[0],
     )
 
 

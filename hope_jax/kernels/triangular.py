@@ -1,8 +1,8 @@
 """Inverse of unit lower-triangular matrices, in blocks.
 
 Reference: `jnp.linalg.inv(I + a)`. Chunks need `(I + A) U = R` for several right-hand
-sides of one A, so the inverse is formed once and applied as a product. It is merged from
-blocks of 8: doubling (the Neumann series) loses all digits on correlated keys, and
+sides of one A, so the inverse is formed once and applied as a product. It is merged
+from blocks of 8: doubling (the Neumann series) loses all digits on correlated keys, and
 LAPACK's solve can dead-lock virtual CPU devices.
 """
 
@@ -51,7 +51,8 @@ def _inverse(a):
 def _substitute(a):
     """Forward substitution row by row, all blocks of the batch at once.
 
-    A loop of slices compiles in a third of the time of its unrolled form and runs faster.
+    A loop of slices compiles in a third of the time of its unrolled form and runs
+    faster.
     """
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 

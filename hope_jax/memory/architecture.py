@@ -1,7 +1,7 @@
 """Memory architectures: the function class of an associative memory.
 
-A parameter is a matrix that multiplies a vector, and `inputs` names that vector for each
-of them, because delta gradient descent forgets along it.
+A parameter is a matrix that multiplies a vector, and `inputs` names that vector for
+each of them, because delta gradient descent forgets along it.
 """
 
 from collections.abc import Callable

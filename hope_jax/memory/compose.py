@@ -18,7 +18,8 @@ class Tokens(NamedTuple):
     """The context of a memory, for one stream and one head; leaves lead with time, T.
 
     Attributes:
-      k, v, q: key, value and query. Keys and queries of unit norm keep the rules stable.
+      k, v, q: key, value and query. Keys and queries of unit norm keep the
+        rules stable.
       eta: inner rate, float32.
       alpha: retained fraction in (0, 1], float32.
       theta: inner momentum in [0, 1), float32; ignored without momentum.
@@ -43,9 +44,10 @@ class MemoryConfig:
       dgd: the delta term: on `both` layers (the hidden layer's coefficient corrected
         for the norm of its input), on the `input` layer only, or `none`.
       retention: `decay` by the token's alpha, or `none`.
-      gradient: `exact` takes it where the memory stands: then the chunk is a speed knob.
-        `anchored` takes it at the chunk's start: then the chunk is part of the function,
-        and 1 is the token recurrence. Only linear memories have a fast exact form.
+      gradient: `exact` takes it where the memory stands: then the chunk is a speed
+        knob. `anchored` takes it at the chunk's start: then the chunk is part of the
+        function, and 1 is the token recurrence. Only linear memories have a fast exact
+        form.
       read: the state that answers a query: `post` (after the token's own write), `pre`
         (before it) or `anchor` (at the chunk's start, equation 90).
       chunk: tokens per chunk.
@@ -93,7 +95,8 @@ class MemoryConfig:
             )
         if self.gradient == "exact" and self.read == "anchor":
             raise ValueError(
-                "read='anchor' needs gradient='anchored': an exact memory has no anchor."
+                "read='anchor' needs gradient='anchored': an exact memory has no "
+                "anchor."
             )
 
 

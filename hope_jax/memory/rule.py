@@ -28,7 +28,7 @@ def descend() -> optax.GradientTransformationExtraArgs:
 
 
 def inertia() -> optax.GradientTransformationExtraArgs:
-    """`Sₜ = θₜ Sₜ₋₁ + update`: inner momentum with decay `context.theta` (Titans 14)."""
+    """`Sₜ = θₜ Sₜ₋₁ + update`: inner momentum, decay `context.theta` (Titans 14)."""
 
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)

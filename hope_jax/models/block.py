@@ -94,7 +94,7 @@ class ModelConfig:
 
     @property
     def base_chunk(self) -> int | None:
-        """Tokens between two moves of the fastest CMS level; None without fast levels."""
+        """Tokens between two moves of the fastest CMS level; None without one."""
         return self.fast_periods[0] if self.fast else None
 
     @property

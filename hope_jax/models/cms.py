@@ -1,10 +1,10 @@
 """Continuum memory: a chain of MLPs, each moved by the task loss on its own clock.
 
 Section 7 of arXiv:2512.24695, sequential variant (equations 70, 71 and 73). A level
-whose period is shorter than the model's context moves inside the sequence: every row has
-its own fast copy, which starts at the learned parameters and descends the next-token loss
-of the text read so far. A slower level holds no fast copy: it is an ordinary parameter
-that the training loop's optimizer moves on a slower clock.
+whose period is shorter than the model's context moves inside the sequence: every row
+has its own fast copy, which starts at the learned parameters and descends the
+next-token loss of the text read so far. A slower level holds no fast copy: it is an
+ordinary parameter that the training loop's optimizer moves on a slower clock.
 """
 
 import dataclasses
@@ -29,9 +29,10 @@ class CMSLevel:
     """One MLP of the chain.
 
     Attributes:
-      period: tokens of one stream between two moves. `math.inf` has no clock of its own:
-        the MLP of an ordinary Transformer block, a parameter like any other.
-      rate: inner rate at the start; it is learned, between 0 and `CMSConfig.rate_bound`.
+      period: tokens of one stream between two moves. `math.inf` has no clock of its
+        own: the MLP of an ordinary Transformer block, a parameter like any other.
+      rate: inner rate at the start; it is learned, between 0 and
+        `CMSConfig.rate_bound`.
     """
 
     period: float
@@ -59,8 +60,8 @@ class CMSConfig:
       order: `fast_to_slow` (the paper's figures) or `slow_to_fast` (equation 70 as
         printed).
       rule: inner optimizer of the fast levels; `sgd` is equation 71.
-      reduction: `mean` of the gradients over a level's period, so that its step does not
-        grow with its period, or `sum` (equation 71 to the letter).
+      reduction: `mean` of the gradients over a level's period, so that its step does
+        not grow with its period, or `sum` (equation 71 to the letter).
       gradient: what the outer level differentiates: `exact`, through every inner move;
         `first_order`, moves are constants; `none`, the initial state learns nothing.
       clip: bound on the norm of one row's inner gradient, over a level's whole stack.
@@ -109,7 +110,7 @@ class CMSConfig:
                 )
 
     def fast(self, context: int) -> tuple[int, ...]:
-        """Indices of the levels that move inside a sequence of `context`, fast first."""
+        """Indices of the levels that move within `context` tokens, fast first."""
         return tuple(i for i, v in enumerate(self.levels) if v.period < context)
 
 

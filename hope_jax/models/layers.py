@@ -5,7 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
+
+
+def full_precision(x: Array) -> Array:
+    """float32, or float64 where the model is built in it to check derivatives."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def dense(d_in: int, d_out: int, dtype, rngs: nnx.Rngs, scale: float = 1.0):
@@ -19,8 +24,8 @@ def dense(d_in: int, d_out: int, dtype, rngs: nnx.Rngs, scale: float = 1.0):
 class CausalConv(nnx.Module):
     """A depth-wise causal convolution over time, which starts as the identity.
 
-    Written as shifted products: the compiler's own depth-wise convolution is slower by an
-    order of magnitude on CPUs, its gradient by more.
+    Written as shifted products: the compiler's own depth-wise convolution is slower by
+    an order of magnitude on CPUs, its gradient by more.
     """
 
     def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
@@ -40,7 +45,7 @@ class CausalConv(nnx.Module):
 
     def tail(self, rows: int) -> Float[Array, "B W D"]:
         width, channels = self.kernel.shape
-        return jnp.zeros((rows, width - 1, channels), jnp.float32)
+        return jnp.zeros((rows, width - 1, channels), self.kernel.dtype)
 
 
 class SwiGLU(nnx.Module):

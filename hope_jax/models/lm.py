@@ -1,11 +1,12 @@
 """The language model: blocks scanned over layers, read chunk by chunk of its clocks.
 
-`apply` is training, prefill and decoding. Without fast CMS levels it is one pass over the
-tokens. With them the sequence is scanned over base chunks: forward with the current fast
-weights, next-token loss, one backward pass for all fast levels, each of which moves when
-its own period ends (equation 71 of arXiv:2512.24695). The loss of a chunk's last token
-needs the first token of the next chunk, so a chunk is held until that token arrives: then
-the levels move, and that token is the first to see it. Nothing reads what it should not.
+`apply` is training, prefill and decoding. Without fast CMS levels it is one pass over
+the tokens. With them the sequence is scanned over base chunks: forward with the current
+fast weights, next-token loss, one backward pass for all fast levels, each of which
+moves when its own period ends (equation 71 of arXiv:2512.24695). The loss of a chunk's
+last token needs the first token of the next chunk, so a chunk is held until that token
+arrives: then the levels move, and that token is the first to see it. Nothing reads what
+it should not.
 """
 
 import functools
@@ -22,7 +23,7 @@ from hope_jax.core.system import Box, Edge, System
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.models import cms
 from hope_jax.models.block import Block, BlockState, ModelConfig
-from hope_jax.models.layers import DTYPES
+from hope_jax.models.layers import DTYPES, full_precision
 
 __all__ = [
     "LMState",
@@ -53,7 +54,7 @@ class Held(NamedTuple):
 
 
 class LMState(NamedTuple):
-    """Where a model stands in the text of each row. Its size does not grow with the text.
+    """Where a model stands in the text of each row; its size does not grow with it.
 
     Every leaf leads with rows, B, then layers, L, where it belongs to the blocks.
 
@@ -144,7 +145,7 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 
 
 def system(config: ModelConfig) -> System:
-    """The model as levels and what passes between them; items are tokens of a stream."""
+    """The model as levels and what passes between them; items are tokens."""
     sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
         keys = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
@@ -276,8 +277,8 @@ def next_token_loss(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-# Inside, leaves of the blocks lead with layers, so that layers are scanned; outside they
-# lead with rows. Rows are axis 1 of every such leaf inside.
+# Inside, leaves of the blocks lead with layers, so that layers are scanned; outside
+# they lead with rows. Rows are axis 1 of every such leaf inside.
 
 
 def _swap(tree):
@@ -313,7 +314,7 @@ def _begin(model, rows):
 
 
 def _read(model, tokens, mixers, fast, *, aligned, learn):
-    """Logits and new mixer states of `[B, T]` tokens with the fast weights as they are."""
+    """Logits and new mixer states of `[B, T]` tokens, the fast weights fixed."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
     x = model.embed(tokens) * model.config.d_model**0.5
 
@@ -325,7 +326,7 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
         return x, state.mixer
 
     x, mixers = jax.lax.scan(layer, x, (params, mixers, fast))
-    return model.embed.attend(model.norm(x)).astype(jnp.float32), mixers
+    return full_precision(model.embed.attend(model.norm(x))), mixers
 
 
 def _read_and_blame(model, tokens, labels, mixers, fast):
@@ -365,8 +366,8 @@ def _blame(graphdef, params, chunk):
 
 
 # To the level above, a first-order update is a constant. Its backward pass is then that
-# of `_read_chunk` alone; left to itself, JAX would differentiate the inner backward pass
-# too and throw the result away.
+# of `_read_chunk` alone; left to itself, JAX would differentiate the inner backward
+# pass too and throw the result away.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blame_constant(graphdef, params, chunk):
     return _blame(graphdef, params, chunk)
@@ -475,7 +476,7 @@ def _move(model, which, life):
 
 
 def _settle(model, state, token):
-    """Moves the levels of rows whose held chunk is completed by the arrival of `token`."""
+    """Moves the levels of rows whose held chunk the arrival of `token` completes."""
     config = model.config
     due = state.held.full
 

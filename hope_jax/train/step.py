@@ -40,8 +40,7 @@ def make_step(
 
     Args:
       graphdef: the static half of the model.
-      apply_fn: `(graphdef, params, tokens[B, T], fast, labels=[B, T])
-        -> (logits[B, T, N], state)`.
+      apply_fn: `(graphdef, params, tokens[B, T]) -> (logits[B, T, N], state)`.
       tx: the slow level's optimizer.
 
     Returns:
@@ -50,8 +49,7 @@ def make_step(
     """
 
     def live(params, fast, tokens):
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        return apply_fn(graphdef, params, inputs, fast)
+        return apply_fn(graphdef, params, tokens[:, :-1], fast)
 
     def objective(params, context):
         tokens, logits = context
@@ -80,8 +78,7 @@ def make_evaluation(
     """`(params, tokens[B, T+1]) -> mean loss in nats`, memory reset at each row."""
 
     def evaluate(params, tokens):
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        logits, _ = apply_fn(graphdef, params, inputs, None, labels=labels)
+        logits, _ = apply_fn(graphdef, params, tokens[:, :-1], None)
         return next_token_loss(logits, tokens)
 
     return evaluate

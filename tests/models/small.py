@@ -1,0 +1,72 @@
+"""Three small models with every clock at work, and one compiled reading of each."""
+
+import dataclasses
+import functools
+
+import jax
+
+from hope_jax.memory.compose import MemoryConfig
+from hope_jax.models import lm
+from hope_jax.models.block import ModelConfig
+from hope_jax.models.cms import CMSConfig, CMSLevel
+from hope_jax.models.self_modifying import SelfModifyingConfig
+
+VOCAB, LENGTH = 13, 21
+
+HOPE = ModelConfig(
+    name="hope",
+    vocab=VOCAB,
+    d_model=8,
+    layers=2,
+    heads=2,
+    mixer="self_modifying",
+    context=64,
+    memory=SelfModifyingConfig(
+        memory=MemoryConfig(chunk=2, expansion=2), projection_chunk=4, rate=0.5
+    ),
+    cms=CMSConfig(
+        levels=(
+            CMSLevel(period=4, rate=0.5),
+            CMSLevel(period=8, rate=0.5),
+            CMSLevel(period=128),
+        ),
+        hidden=12,
+    ),
+)
+HOPE_ATTENTION = dataclasses.replace(HOPE, name="hope_attention", mixer="attention")
+TRANSFORMER = dataclasses.replace(
+    HOPE_ATTENTION, name="transformer", cms=CMSConfig(hidden=24)
+)
+MODELS = {config.name: config for config in (HOPE, HOPE_ATTENTION, TRANSFORMER)}
+
+
+@functools.cache
+def built(config: ModelConfig):
+    return lm.build(config, jax.random.key(1))
+
+
+@functools.cache
+def reading(config: ModelConfig, aligned: bool | None = None, learn: bool = True):
+    """`(params, tokens, state) -> (logits, state)`, compiled once a shape."""
+    graphdef, _ = built(config)
+    return jax.jit(
+        lambda params, tokens, state: lm.apply(
+            graphdef, params, tokens, state, aligned=aligned, learn=learn
+        )
+    )
+
+
+def read(config, tokens, state=None, **flags):
+    return reading(config, **flags)(built(config)[1], tokens, state)
+
+
+def some_tokens(seed=0, rows=2, length=LENGTH):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
+
+
+def learn_slowly(config: ModelConfig) -> ModelConfig:
+    """The same model with all inner rates at zero."""
+    levels = tuple(dataclasses.replace(v, rate=0.0) for v in config.cms.levels)
+    return dataclasses.replace(
+        config, cms=dataclasses.replace(config.cms, levels=levels)
+    )

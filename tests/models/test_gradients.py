@@ -1,0 +1,174 @@
+"""What the outer level learns of the inner ones, against finite differences."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hope_jax.models import cms, lm
+from tests.models import small
+
+LENGTH = 17
+
+
+def with_gradient(gradient, **changes):
+    config = dataclasses.replace(small.HOPE, layers=1, **changes)
+    return dataclasses.replace(
+        config, cms=dataclasses.replace(config.cms, gradient=gradient)
+    )
+
+
+def loss_of(config):
+    """Of the tokens after the first moves, so that the levels' lives matter."""
+    graphdef, _ = small.built(config)
+
+    def loss(params, tokens):
+        logits, _ = lm.apply(graphdef, params, tokens[:, :-1])
+        return lm.next_token_loss(logits, tokens[:, 1:])[:, 4:].mean()
+
+    return loss
+
+
+@functools.cache
+def in_float64():
+    """Loss and gradient in `exact` mode, compiled in float64, and their arguments."""
+    with jax.enable_x64(True):
+        config = with_gradient("exact", dtype="float64")
+        params = jax.tree.map(
+            lambda w: jnp.asarray(w, jnp.float64), small.built(config)[1]
+        )
+        tokens = small.some_tokens(length=LENGTH)
+        loss = jax.jit(loss_of(config)).lower(params, tokens).compile()
+        grad = jax.jit(jax.grad(loss_of(config)))(params, tokens)
+        return loss, grad, params, tokens
+
+
+STARTS = {
+    **{f"{name} memory": i for i, name in enumerate(("k", "v", "eta", "alpha"))},
+    "main memory": None,
+    "cms 0": None,
+    "cms 1": None,
+    "cms 2": None,
+    "inner rates": None,
+}
+
+
+def chosen(name, path, leaf):
+    """Ones where `leaf` belongs to the initial state called `name`, else zeros."""
+    keys = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
+    if name.endswith(" memory") and name != "main memory":
+        if "projection_start" not in keys:
+            return np.zeros(leaf.shape)
+        mask = np.zeros(leaf.shape)
+        mask[:, :, STARTS[name]] = 1.0  # layers, heads, memories
+        return mask
+    mark = {
+        "main memory": lambda: "main_start" in keys,
+        "inner rates": lambda: "rates" in keys,
+    }
+    if name.startswith("cms"):
+        level = name.split()[1]
+        mine = "levels" in keys and keys[keys.index("levels") + 1] == level
+    else:
+        mine = mark[name]()
+    return np.full(leaf.shape, float(mine))
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_every_initial_state_learns_by_finite_differences(float64, name):
+    loss, grad, params, tokens = in_float64()
+    rng = np.random.default_rng(0)
+    direction = jax.tree_util.tree_map_with_path(
+        lambda path, w: chosen(name, path, w) * rng.standard_normal(w.shape), params
+    )
+    step = 1e-5
+    at = lambda e: float(  # noqa: E731
+        loss(jax.tree.map(lambda w, d: w + e * d, params, direction), tokens)
+    )
+    numeric = (at(step) - at(-step)) / (2 * step)
+    exact = sum(
+        float(jnp.vdot(g, d))
+        for g, d in zip(jax.tree.leaves(grad), jax.tree.leaves(direction), strict=True)
+    )
+    assert abs(exact) > 1e-7
+    np.testing.assert_allclose(exact, numeric, rtol=1e-5)
+
+
+def first_order_by_definition(config, params, tokens):
+    """Moves are constants: found by one reading, then added to the learned weights."""
+    graphdef, _ = small.built(config)
+    chunk = config.base_chunk
+    model = nnx.merge(graphdef, params)
+    begun = lm._begin(model, tokens.shape[0])
+    mixers, start = begun.blocks
+    fast, levels, moves = start, list(begun.levels), []
+    for n in range((LENGTH - 2) // chunk):
+        part = slice(n * chunk, (n + 1) * chunk)
+
+        def objective(fast, mixers=mixers, part=part):
+            logits, after = lm._read(
+                model, tokens[:, part], mixers, fast, aligned=True, learn=True
+            )
+            labels = tokens[:, part.start + 1 : part.stop + 1]
+            return lm.next_token_loss(logits, labels).sum(), after
+
+        gradient, mixers = jax.grad(objective, has_aux=True)(fast)
+        levels = list(lm._accumulate(levels, gradient))
+        for i, period in enumerate(config.fast_periods):
+            if (n + 1) * chunk % period == 0:
+                weights, levels[i] = cms.move(
+                    config.cms, period, model.inner_rates()[i], fast[i], levels[i], 1
+                )
+                fast = lm._replace(fast, i, weights)
+        moves.append(jax.tree.map(jnp.subtract, fast, start))
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        mixers, start = lm._begin(model, tokens.shape[0]).blocks
+        losses = []
+        for n, begin in enumerate(range(0, LENGTH - 1, chunk)):
+            fast = start
+            if n:
+                fast = jax.tree.map(jnp.add, start, moves[n - 1])
+            part = slice(begin, min(begin + chunk, LENGTH - 1))
+            logits, mixers = lm._read(
+                model, tokens[:, part], mixers, fast, aligned=True, learn=True
+            )
+            labels = tokens[:, part.start + 1 : part.stop + 1]
+            losses.append(lm.next_token_loss(logits, labels))
+        return jnp.concatenate(losses, axis=1)[:, 4:].mean()
+
+    return jax.grad(loss)(params)
+
+
+def test_first_order_is_its_definition():
+    config = with_gradient("first_order")
+    _, params = small.built(config)
+    tokens = small.some_tokens(length=LENGTH)
+    grad = jax.jit(jax.grad(loss_of(config)))(params, tokens)
+    want = jax.jit(functools.partial(first_order_by_definition, config))(params, tokens)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(grad), jax.tree.leaves(want), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        if "rates" in name:  # a constant move still has a rate: d move = -g d rate
+            assert np.abs(a).max() > 0
+            continue
+        assert np.abs(a).max() > 0, name
+        np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
+
+
+def test_none_gives_the_fast_levels_nothing():
+    config = with_gradient("none")
+    _, params = small.built(config)
+    grad = jax.jit(jax.grad(loss_of(config)))(params, small.some_tokens(length=LENGTH))
+    for path, g in jax.tree_util.tree_leaves_with_path(grad):
+        keys = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
+        inside = "rates" in keys or (
+            "mlp" in keys and keys[keys.index("levels") + 1] in ("0", "1")
+        )
+        assert (np.abs(g).max() == 0) == inside, keys

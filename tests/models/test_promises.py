@@ -1,0 +1,265 @@
+"""The permanent promises of the models: no leak, no silence, one function however
+cut."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import hope_jax
+from hope_jax.models import lm
+from tests.models import small
+
+MODELS = pytest.mark.parametrize("config", small.MODELS.values(), ids=small.MODELS)
+LEARNERS = pytest.mark.parametrize(
+    "config", [small.HOPE, small.HOPE_ATTENTION], ids=["hope", "hope_attention"]
+)
+
+
+@MODELS
+def test_1_no_future_no_other_row_and_the_past_arrives(config):
+    tokens = small.some_tokens()
+    hope_jax.check_causality(
+        lambda t: small.read(config, t)[0],
+        tokens,
+        vocab=small.VOCAB,
+        positions=[0, 3, 4, 7, 8, 15, 20],
+    )
+
+
+@MODELS
+def test_3_cut_anywhere_saved_and_restored(config):
+    """One pass = token by token = pieces of 3 and 7, through bytes in mid-chunk."""
+    tokens = small.some_tokens()
+    whole, end = small.read(config, tokens)
+    _, params = small.built(config)
+
+    for piece in (1, 3, 7):
+        state = lm.initial_state(small.built(config)[0], params, 2)
+        logits = []
+        for start in range(0, small.LENGTH, piece):
+            part = tokens[:, start : start + piece]
+            y, state = small.read(config, part, state, aligned=False)
+            logits.append(y)
+            leaves, structure = jax.tree.flatten(state)
+            stored = [(np.asarray(x).tobytes(), x.dtype, x.shape) for x in leaves]
+            state = jax.tree.unflatten(
+                structure,
+                [np.frombuffer(b, d).reshape(s) for b, d, s in stored],
+            )
+        np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, atol=1e-5)
+        assert_same_state(state, end)
+
+
+def assert_same_state(a, b):
+    """But for tokens held from before, which are never read again."""
+    drop = lambda s: s._replace(held=None)  # noqa: E731
+    for x, y in zip(jax.tree.leaves(drop(a)), jax.tree.leaves(drop(b)), strict=True):
+        x, y = (np.asarray(a, np.float64) for a in (x, y))
+        np.testing.assert_allclose(x, y, atol=1e-5 * (1.0 + np.max(np.abs(y))))
+
+
+@LEARNERS
+def test_3_parallel_pieces_at_the_span(config):
+    tokens = small.some_tokens()
+    whole, end = small.read(config, tokens)
+    assert config.span == 8
+    head, state = small.read(config, tokens[:, :8])
+    tail, state = small.read(config, tokens[:, 8:], state, aligned=True)
+    np.testing.assert_allclose(jnp.concatenate([head, tail], 1), whole, atol=1e-5)
+    assert_same_state(state, end)
+
+
+@LEARNERS
+def test_3_labels_complete_the_last_chunk_and_change_no_logit(config):
+    tokens = small.some_tokens(length=17)
+    graphdef, params = small.built(config)
+    run = jax.jit(lambda p, t, y: lm.apply(graphdef, p, t, labels=y))
+    known, settled = run(params, tokens[:, :16], tokens[:, 1:])
+    held, waiting = small.read(config, tokens[:, :16])
+    np.testing.assert_allclose(known, held, atol=1e-5)
+    assert not settled.held.full.any() and waiting.held.full.all()
+    after_known, _ = small.read(config, tokens[:, 16:], settled, aligned=False)
+    after_held, _ = small.read(config, tokens[:, 16:], waiting, aligned=False)
+    np.testing.assert_allclose(after_known, after_held, atol=1e-5)
+
+
+@LEARNERS
+def test_3_rows_need_not_stand_at_the_same_place(config):
+    """Row 0 has read five tokens more; each row still reads as if it were alone."""
+    tokens = small.some_tokens()
+    whole, _ = small.read(config, tokens)
+    graphdef, params = small.built(config)
+    fresh = lm.initial_state(graphdef, params, 2)
+    ahead = fresh
+    for t in range(5):
+        _, ahead = small.read(config, tokens[:, t : t + 1], ahead, aligned=False)
+    state = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, fresh)
+    for t in range(12):
+        both = jnp.stack([tokens[0, t + 5], tokens[1, t]])[:, None]
+        logits, state = small.read(config, both, state, aligned=False)
+        np.testing.assert_allclose(logits[0, 0], whole[0, t + 5], atol=1e-5)
+        np.testing.assert_allclose(logits[1, 0], whole[1, t], atol=1e-5)
+
+
+def test_4_reading_without_labels_changes_the_memory():
+    tokens = small.some_tokens()
+    graphdef, params = small.built(small.HOPE)
+    before = lm.initial_state(graphdef, params, 2)
+    _, after = small.read(small.HOPE, tokens)
+    for a, b in zip(
+        jax.tree.leaves(before.blocks), jax.tree.leaves(after.blocks), strict=True
+    ):
+        assert not np.array_equal(a, b)
+
+
+def test_4_what_is_read_first_changes_what_is_learned_next():
+    tokens = small.some_tokens(length=16)
+    graphdef, params = small.built(small.HOPE)
+    start = lm.initial_state(graphdef, params, 2)
+
+    def change(tokens):
+        _, after = small.read(small.HOPE, tokens, start, aligned=False)
+        weights = lambda s: s.blocks.mixer.main.weights["w1"]  # noqa: E731
+        return weights(after) - weights(start)
+
+    both = change(tokens)
+    apart = change(tokens[:, :8]) + change(tokens[:, 8:])
+    assert np.max(np.abs(both - apart)) > 1e-4
+
+
+@LEARNERS
+def test_5_a_slow_level_receives_the_sum_of_its_own_tokens_gradients(config):
+    """Seen before it moves: 7 tokens of its 8, while the fast level has moved once."""
+    tokens = small.some_tokens()
+    graphdef, params = small.built(config)
+    state = lm.initial_state(graphdef, params, 2)
+    for t in range(9):
+        if t in (4, 8):  # a chunk is settled when the next token arrives
+            held = state
+        _, state = small.read(config, tokens[:, t : t + 1], state, aligned=False)
+        if t == 4:
+            first = gradient_of_chunk(config, held, tokens[:, 0:4], tokens[:, 1:5])
+            got = state.levels[1].gradient
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, first
+            )
+            moved = jax.tree.map(
+                lambda a, b: np.abs(a - b).max(), state.blocks.fast, held.blocks.fast
+            )
+            assert min(jax.tree.leaves(moved[0])) > 0
+            assert max(jax.tree.leaves(moved[1])) == 0
+    second = gradient_of_chunk(config, held, tokens[:, 4:8], tokens[:, 5:9])
+    total = jax.tree.map(jnp.add, first, second)
+    assert_moved_by(config, held, state, total, level=1)
+
+
+def gradient_of_chunk(config, state, tokens, labels):
+    """By the definition: the loss of four tokens in the slower level's weights."""
+    graphdef, params = small.built(config)
+    model = nnx.merge(graphdef, params)
+    inside = lm._layers_first(state)
+
+    def loss(slow):
+        fast = (inside.blocks.fast[0], slow)
+        logits, _ = lm._read(
+            model, tokens, inside.held.mixers, fast, aligned=True, learn=True
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.sum()
+
+    gradient = jax.jit(jax.grad(loss))(inside.blocks.fast[1])
+    return jax.tree.map(lambda g: jnp.swapaxes(g, 0, 1), gradient)
+
+
+def assert_moved_by(config, before, after, gradient, level):
+    """Equation 71 for one row at a time: clipped mean gradient times the rate."""
+    graphdef, params = small.built(config)
+    rate = float(nnx.merge(graphdef, params).inner_rates()[level])
+    mean = jax.tree.map(lambda g: g / config.cms.levels[level].period, gradient)
+    leaves = [np.asarray(g) for g in jax.tree.leaves(mean)]
+    norm = np.sqrt(sum((g**2).sum(axis=tuple(range(1, g.ndim))) for g in leaves))
+    scale = rate * np.minimum(1.0, config.cms.clip / norm)
+    got = zip(
+        jax.tree.leaves(before.blocks.fast[level]),
+        jax.tree.leaves(after.blocks.fast[level]),
+        leaves,
+        strict=True,
+    )
+    for a, b, g in got:
+        step = scale.reshape(-1, *[1] * (g.ndim - 1)) * g
+        np.testing.assert_allclose(a - b, step, atol=2e-5)
+
+
+@LEARNERS
+def test_6_no_inner_rate_is_the_static_model(config):
+    """With the same weights, and the mixers still learning."""
+    tokens = small.some_tokens()
+    still = small.learn_slowly(config)
+    graphdef, params = small.built(config)
+    run = jax.jit(lambda p, t: lm.apply(small.built(still)[0], p, t)[0])
+    model = nnx.merge(graphdef, params)
+    mixers, fast = lm._begin(model, 2).blocks
+    static, _ = jax.jit(
+        lambda t: lm._read(model, t, mixers, fast, aligned=True, learn=True)
+    )(tokens)
+    moving, _ = small.read(config, tokens)
+    np.testing.assert_allclose(run(params, tokens), static, atol=1e-5)
+    assert np.abs(moving - static)[:, 5:].max() > 1e-3
+
+
+@LEARNERS
+def test_6_frozen_reads_as_the_initial_states(config):
+    tokens = small.some_tokens()
+    graphdef, params = small.built(config)
+    start = lm.initial_state(graphdef, params, 2)
+    _, after = small.read(config, tokens, learn=False)
+    kept = lambda s: (s.blocks.fast, getattr(s.blocks.mixer, "main", ()))  # noqa: E731
+    for a, b in zip(
+        jax.tree.leaves(kept(start)), jax.tree.leaves(kept(after)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_7_half_life_at_the_start_is_at_least_the_chunk():
+    _, params = small.built(small.HOPE)
+    bias = params["blocks"]["mixer"]["bias_alpha"][...]
+    half_life = -np.log(2) / np.log(jax.nn.sigmoid(bias))
+    assert half_life.min() >= small.HOPE.memory.projection_chunk
+
+
+@LEARNERS
+def test_cms_moves_on_its_clock_and_only_then(config):
+    """Level l moves floor((tokens - 1) / period) times; before that nothing changes."""
+    tokens = small.some_tokens()
+    graphdef, params = small.built(config)
+    state = lm.initial_state(graphdef, params, 2)
+    moves = np.zeros(2, int)
+    for t in range(small.LENGTH):
+        before = state.blocks.fast
+        _, state = small.read(config, tokens[:, t : t + 1], state, aligned=False)
+        for level in range(2):
+            same = jax.tree.map(np.array_equal, before[level], state.blocks.fast[level])
+            moves[level] += not all(jax.tree.leaves(same))
+            due = t > 0 and t % (4, 8)[level] == 0
+            assert all(jax.tree.leaves(same)) != due
+    assert moves.tolist() == [20 // 4, 20 // 8]
+
+
+@MODELS
+def test_reads_compile_once_and_state_size_is_constant(config):
+    run = small.reading(config)
+    _, params = small.built(config)
+    _, state = run(params, small.some_tokens(0), None)
+    compiled = run._cache_size()
+    run(params, small.some_tokens(1), None)
+    assert run._cache_size() == compiled
+    graphdef = small.built(config)[0]
+    longer = jax.eval_shape(
+        lambda t: lm.apply(graphdef, params, t)[1], small.some_tokens(length=33)
+    )
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, state, longer)
+    assert all(jax.tree.leaves(same))
+    assert all(x.shape[0] == 2 for x in jax.tree.leaves(state))
