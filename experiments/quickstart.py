@@ -24,14 +24,14 @@ MODELS = {"hope": "hope_tiny", "transformer": "transformer_tiny"}
 
 # What to tune: the length of a run, the size of a step and model, the learning rate.
 DATA = {
-    "full": DataConfig(tokenizer="bpe", vocab=4096),
+    "full": DataConfig(tokenizer="bpe", vocab=4096, max_validation_bytes=150_000),
     "smoke": DataConfig(
         tokenizer="bytes", max_train_bytes=60_000, max_validation_bytes=4_000
     ),
 }
 TRAIN = {
     "full": TrainConfig(
-        steps=600, batch=8, seq_len=256, log_every=5, checkpoint_every=100
+        steps=450, batch=4, seq_len=256, log_every=5, checkpoint_every=150
     ),
     "smoke": TrainConfig(
         steps=2, batch=4, seq_len=128, checkpoint_every=1, log_every=1
@@ -39,7 +39,7 @@ TRAIN = {
 }
 SIZE = {"full": {}, "smoke": {"d_model": 32, "heads": 2, "layers": 1}}
 OPTIMIZER = {
-    "full": OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
+    "full": OptimizerConfig(learning_rate=4e-3, warmup_steps=40),
     "smoke": OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
 }
 

@@ -17,6 +17,8 @@ was stopped goes on where it stood.
 
 import argparse
 import json
+import math
+import os
 import shlex
 import signal
 import sys
@@ -25,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -316,5 +319,18 @@ def write_json(path: Path, data: Any) -> None:
     beside.replace(path)
 
 
+def use_all_cores() -> None:
+    """One virtual device a core, as many as share a batch equally.
+
+    XLA runs the many small products of a memory on one core of a CPU device. Before
+    jax 0.12 a collective of virtual devices can dead-lock when the thread pool is as
+    small as the machine, hence NPROC. No use of jax may come before this.
+    """
+    os.environ.setdefault("NPROC", "32")
+    batch = experiment.TRAIN["full"].batch
+    jax.config.update("jax_num_cpu_devices", math.gcd(batch, os.cpu_count() or 1))
+
+
 if __name__ == "__main__":
+    use_all_cores()
     main()
