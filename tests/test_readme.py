@@ -1,0 +1,149 @@
+"""What the README says is so: its examples, paths, names, commands and tables."""
+
+import argparse
+import doctest
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import quickstart
+from hope_jax import optim
+from hope_jax.core import config as config_lib
+from hope_jax.models import zoo
+from launch import table
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+
+SPANS = set(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"(?s)```.*?```", "", TEXT)))
+COMMANDS = re.findall(
+    r"python -m (launch\.\w+) ?(.*)", re.sub(r"\\\n\s*", "", TEXT).replace("`", "\n")
+)
+PROGRAMS = sorted({program for program, _ in COMMANDS})
+MADE = ("runs/", ".venv")  # by the commands, so not there before
+
+
+def paths():
+    """Spans that name a file or a folder of the repository, and targets of links."""
+    spans = {s for s in SPANS if re.fullmatch(r"[\w.-]+(/[\w.-]*)+|\w+\.(md|txt)", s)}
+    spans |= {s for s in SPANS if s == "LICENSE"}
+    links = {s for s in re.findall(r"\]\(([^)\s]+)\)", TEXT) if "://" not in s}
+    return sorted(s for s in spans | links if not s.startswith(MADE))
+
+
+def names():
+    """Spans that begin with a dotted name of the package."""
+    found = (re.match(r"hope_jax(\.\w+)+", span) for span in SPANS)
+    return sorted(match[0] for match in found if match)
+
+
+@functools.cache
+def help_of(program):
+    """What `--help` says; a bool of absl, `--[no]name`, is also `--name`."""
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "usage:" in done.stdout.lower() or "flags:" in done.stdout, done.stderr
+    return done.stdout.replace("--[no]", "--")
+
+
+def test_examples_run():
+    """With JAX as its users have it, not as strict as it is in other tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        result = doctest.testfile(str(README), module_relative=False)
+    assert result.attempted > 20 and result.failed == 0
+
+
+def test_paths_exist():
+    assert len(paths()) > 30
+    assert [path for path in paths() if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", names())
+def test_names_exist(name):
+    module, parts = "hope_jax", name.split(".")[1:]
+    found = importlib.import_module(module)
+    for part in parts:
+        module += f".{part}"
+        if not hasattr(found, part):
+            importlib.import_module(module)
+        found = getattr(found, part)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_commands_take_the_flags_they_are_shown_with(program):
+    known = set(re.findall(r"--\w+", help_of(program)))
+    for arguments in (rest for name, rest in COMMANDS if name == program):
+        flags = [a for a in shlex.split(arguments) if a.startswith("--")]
+        assert {flag.partition("=")[0] for flag in flags} <= known
+
+
+def test_flags_named_in_the_text_are_those_of_some_program():
+    known = set(re.findall(r"--\w+", " ".join(map(help_of, PROGRAMS))))
+    named = {m for span in SPANS for m in re.findall(r"^--\w+", span)}
+    assert len(named) > 8 and named <= known
+
+
+def test_commands_start_from_what_there_is():
+    """Rows, scales and settings of the commands, held to the config they set."""
+    parser = argparse.ArgumentParser()
+    for flag in ("--row", "--workdir", "--experiment"):
+        parser.add_argument(flag)
+    parser.add_argument("--describe", action="store_true")
+    parser.add_argument("--scale", default="full")
+    parser.add_argument("--set", action="append", default=[])
+    shown = [rest for name, rest in COMMANDS if name == "launch.train"]
+    assert shown
+    for arguments in shown:
+        options = parser.parse_args(shlex.split(arguments))
+        assert options.experiment == "quickstart"
+        config = quickstart.rows(options.scale)[options.row]
+        assert not options.set or config_lib.override(config, options.set) != config
+
+
+def test_settings_named_are_those_of_the_config():
+    settings = re.findall(r"--set ([\w.]+=[\w.-]+)", TEXT)
+    assert len(settings) >= 4
+    config = quickstart.rows("full")["hope"]
+    for setting in settings:
+        assert config_lib.override(config, [setting]) != config
+
+
+def test_optimizers_and_sizes_are_all_named():
+    assert SPANS >= set(optim.RULES)
+    sizes = {name.rpartition("_")[2] for name in zoo.names()}
+    assert SPANS >= sizes
+    assert SPANS >= {f"{name.rpartition('_')[0]}_" for name in zoo.names()}
+
+
+def test_scales_named_exist():
+    named = re.findall(r"--scale=(\w+)", TEXT)
+    assert named and set(named) <= set(quickstart.TRAIN)
+
+
+def test_equations_are_those_of_the_tests():
+    block = re.search(r"<!-- equations -->\n(.*)\n<!-- /equations -->", TEXT, re.DOTALL)
+    assert block, "README.md needs its two markers around the table of equations."
+    assert block[1] == table.markdown(table.rows()), (
+        "The table is old: python -m launch.table --write README.md"
+    )
+
+
+def test_quickstart_has_its_markers():
+    assert TEXT.count("<!-- quickstart -->") == TEXT.count("<!-- /quickstart -->") == 1
+
+
+def test_supported_versions_are_those_of_the_package():
+    assert "Python 3.11 to 3.13" in TEXT
+    assert 'python_requires=">=3.11"' in (ROOT / "setup.py").read_text()
