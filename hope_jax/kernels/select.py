@@ -39,7 +39,8 @@ def memory_scan(
         return _reference(config, state, tokens)
 
     def whole_chunk(state, chunk):
-        state, y = piece(config, state, chunk)
+        # At a chunk's start anchor and weights are one: said so, products are shared.
+        state, y = piece(config, commit(state), chunk)
         return commit(state), y
 
     return scan_chunks(

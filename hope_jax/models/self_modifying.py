@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hope_jax.kernels.mlp import MemoryState, begin_memory, piece
+from hope_jax.kernels.mlp import MemoryState, begin_memory, commit, piece
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
 from hope_jax.models.layers import CausalConv, dense, full_precision
@@ -273,6 +273,8 @@ class SelfModifyingTitans(nnx.Module):
         """Tokens of one chunk, time first; `whole` None commits by position."""
         x, q, theta = (jnp.moveaxis(a, 0, 1) for a in chunk)
         length = x.shape[1]
+        if whole:  # says that anchor and weights are one, so their products are shared
+            state = state._replace(projection=commit(state.projection))
         generated, tails = self._generate(state, x, q, theta, learn)
         position = state.position + length
 
@@ -287,7 +289,7 @@ class SelfModifyingTitans(nnx.Module):
             )
             main = _commit_where(position % self.config.memory.chunk == 0, main)
         elif whole:
-            projection = projection._replace(anchor=projection.weights)
+            projection = commit(projection)
         state = SelfModifyingState(projection, main, tails, position)
         return state, jnp.moveaxis(y, 2, 0)
 
@@ -357,8 +359,8 @@ class SelfModifyingTitans(nnx.Module):
             return piece(config, state, tokens._replace(v=target))
 
         def whole(state, tokens):
-            state, y = write(state, tokens)
-            return state._replace(anchor=state.weights), y
+            state, y = write(commit(state), tokens)
+            return commit(state), y
 
         def live(state, tokens):
             if not commits:
