@@ -32,7 +32,7 @@ class CMSLevel:
       period: tokens of one stream between two moves. `math.inf` has no clock of its
         own: the MLP of an ordinary Transformer block, a parameter like any other.
       rate: inner rate at the start; it is learned, between 0 and
-        `CMSConfig.rate_bound`.
+        `CMSConfig.rate_bound`. A level of rate 0 never moves inside a sequence.
     """
 
     period: float
@@ -111,7 +111,8 @@ class CMSConfig:
 
     def fast(self, context: int) -> tuple[int, ...]:
         """Indices of the levels that move within `context` tokens, fast first."""
-        return tuple(i for i, v in enumerate(self.levels) if v.period < context)
+        moving = (v.rate > 0 and v.period < context for v in self.levels)
+        return tuple(i for i, moves in enumerate(moving) if moves)
 
 
 class FastLevel(NamedTuple):

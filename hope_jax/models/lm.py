@@ -97,16 +97,11 @@ class LanguageModel(nnx.Module):
         if config.fast:
             start = [config.cms.levels[i].rate for i in config.fast]
             share = jnp.array(start, jnp.float32) / config.cms.rate_bound
-            share = jnp.clip(share, 1e-6, 1 - 1e-6)
             self.rates = nnx.Param(jnp.log(share) - jnp.log1p(-share))
 
     def inner_rates(self) -> Float[Array, " F"]:
         """The learned rates of the fast CMS levels, in (0, rate_bound)."""
-        static = jnp.array(
-            [self.config.cms.levels[i].rate > 0 for i in self.config.fast]
-        )
-        rates = self.config.cms.rate_bound * jax.nn.sigmoid(self.rates[...])
-        return jnp.where(static, rates, 0.0)
+        return self.config.cms.rate_bound * jax.nn.sigmoid(self.rates[...])
 
 
 def build(config: ModelConfig, key: Array) -> tuple[nnx.GraphDef, nnx.State]:

@@ -64,8 +64,13 @@ def some_tokens(seed=0, rows=2, length=LENGTH):
     return jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
 
 
-def learn_slowly(config: ModelConfig) -> ModelConfig:
-    """The same model with all inner rates at zero."""
+def drop_rates(params):
+    """The parameters of a model of the same weights without fast CMS levels."""
+    return type(params)({k: v for k, v in params.items() if k != "rates"})
+
+
+def without_rates(config: ModelConfig) -> ModelConfig:
+    """The same model with CMS levels that never move inside a sequence."""
     levels = tuple(dataclasses.replace(v, rate=0.0) for v in config.cms.levels)
     return dataclasses.replace(
         config, cms=dataclasses.replace(config.cms, levels=levels)

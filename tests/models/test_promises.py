@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import hope_jax
-from hope_jax.models import lm
+from hope_jax.models import cms, convert, lm
 from tests.models import small
 
 MODELS = pytest.mark.parametrize("config", small.MODELS.values(), ids=small.MODELS)
@@ -195,19 +195,50 @@ def assert_moved_by(config, before, after, gradient, level):
 
 @LEARNERS
 def test_6_no_inner_rate_is_the_static_model(config):
-    """With the same weights, and the mixers still learning."""
+    """Read in chunks with learned rates of zero, against a model without fast levels;
+    the mixers still learn."""
     tokens = small.some_tokens()
-    still = small.learn_slowly(config)
-    graphdef, params = small.built(config)
-    run = jax.jit(lambda p, t: lm.apply(small.built(still)[0], p, t)[0])
-    model = nnx.merge(graphdef, params)
-    mixers, fast = lm._begin(model, 2).blocks
-    static, _ = jax.jit(
-        lambda t: lm._read(model, t, mixers, fast, aligned=True, learn=True)
-    )(tokens)
+    _, params = small.built(config)
+    zero = jax.tree_util.tree_map_with_path(
+        lambda path, w: jnp.full_like(w, -1e9) if "rates" in str(path) else w, params
+    )
+    in_chunks, _ = small.reading(config)(zero, tokens, None)
+    static = small.without_rates(config)
+    assert not static.fast
+    in_one, _ = small.reading(static)(small.drop_rates(params), tokens, None)
+    np.testing.assert_allclose(in_chunks, in_one, atol=1e-5)
     moving, _ = small.read(config, tokens)
-    np.testing.assert_allclose(run(params, tokens), static, atol=1e-5)
-    assert np.abs(moving - static)[:, 5:].max() > 1e-3
+    assert np.abs(moving - in_one)[:, 5:].max() > 1e-3
+
+
+def test_6_level_stacking_keeps_every_logit_bit_for_bit():
+    """The Transformer's MLPs as levels of three clocks: at rate 0 nothing changes."""
+    tokens = small.some_tokens()
+    _, params = small.built(small.TRANSFORMER)
+    trained, _ = small.read(small.TRANSFORMER, tokens)
+
+    def stacked(rate):
+        levels = [cms.CMSLevel(period=p, rate=rate) for p in (4, 8, 128)]
+        config, weights = convert.stack_levels(
+            small.TRANSFORMER, params, levels, assignment=[0, 1]
+        )
+        return small.reading(config)(weights, tokens, None)[0]
+
+    np.testing.assert_array_equal(stacked(0.0), trained)
+    learning = stacked(0.5)
+    np.testing.assert_allclose(learning[:, :4], trained[:, :4], atol=1e-5)
+    assert np.abs(learning - trained)[:, 4:].max() > 1e-3
+
+
+def test_6_level_stacking_refuses_what_it_cannot_place():
+    _, params = small.built(small.TRANSFORMER)
+    levels = [cms.CMSLevel(period=4)]
+    with pytest.raises(
+        ValueError, match=r"in 0..0 for each of the 2 layers, got \[0\]"
+    ):
+        convert.stack_levels(small.TRANSFORMER, params, levels, assignment=[0])
+    with pytest.raises(ValueError, match="one MLP a block .* got 3"):
+        convert.stack_levels(small.HOPE_ATTENTION, params, levels)
 
 
 @LEARNERS

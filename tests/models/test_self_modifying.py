@@ -331,3 +331,18 @@ def test_starts_that_cannot_be(options, message):
 def test_rates_of_a_chunk_sum_to_one_at_most():
     assert configured(projection_chunk=4).rate_bound == 0.25
     assert configured(rate=0.3).rate_bound == 0.3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_long_monotonous_texts_stay_bounded(seed):
+    """4,096 tokens of nearly one direction at the highest rate: chunks add up there."""
+    config = configured(chunk=8, projection_chunk=16)
+    graphdef, params = build(config)
+    params["bias_eta"] = jax.tree.map(lambda b: b + 20.0, params["bias_eta"])
+    noise = jax.random.normal(jax.random.key(seed), (ROWS, 4096, D))
+    x = 3.0 * noise[:, :1] + 0.3 * noise
+    y, state = jax.jit(lambda x: call(graphdef, params, x))(x)
+    assert np.isfinite(y).all()
+    for memory in (state.projection, state.main):
+        for weights in memory.weights.values():
+            assert np.abs(weights).max() < 10.0
