@@ -95,6 +95,11 @@ def tick(
             "period 0 is a non-parametric level, which has no state to move: use "
             "`unroll`, which gives its read all items up to each one."
         )
+    if level.inputs is not None and state.gradient is not None:
+        raise ValueError(
+            f"period ({clock.period}) must be 1 for a level with inputs: gradients of "
+            "several items add up, the inputs of their matrices do not."
+        )
     point = state.params if state.anchor is None else state.anchor
     count = state.count + 1
     if clock.frozen:
@@ -178,6 +183,28 @@ def unroll(
     return jax.lax.scan(lambda s, x_t: tick(level, s, x_t), state, context)
 
 
+def receive(
+    level: Level, state: LevelState, gradient: PyTree, inputs: PyTree | None = None
+) -> LevelState:
+    """Gives `level` one item's gradient that was computed elsewhere.
+
+    The level adds it up and moves when its clock says so, by its own flow: it solves
+    the linearised problem of equation 9, whose gradient this is.
+
+    Args:
+      level: the level. Its `objective`, `read` and `inputs` are not used.
+      state: where it stands.
+      gradient: a pytree like its parameters.
+      inputs: what each weight matrix multiplied, if its flow asks for that.
+    """
+    linearised = level._replace(
+        objective=lambda params, g: _inner_product(params, g),
+        read=lambda params, g: (),
+        inputs=None if inputs is None else lambda params, g: inputs,
+    )
+    return tick(linearised, state, gradient)[0]
+
+
 class Slow(NamedTuple):
     """The slow level of a system and where it stands. Its `objective` scores what the
     faster levels read: `(params, (x, read)) -> scalar`."""
@@ -232,15 +259,10 @@ def hope_update(x: PyTree, slow: Slow, fast: Fast) -> HopeUpdate:
 
     point = slow.state.params if slow.state.anchor is None else slow.state.anchor
     (loss, (read, moved)), gradient = jax.value_and_grad(outer, has_aux=True)(point)
-    # The gradient is in hand, so the slow level ticks on a context that is the gradient
-    # itself: the linearised problem of equation 9, whose gradient it is.
-    linearised = slow.level._replace(
-        objective=lambda params, g: _inner_product(params, g),
-        read=lambda params, g: (),
-        inputs=slow.level.inputs
-        and (lambda params, g: slow.level.inputs(params, (x, read))),
-    )
-    state, _ = tick(linearised, slow.state, gradient)
+    inputs = None
+    if slow.level.inputs is not None:
+        inputs = slow.level.inputs(point, (x, read))
+    state = receive(slow.level, slow.state, gradient, inputs)
     return HopeUpdate(
         slow=slow._replace(state=state),
         fast=fast._replace(state=moved),

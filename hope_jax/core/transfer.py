@@ -8,7 +8,6 @@ generate     weights or context made by another level             (hypernetworks
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from hope_jax.core.level import (
     OuterGradient,
     Seen,
     begin,
-    tick,
+    receive,
     unroll,
 )
 
@@ -137,28 +136,6 @@ def attend(
         flow=optax.identity(),
         clock=Clock(period=0),
     )
-
-
-def receive(
-    level: Level, state: LevelState, gradient: PyTree, inputs: PyTree | None = None
-) -> LevelState:
-    """Gives `level` one item's gradient that was computed elsewhere.
-
-    The level adds it up and moves when its clock says so, by its own flow: it solves
-    the linearised problem of equation 9, whose gradient this is.
-
-    Args:
-      level: the level. Its `objective`, `read` and `inputs` are not used.
-      state: where it stands.
-      gradient: a pytree like its parameters.
-      inputs: what each weight matrix multiplied, if its flow asks for that.
-    """
-    linearised = level._replace(
-        objective=lambda params, g: _inner_product(params, g),
-        read=lambda params, g: (),
-        inputs=None if inputs is None else lambda params, g: inputs,
-    )
-    return tick(linearised, state, gradient)[0]
 
 
 def backprop(
@@ -302,8 +279,3 @@ def generate(
         objective=objective,
         inputs=None if weights or not level.inputs else inputs,
     )
-
-
-def _inner_product(a: PyTree, b: PyTree) -> Array:
-    terms: Any = jax.tree.map(lambda u, v: jnp.vdot(u, v).astype(jnp.float32), a, b)
-    return jax.tree.reduce(jnp.add, terms)

@@ -293,3 +293,16 @@ def test_examples_in_docstrings(module):
 def test_the_core_is_the_package_root():
     assert hope_jax.unroll is unroll and hope_jax.Clock is Clock
     assert all(hasattr(hope_jax, name) for name in hope_jax.__all__)
+
+
+def test_inputs_do_not_add_up_over_a_period():
+    level = Level(
+        init=lambda key: jnp.zeros(()),
+        read=lambda m, x: m,
+        objective=lambda m, x: 0.5 * (m - x) ** 2,
+        flow=optax.sgd(1.0),
+        clock=Clock(period=2),
+        inputs=lambda m, x: x,
+    )
+    with pytest.raises(ValueError, match=r"period \(2\) must be 1 .* inputs"):
+        tick(level, begin(level, jnp.zeros(())), jnp.zeros(()))
