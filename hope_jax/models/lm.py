@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.clock import Clock
 from hope_jax.core.system import Box, Edge, System
@@ -45,12 +45,13 @@ class Held(NamedTuple):
     Attributes:
       mixers: the mixers' states at its start, leaves `[B, L, ...]`.
       tokens: its tokens so far; what follows them is left from before.
-      full: whether only the label of its last token is missing.
+      count: how many they are; all, and only the label of the last is missing. A chunk
+        that was read in part without learning is not held, and teaches nothing.
     """
 
     mixers: PyTree
     tokens: Int[Array, "B C"]
-    full: Bool[Array, " B"]
+    count: Int[Array, " B"]
 
 
 class LMState(NamedTuple):
@@ -303,7 +304,7 @@ def _begin(model, rows):
         held = Held(
             mixers=blocks.mixer,
             tokens=jnp.zeros((rows, config.base_chunk), jnp.int32),
-            full=jnp.zeros((rows,), bool),
+            count=jnp.zeros((rows,), jnp.int32),
         )
     return LMState(blocks, levels, held, jnp.zeros((rows,), jnp.int32))
 
@@ -402,8 +403,8 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
     if not config.fast or not learn:
         mixers, fast = state.blocks
         logits, mixers = _read(model, tokens, mixers, fast, aligned=True, learn=learn)
-        state = state._replace(blocks=BlockState(mixers, fast), position=position)
-        return logits, state
+        blocks, held = BlockState(mixers, fast), _let_go(state.held)
+        return logits, LMState(blocks, state.levels, held, position)
 
     chunk = config.base_chunk
     if not fresh:
@@ -423,7 +424,7 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
     held = Held(
         mixers=life.mixers,
         tokens=jnp.pad(rest, ((0, 0), (0, chunk - rest.shape[1]))),
-        full=jnp.full((tokens.shape[0],), rest.shape[1] == chunk),
+        count=jnp.full((tokens.shape[0],), rest.shape[1], jnp.int32),
     )
     state = LMState(BlockState(mixers, life.fast), life.levels, held, position)
     return jnp.concatenate(outputs, axis=1), state
@@ -473,7 +474,7 @@ def _move(model, which, life):
 def _settle(model, state, token):
     """Moves the levels of rows whose held chunk the arrival of `token` completes."""
     config = model.config
-    due = state.held.full
+    due = state.held.count == config.base_chunk
 
     def settle():
         labels = jnp.concatenate([state.held.tokens[:, 1:], token[:, None]], axis=1)
@@ -488,10 +489,7 @@ def _settle(model, state, token):
             kept = _where_level(due, life.levels[which], state.levels[which])
             fast.append(_where(moves, moved.fast[which], life.fast[which]))
             levels.append(_where_level(moves, moved.levels[which], kept))
-        held = state.held._replace(
-            mixers=_where(due, state.blocks.mixer, state.held.mixers),
-            full=jnp.zeros_like(due),
-        )
+        held = state.held._replace(count=jnp.where(due, 0, state.held.count))
         blocks = state.blocks._replace(fast=tuple(fast))
         return state._replace(blocks=blocks, levels=tuple(levels), held=held)
 
@@ -501,21 +499,41 @@ def _settle(model, state, token):
 def _step(model, state, token, *, learn):
     """One token a row, wherever each row stands."""
     config = model.config
-    held = state.held
     if config.fast and learn:
         state = _settle(model, state, token)
-        slot = state.position % config.base_chunk
-        here = jnp.arange(config.base_chunk, dtype=jnp.int32)[None] == slot[:, None]
-        held = state.held._replace(
-            tokens=jnp.where(here, token[:, None], state.held.tokens),
-            full=slot == config.base_chunk - 1,
-        )
+        held = _hold(state, token, config.base_chunk)
+    else:
+        held = _let_go(state.held)
     mixers, fast = state.blocks
     logits, mixers = _read(
         model, token[:, None], mixers, fast, aligned=False, learn=learn
     )
     state = LMState(BlockState(mixers, fast), state.levels, held, state.position + 1)
     return state, logits[:, 0]
+
+
+def _hold(state, token, chunk):
+    """Adds a token to each row's held chunk, which begins where the row's does."""
+    slot = state.position % chunk
+    begins = slot == 0
+
+    def begin():
+        mixers = _where(begins, state.blocks.mixer, state.held.mixers)
+        count = jnp.where(begins, 0, state.held.count)
+        return state.held._replace(mixers=mixers, count=count)
+
+    held = jax.lax.cond(jnp.any(begins), begin, lambda: state.held)
+    follows = held.count == slot
+    slots = jnp.arange(chunk, dtype=jnp.int32)
+    here = (slots[None] == slot[:, None]) & follows[:, None]
+    return held._replace(
+        tokens=jnp.where(here, token[:, None], held.tokens),
+        count=held.count + follows.astype(jnp.int32),
+    )
+
+
+def _let_go(held):
+    return held and held._replace(count=jnp.zeros_like(held.count))
 
 
 def _where(rows, new, old, axis=1):

@@ -80,7 +80,8 @@ def test_3_labels_complete_the_last_chunk_and_change_no_logit(config):
     known, settled = run(params, tokens[:, :16], tokens[:, 1:])
     held, waiting = small.read(config, tokens[:, :16])
     np.testing.assert_allclose(known, held, atol=1e-5)
-    assert not settled.held.full.any() and waiting.held.full.all()
+    assert settled.held.count.tolist() == [0, 0]
+    assert waiting.held.count.tolist() == [4, 4]
     after_known, _ = small.read(config, tokens[:, 16:], settled, aligned=False)
     after_held, _ = small.read(config, tokens[:, 16:], waiting, aligned=False)
     np.testing.assert_allclose(after_known, after_held, atol=1e-5)
@@ -252,6 +253,22 @@ def test_6_frozen_reads_as_the_initial_states(config):
         jax.tree.leaves(kept(start)), jax.tree.leaves(kept(after)), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@LEARNERS
+def test_6_a_chunk_read_in_part_without_learning_teaches_nothing(config):
+    """Token 2 of the first chunk is read frozen; the second chunk teaches again."""
+    tokens = small.some_tokens()
+    graphdef, params = small.built(config)
+    state = lm.initial_state(graphdef, params, 2)
+    moved = []
+    for t in range(9):
+        before = state.blocks.fast
+        part = tokens[:, t : t + 1]
+        _, state = small.read(config, part, state, aligned=False, learn=t != 2)
+        same = jax.tree.map(np.array_equal, before, state.blocks.fast)
+        moved.append(not all(jax.tree.leaves(same)))
+    assert [t for t in range(9) if moved[t]] == [8]
 
 
 def test_7_half_life_at_the_start_is_at_least_the_chunk():
