@@ -84,11 +84,15 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        if not self._read_only:
+            # Orbax would do so in a thread, which complains when an early error ends
+            # the program.
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             create=not self._read_only,
             read_only=self._read_only,
-            cleanup_tmp_directories=not self._read_only,
         )
         return ocp.CheckpointManager(self.directory, options=options)
 

@@ -340,3 +340,12 @@ def test_donated_right_after_the_save(copied, state):
     restored, step = restore(copied, spec(state))
     assert step == 30
     assert_same(restored, state)
+
+
+def test_what_a_crash_left_unfinished_is_cleared(tmp_path):
+    (tmp_path / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with checkpoint.Checkpoints(tmp_path, read_only=True):
+        assert list(tmp_path.iterdir())
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == []
+    assert not list(tmp_path.iterdir())
