@@ -331,13 +331,13 @@ def _read_and_blame(model, tokens, labels, mixers, fast):
     The gradient is that of the chunk alone: states at its start are constants to it.
     """
     graphdef, params = nnx.split(model, nnx.Param)
-    chunk = Chunk(tokens, labels, mixers, fast)
+    chunk = _Chunk(tokens, labels, mixers, fast)
     if model.config.cms.gradient == "exact":
         return jax.checkpoint(_blame, static_argnums=0)(graphdef, params, chunk)
     return _blame_constant(graphdef, params, chunk)
 
 
-class Chunk(NamedTuple):
+class _Chunk(NamedTuple):
     """A base chunk and the states at its start."""
 
     tokens: Array

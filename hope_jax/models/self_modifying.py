@@ -24,7 +24,12 @@ from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels.mlp import MemoryState, begin_memory, commit, piece
 from hope_jax.kernels.select import scan_chunks
-from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
+from hope_jax.memory.compose import (
+    MemoryConfig,
+    Tokens,
+    build_architecture,
+    half_life_to_retention,
+)
 from hope_jax.models.layers import CausalConv, dense, full_precision
 
 _LONGEST_HALF_LIFE = 16  # chunks, of the head that forgets most slowly at the start
@@ -387,7 +392,7 @@ def _retention_start(config: SelfModifyingConfig, heads: int) -> Array:
     """Biases that give head h a half-life of one to several of the longest chunks."""
     chunks = jnp.geomspace(1.0, _LONGEST_HALF_LIFE, heads, dtype=jnp.float32)
     half_life = 2.0 * config.projection_chunk * chunks
-    alpha = jnp.exp2(-1.0 / half_life)
+    alpha = half_life_to_retention(half_life)
     return jnp.log(alpha) - jnp.log1p(-alpha)
 
 
