@@ -86,9 +86,10 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if not self._read_only:
             # Orbax would do so in a thread, which complains when an early error ends
-            # the program.
+            # the program. A save that has just failed may still be writing: what it
+            # adds is left for the next start.
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished)
+                shutil.rmtree(unfinished, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             create=not self._read_only,
