@@ -25,7 +25,6 @@ setup(
     install_requires=_requirements(),
     extras_require={
         "test": [
-            "beartype>=0.23",
             "hypothesis>=6.100",
             "pytest>=8.3",
             "pytest-xdist>=3.6",

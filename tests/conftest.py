@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: unoptimised programs halve their time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import hypothesis  # noqa: F401 parsed now: its plugin would, late, beside threads
 import jax
 import pytest
 from absl import flags
