@@ -131,8 +131,8 @@ class Generated(NamedTuple):
 class SelfModifyingTitans(nnx.Module):
     """The layer: `y, state = layer(x, state)`.
 
-    `memories` are the initial states the outer level learns: the projections' weights
-    lead with `[H, P]`, the main memory's with `[H]`.
+    `projection_start` and `main_start` are the initial states the outer level learns:
+    the projections' weights lead with `[H, P]`, the main memory's with `[H]`.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class SelfModifyingTitans(nnx.Module):
             by_time,
             remat=True,
         )
-        state = state._replace(tails=state.tails._replace(q=tail))
+        state = self._keep_tail(state, tail)
         return self._output(jnp.moveaxis(y, 0, 1), gate), state
 
     def _static(self, x, tail):
@@ -258,6 +258,12 @@ class SelfModifyingTitans(nnx.Module):
             q = _unit(q.reshape(split))
         return q, theta, jax.nn.silu(self.gate(x)), tail
 
+    def _keep_tail(self, state, tail):
+        """The static query's; an adaptive one keeps its own, chunk by chunk."""
+        if self.config.adaptive_q:
+            return state
+        return state._replace(tails=state.tails._replace(q=tail))
+
     def _output(self, y, gate):
         rows, length = y.shape[:2]
         y = self.norm(y.astype(self.dtype)).reshape(rows, length, self.d_model)
@@ -270,8 +276,7 @@ class SelfModifyingTitans(nnx.Module):
             lambda a: jnp.moveaxis(a, 1, 0), (full_precision(x), q, theta)
         )
         state, y = self._chunk(state, chunk, learn, whole=None)
-        if not self.config.adaptive_q:
-            state = state._replace(tails=state.tails._replace(q=tail))
+        state = self._keep_tail(state, tail)
         return state, self._output(jnp.moveaxis(y, 0, 1), gate)
 
     def _chunk(self, state, chunk, learn, whole):

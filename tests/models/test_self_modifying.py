@@ -346,3 +346,16 @@ def test_long_monotonous_texts_stay_bounded(seed):
     for memory in (state.projection, state.main):
         for weights in memory.weights.values():
             assert np.abs(weights).max() < 10.0
+
+
+@pytest.mark.parametrize("adaptive_q", [False, True])
+def test_parallel_pieces_carry_every_convolution(adaptive_q):
+    graphdef, params = build(configured(adaptive_q=adaptive_q))
+    x = tokens(8)
+    run = jax.jit(lambda x, state: call(graphdef, params, x, state, aligned=True))
+    start = nnx.merge(graphdef, params).initial_state(ROWS)
+    head, state = run(x[:, :4], start)
+    tail, state = run(x[:, 4:], state)
+    whole, end = jax.jit(lambda x: call(graphdef, params, x))(x)
+    close(jnp.concatenate([head, tail], axis=1), whole)
+    close(state, end)
