@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from hope_jax.core.level import LevelState, unroll
-from hope_jax.kernels.mlp import MemoryState, commit, piece
+from hope_jax.kernels.chunk import MemoryState, commit, piece
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
 
 Implementation = Literal["auto", "reference", "chunk"]

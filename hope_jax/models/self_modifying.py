@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hope_jax.kernels.mlp import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.compose import (
     MemoryConfig,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.mlp import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import (
     MemoryConfig,
