@@ -4,12 +4,13 @@ Each reads its data-dependent rates from `context`, the token at hand, and adds 
 to the update, so that the terms are independent switches:
 
     Sₜ = θₜ Sₜ₋₁ − ηₜ ∇ℓ                      `descend`, `inertia`
-    Mₜ = Mₜ₋₁ (αₜ I − bₜ xₜ xₜᵀ) + Sₜ          `delta_decay`, `retention.decay`
+    Mₜ = Mₜ₋₁ (αₜ I − bₜ xₜ xₜᵀ) + Sₜ          `erase`, `retention.decay`
 
 (equations 88 and 90 of arXiv:2512.24695, with the momentum its Table 6 removes.)
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,23 +50,41 @@ def corrected_rate(eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array,
     return eta / (1.0 + eta * jnp.vdot(x, x))
 
 
-def delta_decay(
-    coefficients: Callable[[Array, dict[str, Array]], dict[str, Array]],
+def erase(
+    erasures: Callable[[Any, dict[str, Array]], dict[str, tuple[Array, Array]]],
 ) -> optax.GradientTransformationExtraArgs:
-    """`−bₜ (M xₜ) xₜᵀ`: the state-dependent forgetting of delta gradient descent.
+    """`−(M r) pᵀ`: the state-dependent forgetting of delta gradient descent.
 
     Args:
-      coefficients: `(eta, inputs) -> {name: b}`; a matrix it does not name keeps all.
+      erasures: `(context, inputs) -> {name: (r, p)}`, what each matrix recalls and
+        erases; for equation 88 `r = xₜ` and `p = bₜ xₜ`. A matrix it does not name keeps
+        all.
     """
 
     def update(updates, state, params, *, context, inputs, **extra):
         del extra
-        rates = coefficients(context.eta, inputs)
 
-        def forget(name):
-            m, x = params[name], inputs[name]
-            return updates[name] - rates[name] * jnp.outer(m @ x, x)
+        def forget(name, recall, along):
+            m = params[name]
+            recalled = m * recall if m.ndim == 1 else m @ recall
+            erased = recalled * along if m.ndim == 1 else jnp.outer(recalled, along)
+            return updates[name] - erased
 
-        return updates | {name: forget(name) for name in rates}, state
+        terms = erasures(context, inputs)
+        return updates | {name: forget(name, *term) for name, term in terms.items()}, state
 
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(x: Float[Array, "V K"], steps: int = 5) -> Float[Array, "V K"]:
+    """Muon's quintic iteration towards the orthogonal factor of one matrix, step by
+    step; `kernels.newton_schulz` is the batched one."""
+    a, b, c = NEWTON_SCHULZ
+    x = x / (jnp.sqrt(jnp.sum(x * x) + 1e-14))
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
