@@ -1,4 +1,6 @@
-"""The parts that every block shares: convolution, SwiGLU, rotary positions."""
+"""The parts that blocks share: convolution, SwiGLU, rotary positions."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +8,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
+_LONGEST_HALF_LIFE = 16  # chunks, of the head that forgets most slowly at the start
 
 
 def full_precision(x: Array) -> Array:
     """float32, or float64 where the model is built in it to check derivatives."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def unit(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B K"]:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + epsilon)
+
+
+def first_half_lives(chunk: int, heads: int) -> Float[Array, " H"]:
+    """Tokens after which a fresh head has forgotten half: two to many chunks."""
+    chunks = jnp.geomspace(1.0, _LONGEST_HALF_LIFE, heads, dtype=jnp.float32)
+    return 2.0 * chunk * chunks
 
 
 def dense(d_in: int, d_out: int, dtype, rngs: nnx.Rngs, scale: float = 1.0):
@@ -46,6 +59,14 @@ class CausalConv(nnx.Module):
     def tail(self, rows: int) -> Float[Array, "B W D"]:
         width, channels = self.kernel.shape
         return jnp.zeros((rows, width - 1, channels), self.kernel.dtype)
+
+
+class Tails(NamedTuple):
+    """The last inputs of the convolutions of keys, values and queries."""
+
+    k: Float[Array, "B W D"]
+    v: Float[Array, "B W D"]
+    q: Float[Array, "B W D"]
 
 
 class SwiGLU(nnx.Module):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, form, piece, rebase
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -30,9 +30,14 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
-from hope_jax.models.layers import CausalConv, dense, full_precision
-
-_LONGEST_HALF_LIFE = 16  # chunks, of the head that forgets most slowly at the start
+from hope_jax.models.layers import (
+    CausalConv,
+    Tails,
+    dense,
+    first_half_lives,
+    full_precision,
+    unit,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,15 @@ class SelfModifyingConfig:
                 f"{self.memory.gradient!r}: a chunk's keys and values come from the "
                 "memories at its start."
             )
+        plain = self.memory.retention in ("none", "decay")
+        if form(self.memory) != "rank_one" or not plain or self.memory.window > 1:
+            raise ValueError(
+                "memory must be a matrix or an mlp with rule 'gd', 'momentum', "
+                "'nesterov' or 'implicit', retention 'none' or 'decay' and window 1, "
+                f"got {self.memory.architecture!r}, {self.memory.rule!r}, "
+                f"{self.memory.retention!r}, {self.memory.window}: the memories write "
+                "targets of their own."
+            )
         if self.projection_chunk % self.memory.chunk:
             raise ValueError(
                 f"projection_chunk ({self.projection_chunk}) must be a multiple of "
@@ -95,14 +109,6 @@ class SelfModifyingConfig:
     def projections(self) -> tuple[str, ...]:
         """The memories that make keys, values and gates, in stacking order."""
         return ("k", "v", "eta", "alpha") + ("q",) * self.adaptive_q
-
-
-class Tails(NamedTuple):
-    """The last inputs of the three convolutions."""
-
-    k: Float[Array, "B W D"]
-    v: Float[Array, "B W D"]
-    q: Float[Array, "B W D"]
 
 
 class SelfModifyingState(NamedTuple):
@@ -255,7 +261,7 @@ class SelfModifyingTitans(nnx.Module):
             q = jnp.zeros_like(heads)
         else:
             q, tail = self.conv_q(full_precision(self.q(x)), tail)
-            q = _unit(q.reshape(split))
+            q = unit(q.reshape(split))
         return q, theta, jax.nn.silu(self.gate(x)), tail
 
     def _keep_tail(self, state, tail):
@@ -284,7 +290,7 @@ class SelfModifyingTitans(nnx.Module):
         x, q, theta = (jnp.moveaxis(a, 0, 1) for a in chunk)
         length = x.shape[1]
         if whole:  # says that anchor and weights are one, so their products are shared
-            state = state._replace(projection=commit(state.projection))
+            state = state._replace(projection=rebase(state.projection))
         generated, tails = self._generate(state, x, q, theta, learn)
         position = state.position + length
 
@@ -299,7 +305,7 @@ class SelfModifyingTitans(nnx.Module):
             )
             main = _commit_where(position % self.config.memory.chunk == 0, main)
         elif whole:
-            projection = commit(projection)
+            projection = commit(self.config.memory, projection)
         state = SelfModifyingState(projection, main, tails, position)
         return state, jnp.moveaxis(y, 2, 0)
 
@@ -322,10 +328,10 @@ class SelfModifyingTitans(nnx.Module):
         k, tail_k = self.conv_k(flat(k), state.tails.k)
         v, tail_v = self.conv_v(flat(v), state.tails.v)
         tails = state.tails._replace(k=tail_k, v=tail_v)
-        k, v = _unit(heads(k)), self._bounded(heads(v))
+        k, v = unit(heads(k)), self._bounded(heads(v))
         if config.adaptive_q:
             q, tail_q = self.conv_q(flat(made[:, :, 4]), state.tails.q)
-            q, tails = _unit(heads(q)), tails._replace(q=tail_q)
+            q, tails = unit(heads(q)), tails._replace(q=tail_q)
         else:
             q = jnp.moveaxis(q, 2, 1)
 
@@ -333,7 +339,7 @@ class SelfModifyingTitans(nnx.Module):
         if learn:
             eta = jax.nn.sigmoid(_read_out(self.read_eta, self.bias_eta, m_eta))
             eta = config.rate_bound * eta
-            if config.memory.momentum:  # momentum averages writes, it adds none
+            if config.memory.inertia:  # momentum averages writes, it adds none
                 eta = eta * (1.0 - theta)
             alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
         else:
@@ -344,7 +350,7 @@ class SelfModifyingTitans(nnx.Module):
         return Generated(tokens, targets), tails
 
     def _bounded(self, value):
-        return _unit(value) if self.config.unit_values else value
+        return unit(value) if self.config.unit_values else value
 
     def _write_projections(self, memory, generated):
         """Each projection memory learns its own targets at the shared keys."""
@@ -369,8 +375,8 @@ class SelfModifyingTitans(nnx.Module):
             return piece(config, state, tokens._replace(v=target))
 
         def whole(state, tokens):
-            state, y = write(commit(state), tokens)
-            return commit(state), y
+            state, y = write(rebase(state), tokens)
+            return commit(config, state), y
 
         def live(state, tokens):
             if not commits:
@@ -385,18 +391,13 @@ def _read_out(weight, bias, made):
     return jnp.einsum("bhtk,hk->bht", made, weight[...]) + bias[...][None, :, None]
 
 
-def _unit(x, epsilon=1e-6):
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + epsilon)
-
-
 def _logit(p: float) -> float:
     return math.log(p / (1.0 - p))
 
 
 def _retention_start(config: SelfModifyingConfig, heads: int) -> Array:
-    """Biases that give head h a half-life of one to several of the longest chunks."""
-    chunks = jnp.geomspace(1.0, _LONGEST_HALF_LIFE, heads, dtype=jnp.float32)
-    half_life = 2.0 * config.projection_chunk * chunks
+    """Biases that give each head its first half-life."""
+    half_life = first_half_lives(config.projection_chunk, heads)
     alpha = half_life_to_retention(half_life)
     return jnp.log(alpha) - jnp.log1p(-alpha)
 
