@@ -1,0 +1,138 @@
+"""Multi-query associative recall (MQAR): keys and values once, then questions.
+
+Arora et al., "Zoology" (arXiv:2312.04927). A row first shows pairs, then asks for some
+of their keys again, among filler; at a question the model must say the key's value:
+
+    tokens   k1 v1 k2 v2  .  . k2  .  .  . k1  .
+    labels                     v2          v1
+
+Answers are never shown, so a row is learned from its pairs alone. As in the paper's
+code, places of questions are drawn without repetition with probability proportional to
+`i^(gap_power - 1)` at slot i, a power law of the distance to the pairs. There the first
+pair gets the first draw, hence often the first slot, and a place tells of its answer;
+here any pair may get any draw.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+FILLER = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+    """One task. The defaults are the smallest of Zoology's figure 2.
+
+    Attributes:
+      vocab: tokens. 0 is filler; keys are the rest of the lower half, values the upper
+        half.
+      pairs: keys and values shown in a row, all different.
+      queries: how many of them are asked, each once; None asks all.
+      length: tokens of a row, even.
+      gap_power: of the law of gaps; 1 is uniform, less puts questions nearer.
+      random_filler: fills with any token instead of 0. A filler may be a key of the
+        row; only the true questions have labels.
+    """
+
+    vocab: int = 8192
+    pairs: int = 4
+    queries: int | None = None
+    length: int = 64
+    gap_power: float = 0.01
+    random_filler: bool = False
+
+    def __post_init__(self):
+        if self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {self.pairs}.")
+        if not 1 <= self.asked <= self.pairs:
+            raise ValueError(
+                f"queries must lie between 1 and pairs ({self.pairs}), got "
+                f"{self.queries}: each key is asked at most once."
+            )
+        if self.vocab < 2 * (self.pairs + 1):
+            raise ValueError(
+                f"vocab must be at least 2 (pairs + 1) = {2 * (self.pairs + 1)}, so "
+                f"that half of it holds filler and all keys; got {self.vocab}."
+            )
+        if self.length % 2 or self.slots < self.asked:
+            raise ValueError(
+                "length must be even and at least 2 (pairs + queries) = "
+                f"{2 * (self.pairs + self.asked)}, got {self.length}."
+            )
+        if not self.gap_power > 0:
+            raise ValueError(f"gap_power must be above 0, got {self.gap_power}.")
+
+    @property
+    def asked(self) -> int:
+        """Questions of a row."""
+        return self.pairs if self.queries is None else self.queries
+
+    @property
+    def slots(self) -> int:
+        """Places where a question may stand."""
+        return (self.length - 2 * self.pairs) // 2
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of one who knows the values of the row and not whose they are."""
+        return 1.0 / self.pairs
+
+
+class RecallBatch(NamedTuple):
+    """Rows of the task.
+
+    Attributes:
+      tokens: int32, what is read.
+      labels: int32, the answer where `mask` says that a question stands, else 0.
+      mask: where the questions are.
+    """
+
+    tokens: Int[Array, "B T"]
+    labels: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+
+
+def batch(config: RecallConfig, key: Array, rows: int) -> RecallBatch:
+    """`rows` rows drawn from `key`; pure, and may be compiled with the step it feeds.
+
+    Raises:
+      ValueError: `rows` below 1.
+
+    >>> made = batch(RecallConfig(vocab=16, pairs=2, length=8), jax.random.key(0), 3)
+    >>> made.tokens.shape, made.mask.sum(1).tolist()
+    ((3, 8), [2, 2, 2])
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}.")
+    return jax.vmap(lambda k: _row(config, k))(jax.random.split(key, rows))
+
+
+def _row(config: RecallConfig, key: Array) -> RecallBatch:
+    of_keys, of_values, of_questions, of_gaps, of_filler = jax.random.split(key, 5)
+    half, shown = config.vocab // 2, 2 * config.pairs
+
+    def some(key, among, count):
+        return jax.random.choice(key, among, (count,), replace=False)
+
+    keys = 1 + some(of_keys, half - 1, config.pairs)
+    values = half + some(of_values, config.vocab - half, config.pairs)
+    asked = some(of_questions, config.pairs, config.asked)
+    slot = jnp.arange(1, config.slots + 1, dtype=jnp.float32)
+    law = slot ** (config.gap_power - 1.0)
+    gaps = jax.random.choice(
+        of_gaps, config.slots, (config.asked,), replace=False, p=law / law.sum()
+    )
+    at = shown + 2 * gaps
+
+    tokens = jnp.full((config.length,), FILLER, jnp.int32)
+    if config.random_filler:
+        tokens = jax.random.randint(of_filler, (config.length,), 0, config.vocab)
+    pairs = jnp.stack([keys, values], axis=1).reshape(shown)
+    tokens = tokens.at[:shown].set(pairs).at[at].set(keys[asked])
+    mask = jnp.zeros((config.length,), bool).at[at].set(True)
+    labels = jnp.zeros_like(tokens).at[at].set(values[asked])
+    return RecallBatch(tokens, labels, mask)
