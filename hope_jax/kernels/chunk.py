@@ -1,20 +1,52 @@
 """A chunk of any memory of `compose`, in parallel over its tokens.
 
-Reference: `unroll(memory_level(config, width), ...)`. A two-layer memory with anchored
-gradients is two matrix recurrences: every layer's inputs and output errors are known at
-the chunk's start, so each follows `kernels.delta` by itself, and per-token reads nest
-the two.
+Reference: `unroll(memory_level(config, width), ...)`. There are two ways. *Rank one*:
+gradients are outer products whose factors are known at the chunk's start (or solve a
+triangular system), so every matrix follows `kernels.delta` by itself, and a read is the
+architecture's own text with each product taken from the token's state. *States*: for
+retentions and rules that are not linear, gradients are taken in parallel at the
+anchor, the rule moves the weights token by token, and reads are parallel again.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import optax
+from jaxtyping import Array, Float, PyTree
 
 from hope_jax.kernels import delta
-from hope_jax.memory.architecture import ACTIVATIONS, Weights
-from hope_jax.memory.compose import MemoryConfig, Tokens, delta_rates
+from hope_jax.kernels.newton_schulz import orthogonalise
+from hope_jax.kernels.vector import scan_one, scan_two
+from hope_jax.memory.architecture import Weights
+from hope_jax.memory.compose import (
+    MIRRORS,
+    PROJECTIONS,
+    MemoryConfig,
+    Tokens,
+    build_architecture,
+    build_bias,
+    build_flow,
+    delta_rates,
+    erasures,
+    initial_weights,
+    key_width,
+    link,
+    plain_tokens,
+    projection,
+    threshold,
+)
+from hope_jax.memory.rule import NewtonState, corrected_rate
+
+Form = Literal["rank_one", "channel", "oja", "newton", "vector", "states"]
+
+
+class Recent(NamedTuple):
+    """The last `window - 1` pairs, oldest first; zeros before the first token."""
+
+    k: Float[Array, "W K"]
+    v: Float[Array, "W V"]
 
 
 class MemoryState(NamedTuple):
@@ -24,37 +56,70 @@ class MemoryState(NamedTuple):
       weights: the running weights.
       momentum: the running momentum, shaped like `weights`; None without momentum.
       anchor: the weights at the chunk's start; None for exact gradients.
+      rule: the state of any other rule or retention; None where it has none.
+      recent: what an Omega window still sees; None without one.
     """
 
     weights: Weights
     momentum: Weights | None
     anchor: Weights | None
+    rule: PyTree = None
+    recent: Recent | None = None
 
 
-def begin_memory(config: MemoryConfig, weights: Weights) -> MemoryState:
-    zeros = jax.tree.map(jnp.zeros_like, weights) if config.momentum else None
-    return MemoryState(
-        weights, zeros, weights if config.gradient == "anchored" else None
-    )
+def form(config: MemoryConfig) -> Form:
+    """Which chunk form computes this memory."""
+    if config.rule == "newton":
+        return "newton"
+    if config.retention in ("channel", "oja"):
+        return config.retention
+    linear = config.retention in ("none", "decay", *PROJECTIONS)
+    if not linear or config.rule not in ("gd", "momentum", "nesterov", "implicit"):
+        return "states"
+    if config.architecture != "vector":
+        return "rank_one"
+    return "vector" if config.gradient == "exact" else "states"
 
 
-def commit(state: MemoryState) -> MemoryState:
-    """Ends a chunk: the next one takes its gradients where the memory now stands."""
-    anchor = None if state.anchor is None else state.weights
-    return state._replace(anchor=anchor)
+def begin_memory(config: MemoryConfig, start: Weights) -> MemoryState:
+    """Before the first token, from the weights that the level above learns."""
+    weights = initial_weights(config, start)
+    kind = form(config)
+    momentum = rule = recent = None
+    if kind in ("states", "newton"):
+        rule = build_flow(config).init(weights)
+    elif config.inertia:
+        momentum = jax.tree.map(jnp.zeros_like, weights)
+    if config.window > 1:
+        width = weights["w1" if "w1" in weights else "w"].shape[0]
+        past = lambda size: jnp.zeros((config.window - 1, size), jnp.float32)  # noqa: E731
+        recent = Recent(past(key_width(config, width)), past(width))
+    anchor = weights if config.gradient == "anchored" else None
+    return MemoryState(weights, momentum, anchor, rule, recent)
 
 
-def output_error(config: MemoryConfig, output: Array, value: Array) -> Array:
-    """The gradient of the bias in the memory's output."""
-    return output - value if config.bias == "l2" else -value
+def next_recent(
+    config: MemoryConfig, recent: Recent | None, tokens: Tokens
+) -> Recent | None:
+    """What windows still see after `tokens`."""
+    if recent is None:
+        return None
+    pairs = zip(recent, (tokens.k, tokens.v), strict=True)
+    return Recent(*(jnp.concatenate(pair)[1 - config.window :] for pair in pairs))
 
 
-def gate_transitions(config: MemoryConfig, tokens: Tokens) -> delta.Transitions:
-    keeps = config.retention == "none"
-    return delta.transitions(
-        jnp.ones_like(tokens.alpha) if keeps else tokens.alpha,
-        tokens.theta if config.momentum else None,
-    )
+def rebase(state: MemoryState) -> MemoryState:
+    """Says that a chunk begins: anchor and weights are one, so that the compiler shares
+    what is computed of both. Changes nothing in a committed state."""
+    return state if state.anchor is None else state._replace(anchor=state.weights)
+
+
+def commit(config: MemoryConfig, state: MemoryState) -> MemoryState:
+    """Ends a chunk: retentions that act once a chunk do, and the next chunk takes its
+    gradients where the memory now stands."""
+    if config.retention in PROJECTIONS and form(config) == "rank_one":
+        state = state._replace(weights=jax.tree.map(projection(config), state.weights))
+    return rebase(state)
 
 
 def piece(
@@ -65,68 +130,349 @@ def piece(
     The caller commits when the chunk is complete. With `reads` False only the state
     is computed and None stands for the reads.
     """
-    run = _linear_piece if config.architecture == "linear" else _mlp_piece
     with jax.default_matmul_precision("float32"):
-        return run(config, state, tokens, gate_transitions(config, tokens), reads)
+        tokens = plain_tokens(config, tokens)
+        if config.steps > 1:
+            return _several_steps(config, state, tokens, reads)
+        kind = form(config)
+        vector_rate = tokens.erase_rate is not None and tokens.erase_rate.ndim > 1
+        if kind == "rank_one" and (tokens.erase_key is not None or vector_rate):
+            kind = "channel"
+            if (config.architecture, config.gradient) != ("linear", "exact"):
+                raise ValueError(
+                    "tokens.erase_key and a vector erase_rate need "
+                    "architecture='linear' and gradient='exact', got "
+                    f"{config.architecture!r} and {config.gradient!r}."
+                )
+        return _FORMS[kind](config, state, tokens, reads)
 
 
-def _linear_piece(config, state, tokens, gates, reads):
-    m, s, anchor = _layer(state, "w")
-    k, v, eta = tokens.k, tokens.v, tokens.eta
-    b = delta_rates(config, eta, {}).get("w")
+def _several_steps(config, state, tokens, reads):
+    single = dataclasses.replace(config, steps=1)
+    if config.gradient == "exact":
+        state, y = piece(single, state, tokens, reads)
+        return state, y if y is None else y[config.steps - 1 :: config.steps]
+
+    # Anchored memories of chunk 1 (the only ones with several steps) move at each.
+    def step(state, token):
+        state, _ = piece(single, state, token, reads=False)
+        return commit(single, state), None
+
+    one = lambda leaf: leaf[:, None]  # noqa: E731 a time of one token
+    before = jax.tree.map(lambda leaf: one(leaf[:-1]), tokens)
+    last = jax.tree.map(lambda leaf: leaf[-1:], tokens)
+    state, _ = jax.lax.scan(step, state, before)
+    return piece(single, state, last, reads)
+
+
+def _rank_one(config, state, tokens, reads):
+    function = build_architecture(config, tokens.v.shape[-1])
+    theta = tokens.theta if config.inertia else None
+    gates = delta.transitions(tokens.alpha, theta, config.rule == "nesterov")
+    inputs, rows, gates = _rows(config, function, state, tokens, gates)
+    before = config.read == "pre"
+
+    ends = {
+        name: delta.finish(*_layer(state, name), x, rows[name], gates)
+        for name, x in inputs.items()
+    }
+    after = state._replace(
+        weights={name: end[0] for name, end in ends.items()},
+        momentum=state.momentum and {name: end[1] for name, end in ends.items()},
+        recent=next_recent(config, state.recent, tokens),
+    )
+    if not reads:
+        return after, None
+    if config.read == "anchor":
+        return after, function.apply(state.anchor, tokens.q)
+
+    def multiply(name, x):
+        return delta.read(
+            *_layer(state, name), inputs[name], rows[name], gates, x, before
+        )
+
+    return after, function.forward(multiply, tokens.q)
+
+
+def _rows(config, function, state, tokens, gates):
+    """What each matrix meets, its delta and write rows, and the gates they obey."""
     if config.gradient == "exact" and config.bias == "l2":
-        rows = delta.exact_rows(m, s, k, v, eta, b, gates)
-    else:  # the gradient of the dot product is the same at any state
-        output = None if config.bias == "dot" else k @ anchor.T
-        e = -eta[:, None] * output_error(config, output, v)
-        rows = delta.anchored_rows(m, s, k, e, b, gates)
-    state = _with_layers(state, w=delta.finish(m, s, k, rows, gates))
+        k, eta = tokens.k, _rate(config, tokens.eta, tokens.k)
+        b = _delta_coefficients(config, tokens, {"w": k}).get("w")
+        m, s = _layer(state, "w")
+        rows = delta.exact_rows(m, s, k, tokens.v, eta, b, gates)
+        return {"w": k}, {"w": rows}, gates
+
+    k, v, limits = _pairs(config, state, tokens)
+    slope = jax.vmap(jax.grad(build_bias(config)))
+    # The gradient of the dot product is the same at any state.
+    point = state.weights if state.anchor is None else state.anchor
+    inputs, errors = function.inputs_and_errors(
+        point, k, lambda output: slope(output, v, limits)
+    )
+    if config.window > 1:
+        band = tokens.eta[:, None] * _band(config, tokens)
+        gates = gates._replace(spread=gates.spread @ band, coast=gates.coast @ band)
+        writes = {name: -error for name, error in errors.items()}
+    else:
+        writes = {
+            name: -_rate(config, tokens.eta, inputs[name])[:, None] * error
+            for name, error in errors.items()
+        }
+    b = _delta_coefficients(config, tokens, inputs)
+    rows = {
+        name: delta.anchored_rows(
+            *_layer(state, name), x, writes[name], b.get(name), gates
+        )
+        for name, x in inputs.items()
+    }
+    return inputs, rows, gates
+
+
+def _rate(config, eta, x):
+    if config.rule != "implicit":
+        return eta
+    return jax.vmap(corrected_rate)(eta, x)
+
+
+def _delta_coefficients(config, tokens, inputs):
+    if tokens.erase_rate is not None and config.dgd != "none":
+        rates = dict.fromkeys(inputs, tokens.erase_rate)
+    else:
+        rates = jax.vmap(lambda eta, x: delta_rates(config, eta, x))(tokens.eta, inputs)
+    if config.recall == "after":
+        rates = {name: b * tokens.alpha for name, b in rates.items()}
+    return rates
+
+
+def _pairs(config, state, tokens):
+    """The keys, values and thresholds whose losses the tokens descend."""
+    if config.window == 1:
+        return tokens.k, tokens.v, threshold(config, tokens)
+    k = jnp.concatenate([state.recent.k, tokens.k])
+    v = jnp.concatenate([state.recent.v, tokens.v])
+    return k, v, jnp.full_like(k[:, 0], config.threshold)
+
+
+def _band(config, tokens):
+    """`[C, window - 1 + C]`: how each token weighs the pairs that its window sees."""
+    length, back = tokens.eta.shape[0], config.window - 1
+    lag = jnp.arange(length)[:, None] + back - jnp.arange(length + back)[None]
+    seen = (lag >= 0) & (lag <= back)
+    weights = jnp.take_along_axis(tokens.weights, jnp.clip(lag, 0, back), axis=1)
+    return jnp.where(seen, weights, 0.0)
+
+
+def _channel(config, state, tokens, reads):
+    """Key channels that decay apart: the diagonal-plus-rank-one form."""
+    from hope_jax.kernels.channel import channel_chunk
+
+    eta, k = _rate(config, tokens.eta, tokens.k), tokens.k
+    alpha = tokens.alpha
+    if alpha.ndim == 1:
+        alpha = jnp.broadcast_to(alpha[:, None], k.shape)
+    recall = along = None
+    if config.dgd != "none":
+        recall, along = erasures(config, tokens, {"w": k})["w"]
+    if config.bias == "l2":
+        if along is not None and (config.recall, tokens.erase_key) != ("before", None):
+            raise ValueError(
+                "bias='l2' with a delta term of its own key, or recalled after the "
+                "retention, is a transition of rank two: use bias='dot'."
+            )
+        own = eta[:, None] * k
+        recall, along = k, own if along is None else own + along
+    m, y = channel_chunk(
+        state.weights["w"],
+        k,
+        eta[:, None] * tokens.v,
+        tokens.q,
+        alpha,
+        recall,
+        along,
+        before_write=config.read == "pre",
+    )
+    return state._replace(weights={"w": m}), y if reads else None
+
+
+def _oja(config, state, tokens, reads):
+    """The delta rule of the transposed matrix: it erases along values."""
+    m, k, v, q = state.weights["w"], tokens.k, tokens.v, tokens.q
+    gates = delta.transitions(tokens.alpha, None)
+    write = tokens.eta[:, None] * k
+    rows = delta.anchored_rows(m.T, None, v, write, tokens.eta, gates)
+    end, _ = delta.finish(m.T, None, v, rows, gates)
+    y = None
+    if reads:
+        match = gates.decay * (q @ (rows.u + rows.e).T)
+        y = gates.kept[1:, None] * (q @ m.T) + match @ v
+    return state._replace(weights={"w": end.T}), y
+
+
+def _newton(config, state, tokens, reads):
+    from hope_jax.kernels.mesa import mesa_chunk, mesa_weights
+
+    sums = state.rule[0]
+    g, h, y = mesa_chunk(
+        sums.values["w"],
+        sums.keys["w"],
+        tokens.k,
+        tokens.v,
+        tokens.q,
+        tokens.eta,
+        tokens.alpha,
+        config.ridge,
+    )
+    weights = {"w": mesa_weights(g, h, config.ridge)}
+    rule = (NewtonState({"w": g}, {"w": h}), *state.rule[1:])
+    return state._replace(weights=weights, rule=rule), y if reads else None
+
+
+def _vector(config, state, tokens, reads):
+    """Every channel is a memory of one number."""
+    k, m = tokens.k, state.weights["w"]
+    eta = _rate(config, tokens.eta, k)[:, None]
+    keep = jnp.broadcast_to(tokens.alpha[:, None], k.shape)
+    b = _delta_coefficients(config, tokens, {"w": k}).get("w")
+    if b is not None:
+        keep = keep - b[:, None] * k * k
+    pull = eta * k * k if config.bias == "l2" else jnp.zeros_like(k)
+    write = eta * tokens.v * k
+    if state.momentum is None:
+        after, momentum = scan_one(keep - pull, write, m), None
+    else:
+        theta = jnp.broadcast_to(tokens.theta[:, None], k.shape)
+        nesterov = config.rule == "nesterov"
+        now, coast = (1.0 + theta, theta * theta) if nesterov else (1.0, theta)
+        after, momentum = scan_two(
+            ((keep - now * pull, coast), (-pull, theta)),
+            (now * write, write),
+            (m, state.momentum["w"]),
+        )
+        momentum = {"w": momentum[-1]}
+    moved = state._replace(weights={"w": after[-1]}, momentum=momentum)
     if not reads:
-        return state, None
-    if config.read == "anchor":
-        return state, tokens.q @ anchor.T
-    before = config.read == "pre"
-    return state, delta.read(m, s, k, rows, gates, tokens.q, before)
+        return moved, None
+    if config.read == "pre":
+        after = jnp.concatenate([m[None], after[:-1]])
+    return moved, after * tokens.q
 
 
-def _mlp_piece(config, state, tokens, gates, reads):
-    sigma = ACTIVATIONS[config.activation]
-    m1, s1, anchor1 = _layer(state, "w1")
-    m2, s2, anchor2 = _layer(state, "w2")
-    k, q, eta = tokens.k, tokens.q, tokens.eta
+def _states(config, state, tokens, reads):
+    """Any rule and retention: the weights of every token are formed."""
+    function = build_architecture(config, tokens.v.shape[-1])
+    loss = build_bias(config)
 
-    hidden, pullback = jax.vjp(sigma, k @ anchor2.T)
-    error = output_error(config, k + hidden @ anchor1.T, tokens.v)
-    (hidden_error,) = pullback(error @ anchor1)
+    def objective(weights, k, v, limit):
+        return loss(function.apply(weights, k), v, limit)
 
-    rates = jax.vmap(lambda eta, h: delta_rates(config, eta, {"w1": h}))(eta, hidden)
-    rows1 = delta.anchored_rows(
-        m1, s1, hidden, -eta[:, None] * error, rates.get("w1"), gates
+    gradients = jax.vmap(jax.grad(objective), (None, 0, 0, 0))(
+        state.anchor, *_pairs(config, state, tokens)
     )
-    rows2 = delta.anchored_rows(
-        m2, s2, k, -eta[:, None] * hidden_error, rates.get("w2"), gates
-    )
-    state = _with_layers(
-        state,
-        w1=delta.finish(m1, s1, hidden, rows1, gates),
-        w2=delta.finish(m2, s2, k, rows2, gates),
+    if config.window > 1:
+        band = _band(config, tokens)
+        gradients = jax.tree.map(lambda g: jnp.tensordot(band, g, 1), gradients)
+    if _affine(config):
+        after, rule = _move_in_parallel(config, state, tokens, gradients)
+    else:
+        inputs = function.inputs(state.anchor, tokens.k)
+        after, rule = _move_in_turn(config, state, tokens, gradients, inputs)
+    moved = state._replace(
+        weights=jax.tree.map(lambda w: w[-1], after),
+        rule=rule,
+        recent=next_recent(config, state.recent, tokens),
     )
     if not reads:
-        return state, None
+        return moved, None
     if config.read == "anchor":
-        return state, q + sigma(q @ anchor2.T) @ anchor1.T
-    before = config.read == "pre"
-    hidden_q = sigma(delta.read(m2, s2, k, rows2, gates, q, before))
-    return state, q + delta.read(m1, s1, hidden, rows1, gates, hidden_q, before)
+        return moved, function.apply(state.anchor, tokens.q)
+    if config.read == "pre":
+        after = jax.tree.map(
+            lambda first, w: jnp.concatenate([first[None], w[:-1]]),
+            state.weights,
+            after,
+        )
+    return moved, jax.vmap(function.apply)(after, tokens.q)
+
+
+def _affine(config):
+    """Whether a token's weights are a fixed function of sums over earlier tokens."""
+    return (
+        config.rule in ("gd", "momentum", "nesterov", "muon")
+        and config.retention in ("none", "decay", *MIRRORS)
+        and config.dgd == "none"
+    )
+
+
+def _move_in_turn(config, state, tokens, gradients, inputs):
+    flow = build_flow(config)
+
+    def move(carry, item):
+        weights, rule = carry
+        gradient, token, met = item
+        updates, rule = flow.update(gradient, rule, weights, context=token, inputs=met)
+        weights = optax.apply_updates(weights, updates)
+        return (weights, rule), weights
+
+    (_, rule), after = jax.lax.scan(
+        move, (state.weights, state.rule), (gradients, tokens, inputs)
+    )
+    return after, rule
+
+
+def _move_in_parallel(config, state, tokens, gradients):
+    """The weights after each token: sums over time are products with the gates."""
+    theta = tokens.theta if config.inertia else None
+    gates = delta.transitions(tokens.alpha, theta, config.rule == "nesterov")
+    rule = list(state.rule)
+    over = lambda coefficients, x: jnp.tensordot(coefficients, x, 1)  # noqa: E731
+
+    def from_start(weight, x):
+        return weight.reshape(-1, *[1] * x.ndim) * x[None]
+
+    def coasting(s, moves):
+        coasts = delta.cumulative_products(tokens.theta)[1:]
+        return from_start(coasts[:, 0], s) + over(coasts[:, 1:], moves)
+
+    eta = lambda x: tokens.eta.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+    if config.rule == "muon":
+        momenta = jax.tree.map(lambda s, g: coasting(s, -g), rule[0], gradients)
+        writes = jax.tree.map(lambda s: eta(s) * orthogonalise(s), momenta)
+        gates = delta.transitions(tokens.alpha, None)
+        rule[0] = jax.tree.map(lambda s: s[-1], momenta)
+    else:
+        writes = jax.tree.map(lambda g: -eta(g) * g, gradients)
+
+    start = state.weights
+    if config.retention in MIRRORS:
+        start = rule[-1]
+    after = jax.tree.map(
+        lambda a, u: from_start(gates.kept[1:], a) + over(gates.spread, u),
+        start,
+        writes,
+    )
+    if config.rule in ("momentum", "nesterov"):
+        after = jax.tree.map(
+            lambda w, s: w + from_start(gates.lag[1:], s), after, rule[1]
+        )
+        rule[1] = jax.tree.map(
+            lambda s, u: gates.coast_start * s + over(gates.coast, u), rule[1], writes
+        )
+    if config.retention in MIRRORS:
+        rule[-1] = jax.tree.map(lambda a: a[-1], after)
+        after = jax.tree.map(jax.vmap(link(config).primal), after)
+    return after, tuple(rule)
+
+
+_FORMS = {
+    "rank_one": _rank_one,
+    "channel": _channel,
+    "oja": _oja,
+    "newton": _newton,
+    "vector": _vector,
+    "states": _states,
+}
 
 
 def _layer(state: MemoryState, name: str):
-    momentum = None if state.momentum is None else state.momentum[name]
-    anchor = None if state.anchor is None else state.anchor[name]
-    return state.weights[name], momentum, anchor
-
-
-def _with_layers(state: MemoryState, **ends: tuple[Array, Array | None]):
-    weights = {name: end[0] for name, end in ends.items()}
-    momentum = None if state.momentum is None else {n: e[1] for n, e in ends.items()}
-    return state._replace(weights=weights, momentum=momentum)
+    return state.weights[name], state.momentum and state.momentum[name]

@@ -50,9 +50,14 @@ class Rows(NamedTuple):
 
 
 def transitions(
-    alpha: Float[Array, " C"], theta: Float[Array, " C"] | None
+    alpha: Float[Array, " C"],
+    theta: Float[Array, " C"] | None,
+    nesterov: bool = False,
 ) -> Transitions:
-    """Of a chunk's gates; `theta` None has no momentum (`D = Γ`, `c = 0`)."""
+    """Of a chunk's gates; `theta` None has no momentum (`D = Γ`, `c = 0`).
+
+    With `nesterov` the memory moves by `θₜ Sₜ + eₜ` rather than by Sₜ.
+    """
     products = cumulative_products(alpha)
     decay = products[1:, 1:]
     if theta is None:
@@ -60,11 +65,15 @@ def transitions(
         return Transitions(products[:, 0], decay, decay, none, none[1:], none[0])
     coasts = cumulative_products(theta)
     coast = coasts[1:, 1:]
-    lag = jnp.concatenate([jnp.zeros_like(alpha[:1]), decay @ coasts[1:, 0]])
+    moves, lags = coast, coasts[1:, 0]
+    if nesterov:
+        moves = theta[:, None] * coast + jnp.eye(theta.shape[0], dtype=theta.dtype)
+        lags = theta * lags
+    lag = jnp.concatenate([jnp.zeros_like(alpha[:1]), decay @ lags])
     return Transitions(
         kept=products[:, 0],
         decay=decay,
-        spread=decay @ coast,
+        spread=decay @ moves,
         lag=lag,
         coast=coast[-1],
         coast_start=coasts[-1, 0],

@@ -6,8 +6,8 @@ import jax
 from jaxtyping import Array, Float
 
 from hope_jax.core.level import LevelState, unroll
-from hope_jax.kernels.chunk import MemoryState, commit, piece
-from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+from hope_jax.kernels.chunk import MemoryState, commit, next_recent, piece, rebase
+from hope_jax.memory.compose import MemoryConfig, Tokens, level_context, memory_level
 
 Implementation = Literal["auto", "reference", "chunk"]
 
@@ -40,8 +40,8 @@ def memory_scan(
 
     def whole_chunk(state, chunk):
         # At a chunk's start anchor and weights are one: said so, products are shared.
-        state, y = piece(config, commit(state), chunk)
-        return commit(state), y
+        state, y = piece(config, rebase(state), chunk)
+        return commit(config, state), y
 
     return scan_chunks(
         whole_chunk,
@@ -82,9 +82,10 @@ def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
 
 
 def _reference(config, state, tokens):
-    level = memory_level(config, tokens.k.shape[-1])
-    opt = level.flow.init(state.weights)
-    if config.momentum:
+    width = tokens.v.shape[-1]
+    level = memory_level(config, width)
+    opt = level.flow.init(state.weights) if state.rule is None else state.rule
+    if state.momentum is not None:
         opt = (opt[0], state.momentum, *opt[2:])
     before = LevelState(
         state.weights,
@@ -93,9 +94,18 @@ def _reference(config, state, tokens):
         None,
         jax.numpy.zeros((), jax.numpy.int32),
     )
-    after, y = unroll(level, before, tokens)
-    momentum = after.opt[1] if config.momentum else None
+    after, y = unroll(level, before, level_context(config, tokens, state.recent))
     anchor = state.anchor
     if anchor is not None:
         anchor = after.anchor if level.clock.anchor > 1 else after.params
-    return MemoryState(after.params, momentum, anchor), y
+    recent = state.recent
+    if recent is not None:
+        recent = next_recent(config, recent, tokens)
+    after = MemoryState(
+        weights=after.params,
+        momentum=None if state.momentum is None else after.opt[1],
+        anchor=anchor,
+        rule=None if state.rule is None else after.opt,
+        recent=recent,
+    )
+    return after, y[config.steps - 1 :: config.steps]

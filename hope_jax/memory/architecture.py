@@ -1,7 +1,9 @@
 """Memory architectures: the function class of an associative memory.
 
-A parameter is a matrix that multiplies a vector, and `inputs` names that vector for
-each of them, because delta gradient descent forgets along it.
+An architecture is written once, as a function of its matrix products. What `multiply`
+does then decides what is computed: the plain output, the vector that each matrix meets
+(delta gradient descent forgets along it), the error of each product (a gradient is
+their outer product), or, in `kernels.chunk`, a product with every token's own state.
 """
 
 from collections.abc import Callable
@@ -12,21 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Weights = dict[str, Array]
-
-
-class Architecture(NamedTuple):
-    """A memory for one stream and one head; callers `vmap`.
-
-    Attributes:
-      init: `key -> weights`, float32.
-      apply: `(weights, x: [K]) -> [V]`.
-      inputs: `(weights, x: [K]) -> {name: vector}`, what each matrix multiplies.
-    """
-
-    init: Callable[[Array], Weights]
-    apply: Callable[[Weights, Array], Array]
-    inputs: Callable[[Weights, Array], dict[str, Array]]
-
+Multiply = Callable[[str, Array], Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
@@ -35,34 +23,154 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def linear(width: int) -> Architecture:
-    """`M x`: a matrix, zero at the start unless the level above learns its start."""
+class Architecture(NamedTuple):
+    """A memory for one stream and one head; callers `vmap`.
 
-    def apply(weights: Weights, x: Float[Array, " K"]) -> Float[Array, " V"]:
-        return weights["w"] @ x
+    Attributes:
+      init: `key -> weights`, float32: matrices `[V, K]`, or diagonals `[K]`.
+      forward: `(multiply, x: [*B, K]) -> [*B, V]`, where `multiply(name, x)` is the
+        product with the matrix of that name, over any leading axes.
+      first: the names of the matrices that meet the key itself.
+    """
 
+    init: Callable[[Array], Weights]
+    forward: Callable[[Multiply, Array], Array]
+    first: tuple[str, ...]
+
+    def apply(self, weights: Weights, x: Float[Array, "*B K"]) -> Float[Array, "*B V"]:
+        return self.forward(lambda name, x: product(weights[name], x), x)
+
+    def inputs(self, weights: Weights, x: Float[Array, "*B K"]) -> dict[str, Array]:
+        """What each matrix multiplies."""
+        met = {}
+
+        def multiply(name, x):
+            met[name] = x
+            return product(weights[name], x)
+
+        self.forward(multiply, x)
+        return met
+
+    def inputs_and_errors(
+        self,
+        weights: Weights,
+        x: Float[Array, "B K"],
+        blame: Callable[[Array], Array],
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """What each matrix multiplies and the loss's gradient in each product, for B
+        keys; `blame` is the gradient of the loss in the outputs, `[B, V] -> [B, V]`."""
+        met = {}
+
+        def perturbed(shifts):
+            def multiply(name, x):
+                met[name] = x
+                return product(weights[name], x) + shifts[name]
+
+            return self.forward(multiply, x), dict(met)
+
+        still = {
+            name: jnp.zeros((x.shape[0], w.shape[0]), w.dtype)
+            for name, w in weights.items()
+        }
+        output, pullback, inputs = jax.vjp(perturbed, still, has_aux=True)
+        (errors,) = pullback(blame(output))
+        return inputs, errors
+
+
+def product(w: Array, x: Float[Array, "*B K"]) -> Array:
+    """`w x` for a matrix, or a diagonal, over leading axes of x."""
+    if w.ndim == 1:
+        return x * jnp.broadcast_to(w, x.shape)
+    return x @ w.T
+
+
+def vector(width: int) -> Architecture:
+    """`w ⊙ x`: a diagonal, the memory of element-wise gated RNNs; zero at the start."""
     return Architecture(
-        init=lambda key: {"w": jnp.zeros((width, width), jnp.float32)},
-        apply=apply,
-        inputs=lambda weights, x: {"w": x},
+        init=lambda key: {"w": jnp.zeros((width,), jnp.float32)},
+        forward=lambda multiply, x: multiply("w", x),
+        first=("w",),
     )
 
 
-def mlp(width: int, hidden: int, activation: str = "gelu") -> Architecture:
-    """`x + W1 sigma(W2 x)`: the residual memory of equation 89 (arXiv:2512.24695)."""
+def linear(
+    width: int, key_width: int | None = None, skip: Callable | None = None
+) -> Architecture:
+    """`M x`, or `skip(x) + LN(M x)`: a matrix, zero at the start unless the level above
+    learns its start."""
+
+    def forward(multiply, x):
+        out = multiply("w", x)
+        return out if skip is None else skip(x) + normalise(out)
+
+    return Architecture(
+        init=lambda key: {"w": jnp.zeros((width, key_width or width), jnp.float32)},
+        forward=forward,
+        first=("w",),
+    )
+
+
+def mlp(
+    width: int,
+    hidden: int,
+    activation: str = "gelu",
+    *,
+    depth: int = 2,
+    gated: bool = False,
+    norm: bool = False,
+    key_width: int | None = None,
+    skip: Callable[[Array], Array] = lambda x: x,
+) -> Architecture:
+    """`x + W1 σ(W2 x)`: the residual memory of equation 89 (arXiv:2512.24695).
+
+    Args:
+      width: of values, and of keys unless `key_width` says otherwise.
+      hidden: width of every hidden layer.
+      activation: σ.
+      depth: matrices in a row, `W1 σ(W2 σ(... W_depth x))`.
+      gated: `x + W1 (σ(W2 x) ⊙ W3 x)` (ATLAS++, arXiv:2505.23735, equation 43).
+      norm: `x + LN(...)`, as in TTT and MIRAS; LN without a gain, which the layer's
+        output norm has.
+      key_width: width of keys where a feature map has widened them.
+      skip: the part of a key, `[V]`, that reaches the output unchanged.
+    """
     sigma = ACTIVATIONS[activation]
+    key_width = key_width or width
+    if gated:
+        shapes = {
+            "w1": (width, hidden),
+            "w2": (hidden, key_width),
+            "w3": (hidden, key_width),
+        }
+        first = ("w2", "w3")
+    else:
+        sizes = [width, *[hidden] * (depth - 1), key_width]
+        shapes = {f"w{i + 1}": (sizes[i], sizes[i + 1]) for i in range(depth)}
+        first = (f"w{depth}",)
 
     def init(key: Array) -> Weights:
-        key_1, key_2 = jax.random.split(key)
+        keys = jax.random.split(key, len(shapes))
+        scale = {name: shape[1] ** -0.5 for name, shape in shapes.items()}
+        scale["w1"] *= 0.5
         return {
-            "w1": jax.random.normal(key_1, (width, hidden)) * (0.5 * hidden**-0.5),
-            "w2": jax.random.normal(key_2, (hidden, width)) * width**-0.5,
+            name: jax.random.normal(key, shape) * scale[name]
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
 
-    def apply(weights: Weights, x: Float[Array, " K"]) -> Float[Array, " K"]:
-        return x + weights["w1"] @ sigma(weights["w2"] @ x)
+    def forward(multiply: Multiply, x: Array) -> Array:
+        if gated:
+            h = sigma(multiply("w2", x)) * multiply("w3", x)
+        else:
+            h = x
+            for i in range(depth, 1, -1):
+                h = sigma(multiply(f"w{i}", h))
+        out = multiply("w1", h)
+        return skip(x) + (normalise(out) if norm else out)
 
-    def inputs(weights: Weights, x: Float[Array, " K"]) -> dict[str, Array]:
-        return {"w1": sigma(weights["w2"] @ x), "w2": x}
+    return Architecture(init, forward, first)
 
-    return Architecture(init, apply, inputs)
+
+def normalise(x: Float[Array, "*B V"], epsilon: float = 1e-5) -> Float[Array, "*B V"]:
+    """Layer normalisation without gain."""
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)

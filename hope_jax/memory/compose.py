@@ -3,15 +3,19 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Level
-from hope_jax.memory import architecture, retention, rule
-from hope_jax.memory.architecture import ACTIVATIONS, Architecture
-from hope_jax.memory.bias import BIASES
+from hope_jax.memory import architecture, bias, features, retention, rule
+from hope_jax.memory.architecture import ACTIVATIONS, Architecture, Weights
+
+MIRRORS = ("lq", "kl", "bregman")
+PROJECTIONS = ("elastic_net", "norm_clamp")
+INERTIAL = ("momentum", "nesterov", "muon")
 
 
 class Tokens(NamedTuple):
@@ -19,10 +23,16 @@ class Tokens(NamedTuple):
 
     Attributes:
       k, v, q: key, value and query. Keys and queries of unit norm keep the
-        rules stable.
+        rules stable. With `steps > 1`, k, v and eta may be `[T, steps, ...]`.
       eta: inner rate, float32.
-      alpha: retained fraction in (0, 1], float32.
+      alpha: retained fraction in (0, 1], float32; `[T, K]` with retention `channel`.
       theta: inner momentum in [0, 1), float32; ignored without momentum.
+      threshold: of a robust bias; None is the config's.
+      weights: of an Omega window, for the token itself, the one before it, and so on;
+        None is 1 for each.
+      erase_key: what the delta term recalls and erases; None is k.
+      erase_rate: the coefficient of the delta term, a vector erases along
+        `erase_rate ⊙ erase_key`; None is eta.
     """
 
     k: Float[Array, "*T K"]
@@ -31,126 +41,529 @@ class Tokens(NamedTuple):
     eta: Float[Array, "*T"]
     alpha: Float[Array, "*T"]
     theta: Float[Array, "*T"]
+    threshold: Float[Array, "*T"] | None = None
+    weights: Float[Array, "*T W"] | None = None
+    erase_key: Float[Array, "*T K"] | None = None
+    erase_rate: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """An associative memory as independent choices (`l2` with `dgd` is the paper's).
 
-    Attributes:
-      architecture: `linear` (a matrix) or `mlp` (residual, two layers).
-      bias: `l2` or `dot`.
-      momentum: inner momentum, as in Titans.
-      dgd: the delta term: on `both` layers (the hidden layer's coefficient corrected
-        for the norm of its input), on the `input` layer only, or `none`.
-      retention: `decay` by the token's alpha, or `none`.
+    Architecture:
+      architecture: `vector` (a diagonal), `linear` (a matrix), `mlp` (residual, two
+        layers), `gated_mlp` (ATLAS++) or `deep_mlp` (`depth` layers).
+      features: the map of keys and queries: `none`, `elu`, `polynomial` (its Taylor
+        coefficients are learned) or `exponential`, up to `degree`. The layer applies
+        it: `Tokens` hold mapped keys.
+      norm: `x + LN(f(x))` rather than `x + f(x)` (TTT, MIRAS).
+      expansion: hidden width of an mlp over its width.
+      depth: layers of a `deep_mlp`.
+      activation: of the mlps.
+
+    Attentional bias:
+      bias: `dot`, `l2`, `lp` (of `power`), `huber`, `huber_norm`, `huber_switched`,
+        `value_shift` or `kl`; robust ones have a `threshold` unless each token brings
+        its own.
+      window: the last so many tokens whose loss a token descends (the Omega rule).
+
+    Retention:
+      retention: `none`, `decay` by the token's alpha, `channel` (alpha for each key
+        channel), `oja`; `decay` in the dual of `lq` (of `retention_power`), `kl` (rows
+        on a simplex of sum `retention_scale`) or `bregman` (hypentropy of
+        `retention_scale`); `decay`, and at the end of each chunk `elastic_net` (soft
+        threshold of `retention_scale` a token) or `norm_clamp` (at most
+        `retention_scale`).
+
+    Learning rule:
+      rule: `gd`, `momentum`, `nesterov`, `implicit` (proximal), `newton` (Mesa, with
+        `ridge`), `muon`, `adam`, or `optax.<name>` for any optimizer of optax that
+        needs no more than a learning rate.
+      dgd: the delta term: on `both` kinds of layers (a hidden layer's coefficient
+        corrected for the norm of its input), on the `input` layer only, or `none`.
+      recall: what the delta term recalls: the memory `before` its retention or `after`
+        it (Gated DeltaNet).
+      steps: inner steps a token, each on its own key and value where these are given.
+
+    Time:
       gradient: `exact` takes it where the memory stands: then the chunk is a speed
         knob. `anchored` takes it at the chunk's start: then the chunk is part of the
-        function, and 1 is the token recurrence. Only linear memories have a fast exact
-        form.
+        function, and 1 is the token recurrence. Only memories whose gradient is linear
+        in them have a fast exact form.
       read: the state that answers a query: `post` (after the token's own write), `pre`
         (before it) or `anchor` (at the chunk's start, equation 90).
       chunk: tokens per chunk.
-      expansion: hidden width of the mlp over its width.
-      activation: of the mlp.
     """
 
-    architecture: Literal["linear", "mlp"] = "mlp"
-    bias: Literal["l2", "dot"] = "l2"
-    momentum: bool = True
+    architecture: Literal["vector", "linear", "mlp", "gated_mlp", "deep_mlp"] = "mlp"
+    features: Literal["none", "elu", "polynomial", "exponential"] = "none"
+    degree: int = 2
+    norm: bool = False
+    expansion: int = 4
+    depth: int = 2
+    activation: str = "gelu"
+
+    bias: Literal[
+        "dot",
+        "l2",
+        "lp",
+        "huber",
+        "huber_norm",
+        "huber_switched",
+        "value_shift",
+        "kl",
+    ] = "l2"
+    power: float = 3.0
+    threshold: float = 1.0
+    window: int = 1
+
+    retention: Literal[
+        "none",
+        "decay",
+        "channel",
+        "oja",
+        "lq",
+        "kl",
+        "bregman",
+        "elastic_net",
+        "norm_clamp",
+    ] = "decay"
+    retention_power: float = 4.0
+    retention_scale: float = 1.0
+
+    rule: str = "momentum"
     dgd: Literal["both", "input", "none"] = "both"
-    retention: Literal["decay", "none"] = "decay"
+    recall: Literal["before", "after"] = "before"
+    steps: int = 1
+    ridge: float = 1.0
+
     gradient: Literal["anchored", "exact"] = "anchored"
     read: Literal["post", "pre", "anchor"] = "post"
     chunk: int = 16
-    expansion: int = 4
-    activation: str = "gelu"
 
     def __post_init__(self):
-        choices = {
-            "architecture": ("linear", "mlp"),
-            "bias": tuple(BIASES),
-            "dgd": ("both", "input", "none"),
-            "retention": ("decay", "none"),
-            "gradient": ("anchored", "exact"),
-            "read": ("post", "pre", "anchor"),
-            "activation": tuple(ACTIVATIONS),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got "
-                    f"{getattr(self, name)!r}."
-                )
-        for name in ("chunk", "expansion"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.gradient == "exact" and self.architecture != "linear":
+        _check_names(self)
+        _check_numbers(self)
+        _check_rule(self)
+        for refused, reason in _conflicts(self):
+            if refused:
+                raise ValueError(reason)
+
+    @property
+    def inertia(self) -> bool:
+        """Whether the rule has a momentum, so that tokens bring theta."""
+        return self.rule in INERTIAL
+
+
+_CHOICES = {
+    "architecture": ("vector", "linear", "mlp", "gated_mlp", "deep_mlp"),
+    "features": ("none", "elu", "polynomial", "exponential"),
+    "activation": tuple(ACTIVATIONS),
+    "bias": tuple(bias.BIASES),
+    "retention": ("none", "decay", "channel", "oja", *MIRRORS, *PROJECTIONS),
+    "dgd": ("both", "input", "none"),
+    "recall": ("before", "after"),
+    "gradient": ("anchored", "exact"),
+    "read": ("post", "pre", "anchor"),
+}
+RULES = ("gd", "momentum", "nesterov", "implicit", "newton", "muon", "adam")
+
+
+def _check_names(config: MemoryConfig) -> None:
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
             raise ValueError(
-                f"gradient='exact' needs architecture='linear', got "
-                f"{self.architecture!r}: a non-linear memory has no chunk form for it. "
-                "Use gradient='anchored' with chunk=1 for the token recurrence."
+                f"{name} must be one of {', '.join(allowed)}, got "
+                f"{getattr(config, name)!r}."
             )
-        if self.gradient == "exact" and self.read == "anchor":
+
+
+def _check_numbers(config: MemoryConfig) -> None:
+    least = {"chunk": 1, "expansion": 1, "degree": 1, "depth": 2, "window": 1}
+    for name, bound in (least | {"steps": 1}).items():
+        if getattr(config, name) < bound:
             raise ValueError(
-                "read='anchor' needs gradient='anchored': an exact memory has no "
-                "anchor."
+                f"{name} must be at least {bound}, got {getattr(config, name)}."
             )
+    if config.power < 1:
+        raise ValueError(f"power must be at least 1, got {config.power}.")
+    for name in ("threshold", "retention_scale", "ridge"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
+    if config.retention_power <= 2:
+        raise ValueError(
+            f"retention_power must be above 2, got {config.retention_power}: with 2 "
+            "the lq retention is the plain decay."
+        )
+
+
+def _check_rule(config: MemoryConfig) -> None:
+    if config.rule.startswith("optax."):
+        rule.from_optax(config.rule.removeprefix("optax."))
+    elif config.rule not in RULES:
+        raise ValueError(
+            f"rule must be one of {', '.join(RULES)} or 'optax.<name>', got "
+            f"{config.rule!r}."
+        )
+
+
+def _conflicts(c: MemoryConfig):
+    """Pairs of whether a combination is asked for and why it is refused."""
+    exact = c.gradient == "exact"
+    single = c.architecture in ("vector", "linear")
+    oja, newton = c.retention == "oja", c.rule == "newton"
+    channel, delta = c.retention == "channel", c.dgd != "none"
+
+    yield (
+        c.architecture == "vector" and c.features in ("polynomial", "exponential"),
+        f"features={c.features!r} widens keys, which architecture='vector' multiplies "
+        "one by one: use 'none' or 'elu', or a matrix.",
+    )
+    yield (
+        c.architecture == "vector" and c.norm,
+        "norm=True needs a matrix or an mlp, got architecture='vector'.",
+    )
+    yield (
+        exact and not single,
+        f"gradient='exact' needs architecture='linear' or 'vector', got "
+        f"{c.architecture!r}: a non-linear memory has no chunk form for it. Use "
+        "gradient='anchored' with chunk=1 for the token recurrence.",
+    )
+    yield (
+        exact and (c.norm or c.bias not in ("dot", "l2") or c.window > 1),
+        "gradient='exact' needs a gradient that is linear in the memory: bias 'dot' or "
+        f"'l2', norm=False and window=1, got bias={c.bias!r}, norm={c.norm}, "
+        f"window={c.window}. Use gradient='anchored' with chunk=1 for the token "
+        "recurrence.",
+    )
+    yield (
+        exact and c.read == "anchor",
+        "read='anchor' needs gradient='anchored': an exact memory has no anchor.",
+    )
+    yield (
+        exact and c.rule not in ("gd", "momentum", "nesterov", "implicit", "newton"),
+        f"gradient='exact' needs rule 'gd', 'momentum', 'nesterov', 'implicit' or "
+        f"'newton', got {c.rule!r}: others are not linear in the gradient. Use "
+        "gradient='anchored'.",
+    )
+    yield (
+        exact and c.retention in (*MIRRORS, *PROJECTIONS),
+        f"retention={c.retention!r} is not linear in the memory, so it needs "
+        "gradient='anchored'.",
+    )
+    yield (
+        channel
+        and not (c.architecture == "linear" and exact and c.rule in ("gd", "implicit")),
+        "retention='channel' decays each key channel of a matrix by itself: it needs "
+        "architecture='linear', gradient='exact' and rule 'gd' or 'implicit', got "
+        f"{c.architecture!r}, {c.gradient!r} and {c.rule!r}.",
+    )
+    yield (
+        oja
+        and not (
+            c.architecture == "linear"
+            and exact
+            and (c.bias, c.rule, c.dgd, c.read) == ("dot", "gd", "none", "post")
+        ),
+        "retention='oja' is −η v (vᵀM) beside a Hebbian write: it needs "
+        "architecture='linear', bias='dot', rule='gd', dgd='none', gradient='exact' "
+        f"and read='post', got {c.architecture!r}, {c.bias!r}, {c.rule!r}, {c.dgd!r}, "
+        f"{c.gradient!r}, {c.read!r}.",
+    )
+    yield (
+        newton
+        and not (
+            c.architecture == "linear"
+            and exact
+            and (c.bias, c.dgd, c.read) == ("l2", "none", "post")
+            and c.retention in ("none", "decay")
+        ),
+        "rule='newton' solves a ridge regression: it needs architecture='linear', "
+        "bias='l2', dgd='none', retention 'none' or 'decay', gradient='exact' and "
+        f"read='post', got {c.architecture!r}, {c.bias!r}, {c.dgd!r}, "
+        f"{c.retention!r}, {c.gradient!r}, {c.read!r}.",
+    )
+    yield (
+        delta and (c.window > 1 or c.retention in MIRRORS),
+        "the delta term erases along one token's key in the weights themselves: "
+        f"dgd={c.dgd!r} needs window=1 and a retention other than "
+        f"{', '.join(MIRRORS)}, got window={c.window}, retention={c.retention!r}.",
+    )
+    yield (
+        c.window > 1 and c.rule == "implicit",
+        f"rule='implicit' solves for one pair at a time, got window={c.window}.",
+    )
+    yield (
+        channel and c.bias == "l2" and c.recall == "after",
+        "bias='l2' with a delta term recalled after the retention is a transition of "
+        "rank two for each channel: use bias='dot' with retention='channel'.",
+    )
+    yield (
+        c.recall == "after" and not (delta and c.retention in ("decay", "channel")),
+        "recall='after' is about a delta term and a decay: it needs dgd 'both' or "
+        f"'input' and retention 'decay' or 'channel', got dgd={c.dgd!r}, "
+        f"retention={c.retention!r}.",
+    )
+    yield (
+        c.steps > 1 and (c.window > 1 or newton or not (exact or c.chunk == 1)),
+        f"steps={c.steps} needs window=1, a rule other than 'newton', and "
+        "gradient='exact' or chunk=1: gradients taken at the chunk's start are the "
+        f"same at every step, got window={c.window}, rule={c.rule!r}, "
+        f"gradient={c.gradient!r}, chunk={c.chunk}.",
+    )
+
+
+def key_width(config: MemoryConfig, width: int) -> int:
+    """Width of mapped keys and queries, for heads of `width`."""
+    return features.width(config.features, config.degree, width)
 
 
 def build_architecture(config: MemoryConfig, width: int) -> Architecture:
-    """The memory's function class for keys and values of `width`."""
+    """The memory's function class for values of `width` and keys of `key_width`."""
+    wide = key_width(config, width)
+
+    def skip(x):
+        return features.linear_part(config.features, config.degree, x, width)
+
+    if config.architecture == "vector":
+        return architecture.vector(width)
     if config.architecture == "linear":
-        return architecture.linear(width)
-    return architecture.mlp(width, config.expansion * width, config.activation)
+        return architecture.linear(width, wide, skip if config.norm else None)
+    return architecture.mlp(
+        width,
+        config.expansion * width,
+        config.activation,
+        depth=config.depth if config.architecture == "deep_mlp" else 2,
+        gated=config.architecture == "gated_mlp",
+        norm=config.norm,
+        key_width=wide,
+        skip=skip,
+    )
+
+
+def build_bias(config: MemoryConfig) -> bias.Bias:
+    return bias.build(config.bias, power=config.power)
+
+
+def threshold(config: MemoryConfig, tokens: Tokens) -> Array:
+    """The thresholds of robust biases, shaped like the tokens' `eta`."""
+    if tokens.threshold is not None:
+        return tokens.threshold
+    return jnp.full_like(tokens.eta, config.threshold)
 
 
 def delta_rates(config: MemoryConfig, eta: Array, inputs: dict[str, Array]) -> dict:
     """The coefficient b of the delta term for each matrix that has one.
 
-    The key meets the first matrix with unit norm, where the explicit coefficient η is
-    stable; the hidden vector has any norm, so the second matrix takes the proximal one.
+    A key of unit norm meets the first matrices, where the explicit coefficient η is
+    stable; mapped keys and hidden vectors have any norm: theirs is the proximal one.
     """
     if config.dgd == "none":
         return {}
-    first = "w" if config.architecture == "linear" else "w2"
-    rates = {first: eta}
-    if config.dgd == "both" and "w1" in inputs:
-        rates["w1"] = rule.corrected_rate(eta, inputs["w1"])
+    first = {"gated_mlp": ("w2", "w3"), "deep_mlp": (f"w{config.depth}",)}
+    first |= {"mlp": ("w2",), "linear": ("w",), "vector": ("w",)}
+    keyed = first[config.architecture]
+    rates = {}
+    for name, x in inputs.items():
+        if name in keyed and config.features == "none":
+            rates[name] = eta
+        elif name in keyed or config.dgd == "both":
+            rates[name] = rule.corrected_rate(eta, x)
     return rates
 
 
-def memory_level(config: MemoryConfig, width: int) -> Level:
+def initial_weights(config: MemoryConfig, start: Weights) -> Weights:
+    """The memory's weights where the level above has it begin at `start`, which for a
+    mirror retention are dual weights, free of its constraint."""
+    if config.retention not in MIRRORS:
+        return start
+    return jax.tree.map(link(config).primal, start)
+
+
+class Erasure(NamedTuple):
+    """The delta term of one matrix, `−(M recall) alongᵀ`."""
+
+    recall: Array
+    along: Array
+
+
+def erasures(
+    config: MemoryConfig, tokens: Tokens, inputs: dict[str, Array]
+) -> dict[str, Erasure]:
+    """The delta terms of tokens that share the leading axes of `inputs`."""
+    terms = {}
+    for name, rate in delta_rates(config, tokens.eta, inputs).items():
+        x = inputs[name]
+        if tokens.erase_key is not None:
+            x = tokens.erase_key
+        if tokens.erase_rate is not None:
+            rate = tokens.erase_rate
+        kept = tokens.alpha if config.recall == "after" else jnp.ones_like(tokens.eta)
+        spread = lambda a, x: jnp.broadcast_to(  # noqa: E731
+            a if a.ndim == x.ndim else a[..., None], x.shape
+        )
+        terms[name] = Erasure(spread(kept, x) * x, spread(rate, x) * x)
+    return terms
+
+
+def build_flow(config: MemoryConfig) -> optax.GradientTransformationExtraArgs:
+    """The rule, the delta term and the retention as one optax transformation.
+
+    Its state is a tuple; a momentum, where the rule has one, is its second entry.
+    """
+    steps = list(_rule(config))
+    if config.dgd != "none":
+        steps.append(rule.erase(lambda token, inputs: erasures(config, token, inputs)))
+    if config.rule != "newton":  # which decays its own statistics
+        steps += _retention(config)
+    return optax.chain(*steps)
+
+
+def _rule(config):
+    if config.rule in ("gd", "momentum", "nesterov"):
+        yield rule.descend()
+        if config.rule != "gd":
+            yield rule.inertia() if config.rule == "momentum" else rule.nesterov()
+    elif config.rule == "implicit":
+        yield rule.implicit()
+    elif config.rule == "newton":
+        yield rule.newton(config.ridge)
+    elif config.rule == "muon":
+        yield rule.muon(rule.newton_schulz)
+    elif config.rule == "adam":
+        yield rule.adam()
+    else:
+        yield rule.from_optax(config.rule.removeprefix("optax."))
+
+
+def _retention(config):
+    if config.retention in MIRRORS:
+        return [retention.mirror(link(config))]
+    if config.retention == "none":
+        return []
+    if config.retention == "oja":
+        return [retention.decay(), retention.oja()]
+    if config.retention in PROJECTIONS:
+        return [retention.decay(), retention.project(projection(config), config.chunk)]
+    return [retention.decay()]
+
+
+def link(config: MemoryConfig) -> retention.Link:
+    """The map between dual and primal weights of a mirror retention."""
+    return {
+        "lq": lambda: retention.lq(config.retention_power),
+        "kl": lambda: retention.simplex(config.retention_scale),
+        "bregman": lambda: retention.hypentropy(config.retention_scale),
+    }[config.retention]()
+
+
+def projection(config: MemoryConfig):
+    """What a projecting retention does to each matrix at the end of a chunk."""
+    if config.retention == "elastic_net":
+        return retention.soft_threshold(config.retention_scale * config.chunk)
+    return retention.clamp_norm(config.retention_scale)
+
+
+def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
+    """Tokens with every rate filled in, one inner step each (so `T * steps` of them).
+
+    Retention acts in a token's first step only.
+    """
+    if config.retention == "none":
+        tokens = tokens._replace(alpha=jnp.ones_like(tokens.alpha))
+    if not config.inertia:
+        tokens = tokens._replace(theta=jnp.zeros_like(tokens.theta))
+    if config.window > 1 and tokens.threshold is not None:
+        raise ValueError(
+            "tokens.threshold must be None with a window: the pairs of a window share "
+            "config.threshold."
+        )
+    if config.window > 1 and tokens.weights is None:
+        ones = jnp.ones((*tokens.eta.shape, config.window), tokens.eta.dtype)
+        tokens = tokens._replace(weights=ones)
+    if config.steps == 1:
+        return tokens
+    ranks = Tokens(2, 2, 2, 1, tokens.alpha.ndim, 1, 1, 2, 2, 1)
+
+    def spread(leaf, rank):
+        if leaf is None:
+            return None
+        if leaf.ndim == rank:  # the same in every step
+            leaf = jnp.repeat(leaf[:, None], config.steps, axis=1)
+        if leaf.shape[1] != config.steps:
+            raise ValueError(
+                f"tokens must bring {config.steps} steps each, got {leaf.shape}."
+            )
+        return leaf.reshape(-1, *leaf.shape[2:])
+
+    first = jnp.arange(tokens.alpha.shape[0] * config.steps) % config.steps == 0
+    spread_out = Tokens(*map(spread, tokens, ranks))
+    alpha = spread_out.alpha
+    first = first.reshape(-1, *[1] * (alpha.ndim - 1))
+    return spread_out._replace(alpha=jnp.where(first, alpha, jnp.ones_like(alpha)))
+
+
+def level_context(config: MemoryConfig, tokens: Tokens, recent: tuple | None = None):
+    """The stream that `memory_level` lives through: one item an inner step; with a
+    window, keys and values `[T, window, ...]`, the item's own first.
+
+    Args:
+      config: the memory.
+      tokens: T tokens.
+      recent: the `window - 1` keys and values before them, oldest first.
+    """
+    tokens = plain_tokens(config, tokens)
+    if config.window == 1:
+        return tokens
+    back = jnp.arange(config.window)[None]
+    at = jnp.arange(tokens.eta.shape[0])[:, None] + config.window - 1 - back
+    k, v = (
+        jnp.concatenate([a, b])[at]
+        for a, b in zip(recent, (tokens.k, tokens.v), strict=True)
+    )
+    return tokens._replace(k=k, v=v)
+
+
+def memory_level(
+    config: MemoryConfig, width: int, flow: optax.GradientTransformation | None = None
+) -> Level:
     """The memory as a `Level` whose context is a stream of `Tokens`.
 
     `unroll(memory_level(config, width), ...)` is the definition that the chunk-parallel
-    kernels are held to, values and pullbacks.
+    kernels are held to, values and pullbacks. Tokens are those of `level_context`.
+
+    Args:
+      config: the four choices.
+      width: of values, and of keys before their feature map.
+      flow: any optax transformation, in place of the config's rule, retention and delta
+        term; it may read the token from the extra argument `context`.
     """
     function = build_architecture(config, width)
-    bias = BIASES[config.bias]
+    loss = build_bias(config)
 
-    steps = [rule.descend()]
-    if config.momentum:
-        steps.append(rule.inertia())
-    if config.dgd != "none":
-        steps.append(
-            rule.delta_decay(lambda eta, inputs: delta_rates(config, eta, inputs))
+    def objective(weights, token):
+        if config.window == 1:
+            output = function.apply(weights, token.k)
+            return loss(output, token.v, threshold(config, token))
+        limit = threshold(config, token)
+        losses = jax.vmap(lambda o, v: loss(o, v, limit))(
+            function.apply(weights, token.k), token.v
         )
-    if config.retention == "decay":
-        steps.append(retention.decay())
+        return jnp.vdot(token.weights, losses)
+
+    def inputs(weights, token):
+        k = token.k if config.window == 1 else token.k[0]
+        return function.inputs(weights, k)
 
     return Level(
-        init=function.init,
+        init=lambda key: initial_weights(config, function.init(key)),
         read=lambda weights, token: function.apply(weights, token.q),
-        objective=lambda weights, token: bias(
-            function.apply(weights, token.k), token.v
-        ),
-        flow=optax.chain(*steps),
+        objective=objective,
+        flow=build_flow(config) if flow is None else flow,
         clock=Clock(anchor=config.chunk if config.gradient == "anchored" else 1),
         read_at=config.read,
-        inputs=lambda weights, token: function.inputs(weights, token.k),
+        inputs=inputs,
     )
 
 

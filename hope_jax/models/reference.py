@@ -137,7 +137,7 @@ def _live(
         k, v, q = (jnp.sum(head.conv[n] * windows[n], axis=0) for n in "kvq")
         theta = gate("theta", x_t)
         eta = config.rate_bound * gate("eta", made["eta"])
-        if config.memory.momentum:
+        if config.memory.inertia:
             eta = eta * (1.0 - theta)
         v = bounded(v)
         token = Tokens(

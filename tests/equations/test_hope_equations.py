@@ -40,7 +40,7 @@ def unit(x):
 
 def configured(chunk=1, **memory):
     """The layer of the equations: no momentum, free values, read before each write."""
-    options = dict(momentum=False, read="pre", expansion=1, activation="tanh") | memory
+    options = dict(rule="gd", read="pre", expansion=1, activation="tanh") | memory
     return SelfModifyingConfig(
         memory=MemoryConfig(chunk=chunk, **options),
         projection_chunk=chunk,

@@ -52,7 +52,7 @@ def test_equation_64_hebbian_memory():
         MemoryConfig(
             architecture="linear",
             bias="dot",
-            momentum=False,
+            rule="gd",
             dgd="none",
             gradient="exact",
         ),
@@ -77,7 +77,7 @@ def test_equation_65_delta_rule(impl):
     delta = MemoryConfig(
         architecture="linear",
         bias="l2",
-        momentum=False,
+        rule="gd",
         dgd="none",
         retention="none",
         gradient="exact",

@@ -91,7 +91,7 @@ def memories():
             yield MemoryConfig(
                 architecture=architecture,
                 bias=bias,
-                momentum=momentum,
+                rule="momentum" if momentum else "gd",
                 dgd=dgd,
                 gradient=gradient,
                 expansion=2,
@@ -100,7 +100,7 @@ def memories():
 
 def name(config):
     parts = [config.architecture, config.gradient, config.bias]
-    return "-".join(parts + ["momentum"] * config.momentum + ["dgd " + config.dgd])
+    return "-".join(parts + ["momentum"] * config.inertia + ["dgd " + config.dgd])
 
 
 @pytest.mark.parametrize("length, chunk", [(6, 1), (12, 4), (16, 16), (19, 8)])
@@ -120,7 +120,7 @@ def test_chunked_is_the_level(key, config, length, chunk):
     [
         dict(read="pre"),
         dict(read="anchor"),
-        dict(read="pre", architecture="linear", momentum=False),
+        dict(read="pre", architecture="linear", rule="gd"),
         dict(read="anchor", architecture="linear"),
         dict(dgd="input"),
         dict(retention="none"),
@@ -192,7 +192,7 @@ def test_vanishing_retention_is_not_divided_by(key):
 
 def test_two_writes_by_hand():
     config = MemoryConfig(
-        architecture="linear", momentum=False, dgd="none", gradient="exact", chunk=2
+        architecture="linear", rule="gd", dgd="none", gradient="exact", chunk=2
     )
     k = jnp.eye(2)
     tokens = Tokens(

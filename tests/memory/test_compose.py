@@ -19,7 +19,7 @@ from hope_jax.memory.compose import (
 PLAIN = dict(
     architecture="linear",
     bias="dot",
-    momentum=False,
+    rule="gd",
     dgd="none",
     retention="none",
     gradient="exact",
@@ -53,7 +53,7 @@ def close(a, b):
         (dict(dgd="both", bias="l2"), [[1.0, 0.0], [2.0, 2.0]]),
         (dict(retention="decay"), [[1.5, 0.0], [2.0, 0.5]]),  # 0.25 M + 0.5 v k'
         (dict(dgd="both", retention="decay"), [[0.5, 0.0], [2.0, 0.5]]),
-        (dict(momentum=True), [[3.0, 0.0], [2.0, 2.0]]),  # its first step is plain
+        (dict(rule="momentum"), [[3.0, 0.0], [2.0, 2.0]]),  # its first step is plain
     ],
     ids=str,
 )
@@ -64,14 +64,14 @@ def test_one_write(changes, expected):
 
 def test_momentum_goes_on_with_what_was_written_before():
     """S1 = 0.5 v k1', S2 = 0.5 S1 + 0.5 v k2'; M2 = S1 + S2."""
-    config = MemoryConfig(**PLAIN | dict(momentum=True))
+    config = MemoryConfig(**PLAIN | dict(rule="momentum"))
     m = after(config, {"w": jnp.zeros((2, 2))}, tokens(K, [0.0, 1.0]))["w"]
     close(m, [[1.5, 1.0], [3.0, 2.0]])
 
 
 def test_retention_lets_go_of_the_memory_and_not_of_its_momentum():
     """M2 = 0.25 M1 + S2, M1 = S1."""
-    config = MemoryConfig(**PLAIN | dict(momentum=True, retention="decay"))
+    config = MemoryConfig(**PLAIN | dict(rule="momentum", retention="decay"))
     m = after(config, {"w": jnp.zeros((2, 2))}, tokens(K, [0.0, 1.0]))["w"]
     close(m, [[0.75, 1.0], [1.5, 2.0]])
 
@@ -142,7 +142,7 @@ def test_which_matrix_has_a_delta_term(architecture_, dgd, expected):
         close(rate, expected[name])
 
 
-SMALL = dict(expansion=1, activation="tanh", momentum=False, retention="none", chunk=1)
+SMALL = dict(expansion=1, activation="tanh", rule="gd", retention="none", chunk=1)
 
 
 def test_the_first_step_of_an_mlp_memory():

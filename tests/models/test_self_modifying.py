@@ -80,7 +80,7 @@ LAYERS = {
     ),
     "no momentum, adaptive query": (
         6,
-        configured(chunk=3, projection_chunk=3, momentum=False, adaptive_q=True),
+        configured(chunk=3, projection_chunk=3, rule="gd", adaptive_q=True),
     ),
     "dot, read before, delta on the input": (
         4,
@@ -99,7 +99,7 @@ LAYERS = {
             projection_chunk=2,
             architecture="linear",
             bias="dot",
-            momentum=False,
+            rule="gd",
             dgd="none",
             unit_values=False,
         ),
