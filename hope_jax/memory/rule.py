@@ -14,6 +14,7 @@ place of `descend`; `newton` is a whole memory by itself.
 
 import contextlib
 import difflib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -186,7 +187,8 @@ def muon(
     descends). Leaves that are no matrices step by ηₜ Sₜ.
 
     Args:
-      orthogonalise: `[V, K] -> [V, K]`, the nearest matrix whose singular values are 1.
+      orthogonalise: `[V, K] -> [V, K]`, a matrix near the one whose singular values are
+        1, such as `newton_schulz`.
     """
 
     def init(params):
@@ -238,6 +240,7 @@ def adam(
     return scaled(optax.adam(1.0, b1=b1, b2=b2, eps=eps, eps_root=_EPSILON_ROOT))
 
 
+@functools.cache
 def from_optax(name: str) -> optax.GradientTransformationExtraArgs:
     """The optimizer `optax.<name>`, built with `learning_rate=1.0`, times ηₜ.
 
@@ -286,6 +289,7 @@ def from_optax(name: str) -> optax.GradientTransformationExtraArgs:
     return scaled(tx)
 
 
+@functools.cache
 def _optax_factories() -> dict[str, Callable[..., Any]]:
     """Every function of optax that has a `learning_rate`, by name."""
     rooms = (("", optax), ("contrib.", optax.contrib))
