@@ -1,0 +1,485 @@
+"""Any memory of `memory.compose` as a sequence layer: keys, values and rates of a token
+come from slow projections, and each head's memory lives through them.
+
+For each head, with conv a depth-wise causal convolution and φ the memory's features,
+
+    k, v, q = silu(conv(W x))      k, q to unit norm, rotated, mapped by φ
+    η, α, θ, .. = gates of x       how: `memory.gates`
+    y = norm(memory reads q) ⊙ silu(W x)
+
+as the follow-up papers of Titans have it (arXiv:2504.13173, arXiv:2505.23735). What a
+memory then does is `memory_level(config.memory, width)`, token by token.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.select import memory_scan
+from hope_jax.memory import features
+from hope_jax.memory.compose import (
+    PROJECTIONS,
+    MemoryConfig,
+    Tokens,
+    build_architecture,
+    half_life_to_retention,
+    key_width,
+)
+from hope_jax.memory.gates import GateConfig
+from hope_jax.models.layers import (
+    CausalConv,
+    Tails,
+    dense,
+    first_half_lives,
+    full_precision,
+    rotary,
+    unit,
+)
+
+_STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
+_ROBUST = ("huber", "huber_norm", "huber_switched", "value_shift")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryMixerConfig:
+    """A memory, and how a layer makes its tokens.
+
+    Attributes:
+      memory: the memory each head has.
+      gates: where its keys, rates and retentions come from.
+      conv: width of the causal convolutions after k, v and q; 1 is none.
+      rank: of the projections that make channel-wise gates.
+    """
+
+    memory: MemoryConfig = MemoryConfig()
+    gates: GateConfig = GateConfig()
+    conv: int = 4
+    rank: int = 32
+
+    def __post_init__(self):
+        for name in ("conv", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
+        for refused, reason in _conflicts(self.memory, self.gates):
+            if refused:
+                raise ValueError(reason)
+
+    @property
+    def rate_bound(self) -> float:
+        """Of η, before the factor `1 − θ` of an inner momentum.
+
+        A token of an Omega window descends several losses, and a delta term beside a
+        gradient that recalls as well erases twice: then η + η must not exceed 1.
+        """
+        memory = self.memory
+        if self.gates.rate_bound is not None:
+            return self.gates.rate_bound
+        if memory.gradient == "anchored":
+            return 1.0 / (memory.chunk * memory.window)
+        twice = memory.bias != "dot" and memory.dgd != "none"
+        return 0.5 if twice else 1.0
+
+
+def _conflicts(memory: MemoryConfig, gates: GateConfig):
+    """Pairs of whether a combination is asked for and why it is refused."""
+    recalls = memory.bias != "dot" or memory.dgd != "none"
+    yield (
+        gates.rate == "step" and recalls and memory.rule not in ("implicit", "newton"),
+        "gates.rate='step' has no bound, so the memory must not descend what it "
+        "recalls: it needs memory.bias='dot' and memory.dgd='none', or rule "
+        f"'implicit' or 'newton', got {memory.bias!r}, {memory.dgd!r}, "
+        f"{memory.rule!r}. Use gates.rate='token'.",
+    )
+    yield (
+        gates.rate == "step" and memory.steps > 1,
+        f"gates.rate='step' needs memory.steps=1, got {memory.steps}: α = exp(−aΔ) "
+        "acts once a token.",
+    )
+    yield (
+        gates.rate_bound is not None and gates.rate != "token",
+        f"gates.rate_bound ({gates.rate_bound}) bounds gates.rate='token', got "
+        f"{gates.rate!r}: leave it None.",
+    )
+    yield (
+        memory.retention == "channel"
+        and gates.rate != "step"
+        and gates.retention != "token",
+        "memory.retention='channel' needs gates.retention='token' or "
+        f"gates.rate='step', got {gates.retention!r}: use memory.retention='decay'.",
+    )
+    yield (
+        gates.erase != "key" and (memory.dgd == "none" or memory.steps > 1),
+        f"gates.erase={gates.erase!r} is about the delta term of one write a token: it "
+        f"needs memory.dgd 'both' or 'input' and steps=1, got {memory.dgd!r} and "
+        f"{memory.steps}.",
+    )
+    single = ("linear", "exact", "none", "dot")
+    erased = (memory.architecture, memory.gradient, memory.features, memory.bias)
+    yield (
+        gates.erase == "channel"
+        and (erased != single or memory.rule not in ("gd", "implicit")),
+        "gates.erase='channel' erases key channels of a matrix: it needs "
+        "memory.architecture='linear', gradient='exact', features='none', bias='dot' "
+        f"and rule 'gd' or 'implicit', got {', '.join(map(repr, erased))}, "
+        f"{memory.rule!r}.",
+    )
+    yield (
+        gates.threshold == "token"
+        and (memory.bias not in _ROBUST or memory.window > 1),
+        f"gates.threshold='token' needs memory.bias {', '.join(_ROBUST)} and "
+        f"window=1, got {memory.bias!r} and {memory.window}.",
+    )
+
+
+class MemoryMixerState(NamedTuple):
+    """Where a layer stands; its size does not depend on the tokens read.
+
+    Attributes:
+      memory: each head's memory, leaves `[B, H, ...]`.
+      tails: the convolutions' last inputs.
+      position: tokens read, int32.
+    """
+
+    memory: MemoryState
+    tails: Tails
+    position: Int[Array, " B"]
+
+
+class Gate(nnx.Module):
+    """An array per head and token, `start` wherever the token says nothing.
+
+    An affine map of `x: [B, T, D]`, through `rank` numbers where that is given, in the
+    type of x: give it full precision.
+    """
+
+    def __init__(self, d_model: int, start: Array, rank: int | None, *, rngs: nnx.Rngs):
+        self.shape = start.shape
+        small = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
+        self.down = None if rank is None else dense(d_model, rank, None, rngs)
+        self.up = nnx.Linear(
+            rank or d_model,
+            start.size,
+            kernel_init=small,
+            bias_init=lambda key, shape, dtype: start.reshape(shape).astype(dtype),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T *shape"]:
+        with jax.default_matmul_precision("float32"):
+            made = self.up(x if self.down is None else self.down(x))
+        return made.reshape(*x.shape[:2], *self.shape)
+
+
+class MemoryMixer(nnx.Module):
+    """The layer: `y, state = mixer(x, state)`.
+
+    `start` are the initial memories that the outer level learns, leading with heads. A
+    gate that the memory has no use for does not exist.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        config: MemoryMixerConfig,
+        dtype,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if d_model % heads:
+            raise ValueError(
+                f"d_model ({d_model}) must be a multiple of heads ({heads})."
+            )
+        memory, gates = config.memory, config.gates
+        self.config, self.heads, self.width = config, heads, d_model // heads
+        self.d_model, self.dtype = d_model, dtype
+        if gates.rotary and self.width % 2:
+            raise ValueError(
+                "d_model / heads must be even for gates.rotary=True, got "
+                f"{d_model} / {heads} = {self.width}."
+            )
+        wide = key_width(memory, self.width)
+        init = build_architecture(memory, self.width).init
+        start = jax.vmap(init)(jax.random.split(rngs.params(), heads))
+        self.start = nnx.data({n: nnx.Param(w) for n, w in start.items()})
+
+        self.k = dense(d_model, memory.steps * d_model, dtype, rngs)
+        self.v = dense(d_model, memory.steps * d_model, dtype, rngs)
+        self.q = dense(d_model, d_model, dtype, rngs)
+        self.conv_k = CausalConv(memory.steps * d_model, config.conv, rngs=rngs)
+        self.conv_v = CausalConv(memory.steps * d_model, config.conv, rngs=rngs)
+        self.conv_q = CausalConv(d_model, config.conv, rngs=rngs)
+
+        def gate(needed, start, rank=None):
+            return Gate(d_model, start, rank, rngs=rngs) if needed else None
+
+        def param(needed, start):
+            return nnx.Param(start) if needed else None
+
+        def level(value, *shape):
+            return jnp.full((heads, *shape), value, jnp.float32)
+
+        taylor = features.coefficients(memory.features, memory.degree)
+        learned = taylor is not None
+        self.coefficients = param(learned, learned and jnp.tile(taylor, (heads, 1)))
+
+        writes = () if memory.steps == 1 else (memory.steps,)
+        channels = (wide,) if memory.retention == "channel" else ()
+        retains, steps = memory.retention != "none", gates.rate == "step"
+        rate = _softplus_inverse(_STEP_START) if steps else 0.0
+        self.eta = gate(gates.rate != "one", level(rate, *writes))
+        half_life = first_half_lives(memory.chunk, heads)
+        decay = math.log(2.0) / (_STEP_START * half_life)
+        self.log_decay = param(retains and steps, _spread(jnp.log(decay), channels))
+        alpha = half_life_to_retention(half_life)
+        self.alpha = gate(
+            retains and not steps and gates.retention == "token",
+            _spread(jnp.log(alpha) - jnp.log1p(-alpha), channels),
+            config.rank if channels else None,
+        )
+        self.theta = gate(memory.inertia, level(0.0))
+        self.threshold = gate(
+            gates.threshold == "token", level(_softplus_inverse(memory.threshold))
+        )
+        self.weights = gate(memory.window > 1, level(0.0, memory.window))
+        channel, feedback = gates.erase == "channel", gates.erase == "feedback"
+        self.erase = gate(channel, level(0.0, self.width), config.rank)
+        self.removal = param(channel, level(1.0, self.width))
+        self.replacement = param(channel, level(1.0, self.width))
+        self.feedback = param(feedback, level(1.0))
+        self.correction = param(feedback, level(1.0))
+
+        self.gate = dense(d_model, d_model, dtype, rngs)
+        self.norm = nnx.RMSNorm(self.width, dtype=dtype, rngs=rngs)
+        self.out = dense(d_model, d_model, dtype, rngs, scale=0.5)
+
+    def initial_state(self, rows: int) -> MemoryMixerState:
+        """Every row at the learned initial memories."""
+        spread = {
+            n: jnp.broadcast_to(w[...][None], (rows, *w.shape))
+            for n, w in self.start.items()
+        }
+        return MemoryMixerState(
+            memory=_every(lambda w: begin_memory(self.config.memory, w))(spread),
+            tails=Tails(
+                *(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q))
+            ),
+            position=jnp.zeros((rows,), jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: MemoryMixerState | None = None,
+        *,
+        aligned: bool | None = None,
+        learn: bool = True,
+    ) -> tuple[Float[Array, "B T D"], MemoryMixerState]:
+        """Reads T >= 1 tokens a row and lets the memories live through them.
+
+        Args:
+          x: the block's normalised input.
+          state: where each row stands; None is `initial_state`.
+          aligned: promises that every row stands at a multiple of `memory.chunk`, and
+            reads chunks in parallel; by default true for a fresh state only. Else the
+            memories live token by token in a scan, unless their chunk is only a speed
+            knob.
+          learn: False keeps every memory at its state.
+        """
+        aligned = state is None if aligned is None else aligned
+        if state is None:
+            state = self.initial_state(x.shape[0])
+        tokens, tails = self.tokens(x, state)
+        position = state.position + x.shape[1]
+        if not learn:
+            memory, y = self._only_read(state.memory, tokens.q, state.position)
+        elif aligned or self._chunk_is_free:
+            run = lambda s, t: memory_scan(self.config.memory, s, t)  # noqa: E731
+            memory, y = _every(run)(state.memory, tokens)
+        else:
+            memory, y = self._live(state.memory, tokens, state.position)
+        y = jnp.moveaxis(y, 1, 2)
+        y = self.norm(y.astype(self.dtype)).reshape(x.shape)
+        y = self.out(y * jax.nn.silu(self.gate(x)))
+        return y, MemoryMixerState(memory, tails, position)
+
+    @property
+    def _chunk_is_free(self) -> bool:
+        """Whether a chunk may begin anywhere: nothing happens at its end."""
+        memory = self.config.memory
+        return memory.gradient == "exact" and memory.retention not in PROJECTIONS
+
+    def tokens(
+        self, x: Float[Array, "B T D"], state: MemoryMixerState
+    ) -> tuple[Tokens, Tails]:
+        """What the memories are given, leaves `[B, H, T, ...]`, and new tails."""
+        config, gates = self.config.memory, self.config.gates
+        rows, length, _ = x.shape
+        position = jnp.arange(length, dtype=jnp.int32)[None] + state.position[:, None]
+
+        def project(into, conv, tail):
+            made, tail = conv(full_precision(into(x)), tail)
+            return jax.nn.silu(made).reshape(rows, length, -1, self.width), tail
+
+        k, tail_k = project(self.k, self.conv_k, state.tails.k)
+        v, tail_v = project(self.v, self.conv_v, state.tails.v)
+        q, tail_q = project(self.q, self.conv_q, state.tails.q)
+        if gates.unit_keys:
+            k, q = unit(k), unit(q)
+        if gates.unit_values:
+            v = unit(v)
+        if gates.rotary:
+            k, q = rotary(k, position), rotary(q, position)
+        k, v = (a.reshape(rows, length, self.heads, -1, self.width) for a in (k, v))
+        if config.steps == 1:
+            k, v = k[:, :, :, 0], v[:, :, :, 0]
+        k, q = self._features(k), self._features(q)
+
+        rates = self._rates(full_precision(x), k)
+        k, q, erase = self._erase(full_precision(x), k, q, rates["eta"])
+        tokens = Tokens(k, v, q, **rates, **erase)
+        time_inside = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 1), tokens)
+        return time_inside, Tails(tail_k, tail_v, tail_q)
+
+    def _features(self, x):
+        """`[B, T, H, ..., K]` mapped, with each head's own coefficients."""
+        config = self.config.memory
+        if self.coefficients is None:
+            return features.features(config.features, config.degree, x)
+        each = lambda x, c: features.features(  # noqa: E731
+            config.features, config.degree, x, c
+        )
+        return jax.vmap(each, (2, 0), 2)(x, self.coefficients[...])
+
+    def _rates(self, x, k):
+        """The rates of every token, `[B, T, H, ...]`, float32."""
+        config, gates = self.config.memory, self.config.gates
+        one = jnp.ones((*x.shape[:2], self.heads), x.dtype)
+
+        def made(gate, bound, otherwise=None):
+            return otherwise if gate is None else bound(gate(x))
+
+        alpha = made(self.alpha, jax.nn.sigmoid, one)
+        theta = made(self.theta, jax.nn.sigmoid, jnp.zeros_like(one))
+        if gates.rate == "one":
+            eta = one
+        elif gates.rate == "step":
+            eta = jax.nn.softplus(self.eta(x))
+            if self.log_decay is not None:
+                decay = jnp.exp(self.log_decay[...])[None, None]
+                step = eta.reshape(*eta.shape, *[1] * (decay.ndim - eta.ndim))
+                alpha = jnp.exp(-decay * step)
+        else:
+            eta = self.config.rate_bound * jax.nn.sigmoid(self.eta(x))
+            if config.rule in ("momentum", "nesterov"):  # an average, not a sum
+                still = (1.0 - theta).reshape(
+                    *theta.shape, *[1] * (eta.ndim - theta.ndim)
+                )
+                eta = eta * still
+            if self._keys_are_long:
+                eta = eta / jnp.maximum(1.0, jnp.sum(k * k, axis=-1))
+        if gates.retention == "constant" and self.log_decay is None:
+            head = jnp.arange(self.heads, dtype=jnp.float32)
+            alpha = one * (1.0 - jnp.exp2(-5.0 - head))[None, None]
+        return {
+            "eta": eta,
+            "alpha": alpha,
+            "theta": theta,
+            "threshold": made(self.threshold, jax.nn.softplus),
+            "weights": made(self.weights, jax.nn.sigmoid),
+        }
+
+    @property
+    def _keys_are_long(self) -> bool:
+        """Whether an explicit step meets keys of any norm, which its rate must fit."""
+        memory, gates = self.config.memory, self.config.gates
+        explicit = memory.rule in ("gd", "momentum", "nesterov")
+        recalls = memory.bias != "dot" or (
+            memory.dgd != "none" and gates.erase != "channel"
+        )
+        any_norm = memory.features != "none" or not gates.unit_keys
+        return explicit and recalls and any_norm
+
+    def _erase(self, x, k, q, eta):
+        """Write keys, queries, and what the delta term erases."""
+        if self.config.gates.erase == "channel":
+            rate = jax.nn.sigmoid(self.erase(x))
+            gone = unit(k * self.removal[...][None, None])
+            kept = 1.0 + (rate - 1.0) * self.replacement[...][None, None]
+            return k * kept, q, {"erase_key": gone, "erase_rate": rate}
+        if self.config.gates.erase == "feedback":
+            rate = eta * jax.nn.sigmoid(self.feedback[...])[None, None]
+            q = q - self.correction[...][None, None, :, None] * k
+            return k, q, {"erase_rate": rate}
+        return k, q, {}
+
+    def _live(self, memory, tokens, position):
+        """Token by token, wherever each row stands in its chunk."""
+        config = self.config.memory
+
+        def step(carry, token):
+            memory, position = carry
+            token = jax.tree.map(lambda a: a[:, :, None], token)
+            memory, y = _every(lambda s, t: piece(config, s, t))(memory, token)
+            position = position + 1
+            memory = _commit_where(config, position % config.chunk == 0, memory)
+            return (memory, position), y[:, :, 0]
+
+        time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), tokens)
+        (memory, _), y = jax.lax.scan(step, (memory, position), time_first)
+        return memory, jnp.moveaxis(y, 0, 2)
+
+    def _only_read(self, memory, q, position):
+        """Reads that teach nothing; only the anchor moves on, where a chunk ends."""
+        config = self.config.memory
+        with jax.default_matmul_precision("float32"):
+            apply = _every(build_architecture(config, self.width).apply)
+            y = apply(memory.weights, q)
+            if memory.anchor is None:
+                return memory, y
+            length = jnp.arange(q.shape[2] + 1, dtype=jnp.int32)
+            place = (position[:, None] + length[None]) // config.chunk
+            moved = place > place[:, :1]
+            if config.read == "anchor":
+                old = apply(memory.anchor, q)
+                y = jnp.where(moved[:, None, :-1, None], y, old)
+        anchor = _where(moved[:, -1], memory.weights, memory.anchor)
+        return memory._replace(anchor=anchor), y
+
+
+def _every(run: Callable) -> Callable:
+    """Over rows and heads."""
+    return jax.vmap(jax.vmap(run))
+
+
+def _softplus_inverse(x: float) -> float:
+    return math.log(math.expm1(x))
+
+
+def _spread(x: Float[Array, " H"], shape: tuple[int, ...]) -> Array:
+    """The same for all of `shape` in each head."""
+    return jnp.broadcast_to(x.reshape(-1, *[1] * len(shape)), (x.shape[0], *shape))
+
+
+def _where(rows: Array, new, old):
+    """Chooses rows, which lead every leaf."""
+
+    def choose(a, b):
+        return jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _commit_where(config: MemoryConfig, due: Array, memory: MemoryState) -> MemoryState:
+    """Ends the chunk of the rows that have read all of it."""
+    committed = _every(lambda s: commit(config, s))(memory)
+    return _where(due, committed, memory)
