@@ -236,7 +236,9 @@ def _rate(config, eta, x):
 
 
 def _delta_coefficients(config, tokens, inputs):
-    if tokens.erase_rate is not None and config.dgd != "none":
+    if config.dgd == "none":
+        return {}
+    if tokens.erase_rate is not None:
         rates = dict.fromkeys(inputs, tokens.erase_rate)
     else:
         rates = jax.vmap(lambda eta, x: delta_rates(config, eta, x))(tokens.eta, inputs)

@@ -330,7 +330,7 @@ def build_architecture(config: MemoryConfig, width: int) -> Architecture:
         return architecture.vector(width)
     if config.architecture == "linear":
         return architecture.linear(width, wide, skip if config.norm else None)
-    return architecture.mlp(
+    function = architecture.mlp(
         width,
         config.expansion * width,
         config.activation,
@@ -340,6 +340,13 @@ def build_architecture(config: MemoryConfig, width: int) -> Architecture:
         key_width=wide,
         skip=skip,
     )
+    if config.retention != "kl":
+        return function
+
+    def logits(key):  # of unit variance, or all rows begin nearly uniform
+        return jax.tree.map(lambda w: w * w.shape[-1] ** 0.5, function.init(key))
+
+    return function._replace(init=logits)
 
 
 def build_bias(config: MemoryConfig) -> bias.Bias:
