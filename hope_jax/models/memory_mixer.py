@@ -54,7 +54,7 @@ class MemoryMixerConfig:
     Attributes:
       memory: the memory each head has.
       gates: where its keys, rates and retentions come from.
-      conv: width of the causal convolutions after k, v and q; 1 is none.
+      conv: width of the causal convolutions after k, v and q; 1 sees no other token.
       rank: of the projections that make channel-wise gates.
     """
 
@@ -344,7 +344,7 @@ class MemoryMixer(nnx.Module):
             k, v = k[:, :, :, 0], v[:, :, :, 0]
         k, q = self._features(k), self._features(q)
 
-        rates = self._rates(full_precision(x), k)
+        rates = self._rates(full_precision(x), k, v)
         k, q, erase = self._erase(full_precision(x), k, q, rates["eta"])
         tokens = Tokens(k, v, q, **rates, **erase)
         time_inside = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 1), tokens)
@@ -360,7 +360,7 @@ class MemoryMixer(nnx.Module):
         )
         return jax.vmap(each, (2, 0), 2)(x, self.coefficients[...])
 
-    def _rates(self, x, k):
+    def _rates(self, x, k, v):
         """The rates of every token, `[B, T, H, ...]`, float32."""
         config, gates = self.config.memory, self.config.gates
         one = jnp.ones((*x.shape[:2], self.heads), x.dtype)
@@ -385,8 +385,9 @@ class MemoryMixer(nnx.Module):
                     *theta.shape, *[1] * (eta.ndim - theta.ndim)
                 )
                 eta = eta * still
-            if self._keys_are_long:
-                eta = eta / jnp.maximum(1.0, jnp.sum(k * k, axis=-1))
+            met = self._met(k, v)
+            if met is not None:
+                eta = eta / jnp.maximum(1.0, jnp.sum(met * met, axis=-1))
         if gates.retention == "constant" and self.log_decay is None:
             head = jnp.arange(self.heads, dtype=jnp.float32)
             alpha = one * (1.0 - jnp.exp2(-5.0 - head))[None, None]
@@ -398,16 +399,17 @@ class MemoryMixer(nnx.Module):
             "weights": made(self.weights, jax.nn.sigmoid),
         }
 
-    @property
-    def _keys_are_long(self) -> bool:
-        """Whether an explicit step meets keys of any norm, which its rate must fit."""
+    def _met(self, k, v):
+        """What an explicit step erases along, where that can be longer than one: the
+        rate then fits it. None where nothing is."""
         memory, gates = self.config.memory, self.config.gates
+        if memory.retention == "oja":
+            return None if gates.unit_values else v
+        delta = memory.dgd != "none" and gates.erase != "channel"
         explicit = memory.rule in ("gd", "momentum", "nesterov")
-        recalls = memory.bias != "dot" or (
-            memory.dgd != "none" and gates.erase != "channel"
-        )
         any_norm = memory.features != "none" or not gates.unit_keys
-        return explicit and recalls and any_norm
+        recalls = memory.bias != "dot" or delta
+        return k if explicit and any_norm and recalls else None
 
     def _erase(self, x, k, q, eta):
         """Write keys, queries, and what the delta term erases."""

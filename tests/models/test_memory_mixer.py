@@ -348,16 +348,24 @@ def test_each_head_maps_its_keys_by_its_own_coefficients():
     assert (layer.coefficients[...][0] != layer.coefficients[...][1]).any()
 
 
-def test_rates_shrink_where_keys_are_long():
-    """A step of a memory that recalls is at most one along any key."""
-    config = exact(features="polynomial", bias="l2")
-    layer = MemoryMixer(D, HEADS, config, jnp.float32, rngs=nnx.Rngs(0))
-    layer.coefficients[...] = 3.0 * layer.coefficients[...]
+@pytest.mark.parametrize(
+    "gates, memory, met",
+    [
+        ({}, dict(features="polynomial", bias="l2"), "k"),
+        (dict(unit_keys=False), dict(dgd="both"), "k"),
+        ({}, dict(retention="oja"), "v"),
+    ],
+)
+def test_rates_shrink_where_a_step_erases_along_a_long_vector(gates, memory, met):
+    """A step is at most one along any key, or any value where values erase."""
+    layer = MemoryMixer(D, HEADS, exact(gates, **memory), jnp.float32, rngs=nnx.Rngs(0))
+    layer.k.kernel[...] = 5.0 * layer.k.kernel[...]
+    layer.v.kernel[...] = 5.0 * layer.v.kernel[...]
     tokens, _ = layer.tokens(texts(), layer.initial_state(ROWS))
-    square = jnp.sum(tokens.k**2, axis=-1)
-    assert square.min() > 2.0
-    assert (tokens.eta * square).max() <= 1.0
-    close(tokens.eta * square, jax.nn.sigmoid(made(layer.eta, texts())))
+    square = jnp.sum(getattr(tokens, met) ** 2, axis=-1)
+    assert square.max() > 2.0
+    eta = jax.nn.sigmoid(made(layer.eta, texts()))
+    close(tokens.eta, eta / jnp.maximum(1.0, square))
 
 
 @pytest.mark.parametrize(
