@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -104,6 +105,160 @@ def loss_curves(
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
     return path
+
+
+def heat_map(
+    path: str | os.PathLike,
+    values: Sequence[Sequence[float]],
+    *,
+    rows: Sequence[str | tuple[str, str]],
+    columns: Sequence[str | tuple[str, str]],
+    hatched: Mapping[str, Sequence[Sequence[bool]]] | None = None,
+    marks: Mapping[str, float] | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+    label: str = "accuracy",
+    title: str = "",
+) -> Path:
+    """Draws a number a cell, as colour and as digits.
+
+    Args:
+      path: the picture; its suffix is its format (png, svg, pdf).
+      values: [rows, columns]; a cell that is NaN stays empty.
+      rows, columns: their names, or pairs (group, name): neighbours of one group stand
+        under its name.
+      hatched: why a cell has no number -> [rows, columns], the cells it is true of.
+        Each reason has its own hatching, named below the picture.
+      marks: name -> a number to compare with, marked on the scale.
+      limits: the numbers at the ends of the scale.
+      label: what the numbers are.
+      title: said above the picture.
+
+    Raises:
+      ValueError: no rows or columns; another shape than theirs; a hatched cell that has
+        a number.
+    """
+    values = np.asarray(values, float)
+    shape = (len(rows), len(columns))
+    if 0 in shape or values.shape != shape:
+        raise ValueError(
+            f"values must be [rows, columns] = {list(shape)}, at least one of each, got"
+            f" {list(values.shape)}."
+        )
+    hatched = {why: np.asarray(cells, bool) for why, cells in (hatched or {}).items()}
+    for why, cells in hatched.items():
+        if cells.shape != shape:
+            raise ValueError(
+                f"hatched {why!r} must be [rows, columns] = {list(shape)}, got "
+                f"{list(cells.shape)}."
+            )
+        if np.isfinite(values[cells]).any():
+            raise ValueError(f"hatched {why!r} covers a cell that has a number.")
+
+    rows, columns = _grouped(rows), _grouped(columns)
+    margin = 0.2 + 0.095 * sum(max(map(len, part)) for part in zip(*rows, strict=True))
+    cell = max(0.8, 0.15 + 0.088 * max(len(name) for _, name in columns))
+    wide = [margin + cell * shape[1] + 1.4]
+    wide += [0.3 + 0.1 * len(line) for line in title.split("\n")]
+    wide += [0.3 + sum(0.7 + 0.09 * len(why) for why in hatched)]
+    size = (max(wide), 1.7 + 0.46 * shape[0])
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False, "hatch.linewidth": 0.8}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(
+            values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto"
+        )
+        middle = sum(limits) / 2
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                colour = "white" if value < middle else "black"
+                text = f"{value:.2f}"
+                axes.text(column, row, text, ha="center", va="center", color=colour)
+        seen = []
+        for hatch, (why, cells) in zip(
+            _cycled(len(hatched), ("////", "....", "xxxx")),
+            hatched.items(),
+            strict=True,
+        ):
+            style = {"facecolor": "#F4F4F4", "edgecolor": "#9A9A9A", "hatch": hatch}
+            for row, column in np.argwhere(cells):
+                corner = (column - 0.5, row - 0.5)
+                axes.add_patch(Rectangle(corner, 1, 1, linewidth=0, **style))
+            if cells.any():
+                seen.append(Patch(label=why, linewidth=0, **style))
+        _name_cells(axes, rows, columns)
+
+        scale = figure.colorbar(image, ax=axes, label=label, aspect=24, pad=0.02)
+        scale.outline.set_visible(False)
+        for name, height in (marks or {}).items():
+            scale.ax.axhline(height, color="white", linewidth=1.5)
+            across = scale.ax.get_yaxis_transform()
+            scale.ax.text(
+                -0.3, height, name, transform=across, ha="right", va="center", size=8
+            )
+        figure.suptitle(title, x=0.01, ha="left", size=12)
+        if seen:
+            figure.legend(
+                handles=seen, loc="outside lower left", ncols=len(seen), frameon=False
+            )
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+    return path
+
+
+def _grouped(names: Sequence[str | tuple[str, str]]) -> list[tuple[str, str]]:
+    return [("", name) if isinstance(name, str) else tuple(name) for name in names]
+
+
+def _spans(names: list[tuple[str, str]]) -> list[tuple[str, int, int]]:
+    """Neighbours of one group as (group, first, last)."""
+    spans = []
+    for i, (group, _) in enumerate(names):
+        if spans and spans[-1][0] == group:
+            spans[-1] = (group, spans[-1][1], i)
+        else:
+            spans.append((group, i, i))
+    return spans
+
+
+def _name_cells(axes, rows: list[tuple[str, str]], columns: list[tuple[str, str]]):
+    """Names at the left and above, their groups beyond; gaps between the groups."""
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(len(columns)), [name for _, name in columns])
+    axes.set_yticks(range(len(rows)), [name for _, name in rows])
+    axes.tick_params(
+        length=0, top=False, labeltop=True, bottom=False, labelbottom=False
+    )
+    for i in range(1, len(columns)):
+        wide = columns[i][0] != columns[i - 1][0]
+        axes.axvline(i - 0.5, color="white", linewidth=5 if wide else 1.2)
+    for i in range(1, len(rows)):
+        wide = rows[i][0] != rows[i - 1][0]
+        axes.axhline(i - 0.5, color="white", linewidth=5 if wide else 1.2)
+
+    if any(group for group, _ in columns):
+        beyond = axes.secondary_xaxis("top")
+        spans = _spans(columns)
+        beyond.set_xticks(
+            [(first + last) / 2 for _, first, last in spans],
+            [f"{group}\n" for group, _, _ in spans],
+            weight="bold",
+        )
+        beyond.tick_params(length=0)
+        beyond.spines[:].set_visible(False)
+    if any(group for group, _ in rows):
+        longest = max(len(name) for _, name in rows)
+        for group, first, last in _spans(rows):
+            axes.annotate(
+                group,
+                (0, (first + last) / 2),
+                xycoords=("axes fraction", "data"),
+                xytext=(-16 - 6.6 * longest, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                weight="bold",
+            )
 
 
 _STYLE = {

@@ -84,3 +84,69 @@ def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="mark 'b' has no curve; curves: a"):
         plot.loss_curves(path, {"a": ([1], [1])}, marks={"b": 1.0})
     assert not path.exists()
+
+
+ROWS, COLUMNS = [("linear", "dot"), ("linear", "l2"), ("mlp", "l2")], ["gd", "muon"]
+VALUES = [[0.1, 0.9], [0.5, np.nan], [np.nan, 0.7]]
+
+
+def test_heat_map_colours_numbers_and_hatches_the_rest(tmp_path):
+    path = plot.heat_map(
+        tmp_path / "new" / "map.png",
+        VALUES,
+        rows=ROWS,
+        columns=COLUMNS,
+        hatched={"refused": [[False, False], [False, True], [True, False]]},
+    )
+    image = matplotlib.image.imread(path)
+    assert image.shape[0] > 300 and image.shape[1] > 400
+    scale = matplotlib.colormaps["cividis"]
+
+    def share(colour):
+        return (np.abs(image[..., :3] - colour).max(-1) < 0.01).mean()
+
+    assert all(share(scale(v)[:3]) > 0.02 for v in (0.1, 0.5, 0.7, 0.9))
+    assert share(scale(0.3)[:3]) < 0.005
+    plain = plot.heat_map(tmp_path / "no.png", VALUES, rows=ROWS, columns=COLUMNS)
+    assert (matplotlib.image.imread(plain)[..., :3] > 0.99).mean() > (
+        (image[..., :3] > 0.99).mean() + 0.02
+    )
+
+
+def test_heat_map_names_everything(tmp_path):
+    path = plot.heat_map(
+        tmp_path / "map.svg",
+        VALUES,
+        rows=ROWS,
+        columns=[("none", name) for name in COLUMNS],
+        hatched={"refused": [[False] * 2] * 2 + [[True, False]]},
+        marks={"chance": 0.25},
+        label="share",
+        title="a title\nin two lines",
+    )
+    said = path.read_text()
+    texts = ("0.10", "0.90", "0.50", "0.70", "refused", "chance", "share", "a title")
+    texts += ("in two lines", "linear", "mlp", "dot", "l2", "none", "gd", "muon")
+    for text in texts:
+        assert f"<!-- {text} -->" in said, text
+    assert said.count("<!-- linear -->") == 1 and "nan" not in said.lower()
+
+
+def test_groups_are_spans_of_neighbours():
+    names = plot._grouped(["a", ("x", "b"), ("x", "c"), ("y", "d"), ("x", "e")])
+    assert names[0] == ("", "a")
+    assert plot._spans(names) == [("", 0, 0), ("x", 1, 2), ("y", 3, 3), ("x", 4, 4)]
+
+
+def test_bad_heat_maps_are_named(tmp_path):
+    def draw(values=VALUES, rows=ROWS, **more):
+        plot.heat_map(tmp_path / "map.png", values, rows=rows, columns=COLUMNS, **more)
+
+    with pytest.raises(ValueError, match=r"values must be .* = \[2, 2\].* \[3, 2\]"):
+        draw(rows=ROWS[:2])
+    with pytest.raises(ValueError, match=r"at least one of each, got \[0\]"):
+        draw([], [])
+    with pytest.raises(ValueError, match=r"hatched 'why' must be .* got \[1, 2\]"):
+        draw(hatched={"why": [[True, False]]})
+    with pytest.raises(ValueError, match="'why' covers a cell that has a number"):
+        draw(hatched={"why": [[True, False]] * 3})

@@ -66,6 +66,13 @@ def test_rows_are_as_described(config):
         assert config.random_filler or (between == FILLER).all()
 
 
+def test_every_key_and_value_is_used():
+    config = CONFIGS[0]
+    pairs = rows(config).tokens[:, :8].reshape(-1, 2)
+    assert set(pairs[:, 0].tolist()) == set(range(1, 16))
+    assert set(pairs[:, 1].tolist()) == set(range(16, 32))
+
+
 def test_filler_can_be_any_token():
     config = CONFIGS[3]
     tokens, _, mask = rows(config)
