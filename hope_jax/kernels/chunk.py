@@ -22,7 +22,6 @@ from hope_jax.kernels.vector import scan_one, scan_two
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
     MIRRORS,
-    PROJECTIONS,
     MemoryConfig,
     Tokens,
     build_architecture,
@@ -34,7 +33,6 @@ from hope_jax.memory.compose import (
     key_width,
     link,
     plain_tokens,
-    projection,
     threshold,
 )
 from hope_jax.memory.rule import NewtonState, corrected_rate
@@ -73,7 +71,7 @@ def form(config: MemoryConfig) -> Form:
         return "newton"
     if config.retention in ("channel", "oja"):
         return config.retention
-    linear = config.retention in ("none", "decay", *PROJECTIONS)
+    linear = config.retention in ("none", "decay")
     if not linear or config.rule not in ("gd", "momentum", "nesterov", "implicit"):
         return "states"
     if config.architecture != "vector":
@@ -108,18 +106,13 @@ def next_recent(
     return Recent(*(jnp.concatenate(pair)[1 - config.window :] for pair in pairs))
 
 
-def rebase(state: MemoryState) -> MemoryState:
-    """Says that a chunk begins: anchor and weights are one, so that the compiler shares
-    what is computed of both. Changes nothing in a committed state."""
+def commit(state: MemoryState) -> MemoryState:
+    """Ends a chunk: the next one takes its gradients where the memory now stands.
+
+    Of a committed state it says once more that anchor and weights are one, so that the
+    compiler shares what is computed of both.
+    """
     return state if state.anchor is None else state._replace(anchor=state.weights)
-
-
-def commit(config: MemoryConfig, state: MemoryState) -> MemoryState:
-    """Ends a chunk: retentions that act once a chunk do, and the next chunk takes its
-    gradients where the memory now stands."""
-    if config.retention in PROJECTIONS and form(config) == "rank_one":
-        state = state._replace(weights=jax.tree.map(projection(config), state.weights))
-    return rebase(state)
 
 
 def piece(
@@ -156,7 +149,7 @@ def _several_steps(config, state, tokens, reads):
     # Anchored memories of chunk 1 (the only ones with several steps) move at each.
     def step(state, token):
         state, _ = piece(single, state, token, reads=False)
-        return commit(single, state), None
+        return commit(state), None
 
     one = lambda leaf: leaf[:, None]  # noqa: E731 a time of one token
     before = jax.tree.map(lambda leaf: one(leaf[:-1]), tokens)

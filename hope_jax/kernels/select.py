@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from hope_jax.core.level import LevelState, unroll
-from hope_jax.kernels.chunk import MemoryState, commit, next_recent, piece, rebase
+from hope_jax.kernels.chunk import MemoryState, commit, next_recent, piece
 from hope_jax.memory.compose import MemoryConfig, Tokens, level_context, memory_level
 
 Implementation = Literal["auto", "reference", "chunk"]
@@ -40,8 +40,8 @@ def memory_scan(
 
     def whole_chunk(state, chunk):
         # At a chunk's start anchor and weights are one: said so, products are shared.
-        state, y = piece(config, rebase(state), chunk)
-        return commit(config, state), y
+        state, y = piece(config, commit(state), chunk)
+        return commit(state), y
 
     return scan_chunks(
         whole_chunk,

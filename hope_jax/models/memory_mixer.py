@@ -483,5 +483,5 @@ def _where(rows: Array, new, old):
 
 def _commit_where(config: MemoryConfig, due: Array, memory: MemoryState) -> MemoryState:
     """Ends the chunk of the rows that have read all of it."""
-    committed = _every(lambda s: commit(config, s))(memory)
+    committed = _every(lambda s: commit(s))(memory)
     return _where(due, committed, memory)

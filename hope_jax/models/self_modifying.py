@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, form, piece, rebase
+from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, form, piece
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -290,7 +290,7 @@ class SelfModifyingTitans(nnx.Module):
         x, q, theta = (jnp.moveaxis(a, 0, 1) for a in chunk)
         length = x.shape[1]
         if whole:  # says that anchor and weights are one, so their products are shared
-            state = state._replace(projection=rebase(state.projection))
+            state = state._replace(projection=commit(state.projection))
         generated, tails = self._generate(state, x, q, theta, learn)
         position = state.position + length
 
@@ -305,7 +305,7 @@ class SelfModifyingTitans(nnx.Module):
             )
             main = _commit_where(position % self.config.memory.chunk == 0, main)
         elif whole:
-            projection = commit(self.config.memory, projection)
+            projection = commit(projection)
         state = SelfModifyingState(projection, main, tails, position)
         return state, jnp.moveaxis(y, 2, 0)
 
@@ -375,8 +375,8 @@ class SelfModifyingTitans(nnx.Module):
             return piece(config, state, tokens._replace(v=target))
 
         def whole(state, tokens):
-            state, y = write(rebase(state), tokens)
-            return commit(config, state), y
+            state, y = write(commit(state), tokens)
+            return commit(state), y
 
         def live(state, tokens):
             if not commits:
