@@ -1,4 +1,4 @@
-"""A pre-norm residual block: a sequence mixer, then the chain of continuum memory."""
+"""Pre-norm residual blocks: a sequence mixer, then the chain of continuum memory."""
 
 import dataclasses
 import math
@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from hope_jax.models.attention import Attention
+from hope_jax.models import mixers
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.layers import DTYPES, SwiGLU
-from hope_jax.models.self_modifying import SelfModifyingConfig, SelfModifyingTitans
-
-MIXERS = ("self_modifying", "attention")
+from hope_jax.models.memory_mixer import MemoryMixerConfig
+from hope_jax.models.self_modifying import SelfModifyingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,10 +26,16 @@ class ModelConfig:
       d_model: width of the residual stream, a multiple of `heads`.
       layers: number of blocks.
       heads: heads of the mixer.
-      mixer: `self_modifying` (Hope) or `attention` (Transformer++, Hope-Attention).
+      mixer: a name of `mixers.names()`: `self_modifying` (Hope), `attention`
+        (Transformer++, Hope-Attention) or a memory; or several, separated by commas,
+        which the layers repeat (`gated_delta_net,sliding_window`).
       context: tokens of a training sequence. CMS levels with a shorter period move
         inside it; attention looks back over as many tokens.
-      memory: the self-modifying mixer.
+      window: tokens that `sliding_window` looks back over.
+      chunk: tokens per chunk of the named memories among the mixers; None is each
+        one's own. It is part of the function where they are anchored.
+      memory: the mixer `self_modifying`.
+      associative: the mixer `memory`.
       cms: the chain of MLPs; one level of infinite period is a Transformer block.
       dtype: compute type of projections and MLPs; memories stay in float32.
     """
@@ -42,12 +47,15 @@ class ModelConfig:
     heads: int = 4
     mixer: str = "self_modifying"
     context: int = 256
+    window: int = 64
+    chunk: int | None = None
     memory: SelfModifyingConfig = SelfModifyingConfig()
+    associative: MemoryMixerConfig = MemoryMixerConfig()
     cms: CMSConfig = CMSConfig()
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("vocab", "d_model", "layers", "heads", "context"):
+        for name in ("vocab", "d_model", "layers", "heads", "context", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}."
@@ -56,19 +64,27 @@ class ModelConfig:
             raise ValueError(
                 f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})."
             )
-        if self.mixer not in MIXERS:
+        if self.layers % len(self.pattern):
             raise ValueError(
-                f"mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}."
-            )
-        if self.mixer == "attention" and (self.d_model // self.heads) % 2:
-            raise ValueError(
-                f"d_model / heads must be even for rotary positions, got "
-                f"{self.d_model // self.heads}."
+                f"layers ({self.layers}) must be a multiple of the {len(self.pattern)} "
+                f"mixers of the pattern {self.mixer!r}."
             )
         if self.dtype not in DTYPES:
             raise ValueError(
                 f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
             )
+        if self.chunk is not None and not any(map(mixers.takes_chunk, self.pattern)):
+            raise ValueError(
+                f"chunk ({self.chunk}) is that of named memories, and {self.mixer!r} "
+                "has none; leave it None."
+            )
+        for name in self.pattern:
+            even = mixers.get(name, self).even
+            if even and (self.d_model // self.heads) % 2:
+                raise ValueError(
+                    f"d_model / heads must be even for the rotary positions of {name}, "
+                    f"got {self.d_model // self.heads}."
+                )
         chunks = [self.mixer_chunk] + [int(p) for p in self.fast_periods]
         for inner, outer in zip(chunks, chunks[1:], strict=False):
             if outer % inner:
@@ -78,10 +94,14 @@ class ModelConfig:
                 )
 
     @property
+    def pattern(self) -> tuple[str, ...]:
+        """The mixers of consecutive layers, repeated over them all."""
+        return tuple(name.strip() for name in self.mixer.split(","))
+
+    @property
     def mixer_chunk(self) -> int:
-        if self.mixer == "attention":
-            return 1
-        return self.memory.projection_chunk
+        """Tokens after which every clock of the mixers stands at a boundary."""
+        return math.lcm(*(mixers.get(name, self).chunk for name in self.pattern))
 
     @property
     def fast(self) -> tuple[int, ...]:
@@ -107,9 +127,10 @@ class BlockState(NamedTuple):
     """A block's state.
 
     Attributes:
-      mixer: the mixer's state.
+      mixer: the mixer's state; of a group, its blocks' in a tuple.
       fast: the weights of each fast CMS level, one copy a row; the block reads them,
-        the model moves them, for only it knows the task loss.
+        the model moves them, for only it knows the task loss. Of a group, the weights
+        of a level are its blocks' in a tuple.
     """
 
     mixer: PyTree
@@ -136,20 +157,18 @@ class CMSBlock(nnx.Module):
 
 
 class Block(nnx.Module):
-    """`y, state = block(x, state)`: mixer and CMS chain, both residual."""
+    """`y, state = block(x, state)`: mixer and CMS chain, both residual.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    `mixer` names its mixer; by default it is that of a model with only one.
+    """
+
+    def __init__(
+        self, config: ModelConfig, mixer: str | None = None, *, rngs: nnx.Rngs
+    ):
         dtype = DTYPES[config.dtype]
         self.config = config
         self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
-        if config.mixer == "attention":
-            self.mixer = Attention(
-                config.d_model, config.heads, config.context, dtype, rngs=rngs
-            )
-        else:
-            self.mixer = SelfModifyingTitans(
-                config.d_model, config.heads, config.memory, dtype, rngs=rngs
-            )
+        self.mixer = mixers.get(mixer or config.mixer, config).build(rngs)
         self.levels = nnx.List([CMSBlock(config, rngs=rngs) for _ in config.cms.levels])
 
     def initial_state(self, rows: int) -> BlockState:
@@ -191,3 +210,48 @@ class Block(nnx.Module):
         if state is None:
             return x, self.initial_state(x.shape[0])._replace(mixer=mixer)
         return x, BlockState(mixer, state.fast)
+
+
+class Group(nnx.Module):
+    """The blocks of a whole pattern in a row, with the interface of one `Block`.
+
+    A move of CMS level i moves it in all of them, so one clock serves the group.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.parts = nnx.List([Block(config, m, rngs=rngs) for m in config.pattern])
+
+    def initial_state(self, rows: int) -> BlockState:
+        return _join([part.initial_state(rows) for part in self.parts])
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: BlockState | None = None,
+        *,
+        aligned: bool | None = None,
+        learn: bool = True,
+    ) -> tuple[Float[Array, "B T D"], BlockState]:
+        """As `Block`."""
+        states = []
+        for i, part in enumerate(self.parts):
+            mine = state and BlockState(
+                state.mixer[i], tuple(level[i] for level in state.fast)
+            )
+            x, mine = part(x, mine, aligned=aligned, learn=learn)
+            states.append(mine)
+        return x, _join(states)
+
+
+def _join(states: list[BlockState]) -> BlockState:
+    return BlockState(
+        mixer=tuple(state.mixer for state in states),
+        fast=tuple(zip(*(state.fast for state in states), strict=True)),
+    )
+
+
+def unit(config: ModelConfig, *, rngs: nnx.Rngs) -> Block | Group:
+    """What the model repeats: one block, or a group of one block a mixer."""
+    if len(config.pattern) == 1:
+        return Block(config, rngs=rngs)
+    return Group(config, rngs=rngs)

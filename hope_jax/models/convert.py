@@ -53,19 +53,21 @@ def stack_levels(
     trained = {
         _names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    place = jnp.asarray(assignment, jnp.int32)
+    place = jnp.asarray(assignment, jnp.int32).reshape(-1, len(config.pattern))
 
     def convert(path, fresh):
         names = _names(path)
         if "rates" in names:
             return fresh
-        if "levels" not in names:
+        if "mixer" in names or "levels" not in names:
             return trained[names]
         at = names.index("levels") + 1
         source = trained[(*names[:at], "0", *names[at + 1 :])]
         if "down" not in names:
             return source
-        mine = place.reshape(-1, *[1] * (source.ndim - 1)) == int(names[at])
+        part = int(names[at - 2]) if "parts" in names else 0
+        layers = place[:, part].reshape(-1, *[1] * (source.ndim - 1))
+        mine = layers == int(names[at])
         return jnp.where(mine, source, jnp.zeros_like(source))
 
     _, fresh = lm.build(stacked, jax.random.key(0))

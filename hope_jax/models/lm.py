@@ -9,6 +9,7 @@ arrives: then the levels move, and that token is the first to see it. Nothing re
 it should not.
 """
 
+import collections
 import functools
 from typing import NamedTuple
 
@@ -21,8 +22,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from hope_jax.core.clock import Clock
 from hope_jax.core.system import Box, Edge, System
 from hope_jax.kernels.select import scan_chunks
-from hope_jax.models import cms
-from hope_jax.models.block import Block, BlockState, ModelConfig
+from hope_jax.models import cms, mixers
+from hope_jax.models.block import BlockState, ModelConfig, unit
 from hope_jax.models.layers import DTYPES, full_precision
 
 __all__ = [
@@ -57,7 +58,8 @@ class Held(NamedTuple):
 class LMState(NamedTuple):
     """Where a model stands in the text of each row; its size does not grow with it.
 
-    Every leaf leads with rows, B, then layers, L, where it belongs to the blocks.
+    Every leaf leads with rows, B, then layers, L, where it belongs to the blocks (of a
+    pattern of mixers: its repetitions).
 
     Attributes:
       blocks: mixers and fast CMS weights.
@@ -75,7 +77,8 @@ class LMState(NamedTuple):
 class LanguageModel(nnx.Module):
     """What the outermost level learns: embedding, blocks, norm and inner rates.
 
-    `blocks` is one `Block` whose parameters lead with layers, L.
+    `blocks` is one `Block` whose parameters lead with layers, L; with a pattern of
+    mixers one `Group`, whose parameters lead with its repetitions.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -88,10 +91,10 @@ class LanguageModel(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        keys = jax.random.split(rngs.params(), config.layers)
-        graphdef = nnx.graphdef(Block(config, rngs=nnx.Rngs(0)))
+        keys = jax.random.split(rngs.params(), config.layers // len(config.pattern))
+        graphdef = nnx.graphdef(unit(config, rngs=nnx.Rngs(0)))
         stacked = jax.vmap(
-            lambda key: nnx.state(Block(config, rngs=nnx.Rngs(key)), nnx.Param)
+            lambda key: nnx.state(unit(config, rngs=nnx.Rngs(key)), nnx.Param)
         )(keys)
         self.blocks = nnx.merge(graphdef, stacked)
         self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
@@ -128,8 +131,8 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 
     def steps(path, leaf):
         del leaf
-        keys = [getattr(p, "key", getattr(p, "name", None)) for p in path]
-        if "levels" not in keys:
+        keys = _names(path)
+        if "mixer" in keys or "levels" not in keys:
             return 1
         index = int(keys[keys.index("levels") + 1])
         level = config.cms.levels[index]
@@ -141,12 +144,13 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 
 
 def system(config: ModelConfig) -> System:
-    """The model as levels and what passes between them; items are tokens."""
-    sizes = {}
+    """The model as levels and what passes between them; items are tokens.
+
+    A mixer that layers repeat is shown once.
+    """
+    sizes = collections.Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
-        keys = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
-        owner = _owner(keys)
-        sizes[owner] = sizes.get(owner, 0) + leaf.size
+        sizes[_owner(config, _names(path))] += leaf.size
 
     slow = Box(
         "slow weights",
@@ -155,26 +159,19 @@ def system(config: ModelConfig) -> System:
         "next-token loss",
         "outer optimizer",
     )
-    boxes, edges = [slow], []
-    if config.mixer == "attention":
-        mixer = "attention"
-        boxes.append(Box(mixer, Clock(period=0), 0, "regression on values", "softmax"))
-        edges.append(Edge(slow.name, mixer, "generate"))
-    else:
-        mixer = "main memory"
-        memory = config.memory.memory
-        rule = "DGD" if memory.dgd != "none" else "GD"
-        rule += " + momentum" if memory.momentum else ""
-        objective = "recall of own values" if memory.bias == "l2" else "dot with values"
-        projections = _projection_names(config)
-        for name in (*projections, mixer):
-            chunk = memory.chunk if name == mixer else config.memory.projection_chunk
-            size = sizes[mixer]
-            boxes.append(Box(name, Clock(period=chunk), size, objective, rule))
-            edges.append(Edge(slow.name, name, "initialise"))
-            if name != mixer:
-                edges.append(Edge(name, mixer, "generate"))
-    below = mixer
+    boxes, edges, ends = [slow], [], {}
+    for name in dict.fromkeys(config.pattern):
+        mixer = mixers.get(name, config)
+        for part in mixer.parts:
+            size = sizes[name, part.start] // part.share
+            clock = Clock(period=part.period)
+            boxes.append(Box(part.name, clock, size, part.objective, part.rule))
+            starts = 0 < part.period < config.context
+            kind = "initialise" if starts else "generate"
+            edges.append(Edge(slow.name, part.name, kind))
+            if part.name in mixer.ends:
+                ends[part.name] = "backprop" if part.period else "attend"
+        edges += mixer.edges
     for i, level in enumerate(config.cms.levels):
         name = f"CMS {i + 1}"
         fast = i in config.fast
@@ -185,26 +182,27 @@ def system(config: ModelConfig) -> System:
         )
         if fast:
             edges.append(Edge(slow.name, name, "initialise"))
-        kind = "attend" if below == "attention" else "backprop"
-        edges.append(Edge(below, name, kind))
-        below = name
+        edges += [Edge(below, name, kind) for below, kind in ends.items()]
+        ends = {name: "backprop"}
     return System(tuple(boxes), tuple(edges))
 
 
-def _projection_names(config: ModelConfig) -> list[str]:
-    names = {"k": "key", "v": "value", "q": "query"}
-    names |= {"eta": "rate", "alpha": "retention"}
-    return [f"{names[p]} memory" for p in config.memory.projections]
+def _names(path) -> list[str]:
+    return [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
 
 
-def _owner(keys: list[str]) -> str:
-    """The box that a parameter belongs to; the projections' memories are stacked."""
-    if "levels" in keys:
-        return f"CMS {int(keys[keys.index('levels') + 1]) + 1}"
-    if "main_start" in keys:
-        return "main memory"
-    if "projection_start" in keys:
-        return "projections"
+def _owner(config: ModelConfig, keys: list[str]) -> str | tuple[str, str]:
+    """The box that a parameter belongs to; in a mixer, its name and a part's start."""
+    if "mixer" not in keys:
+        if "levels" in keys:
+            return f"CMS {int(keys[keys.index('levels') + 1]) + 1}"
+        return "slow weights"
+    at = keys.index("mixer")
+    mixer = config.pattern[int(keys[at - 1]) if "parts" in keys[:at] else 0]
+    inside = ".".join(keys[at + 1 :])
+    for part in mixers.get(mixer, config).parts:
+        if part.start and inside.startswith(part.start):
+            return mixer, part.start
     return "slow weights"
 
 

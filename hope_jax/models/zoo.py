@@ -1,112 +1,181 @@
-"""Named sizes: a Hope, a Hope-Attention and a Transformer++ of as many parameters.
+"""Named sizes: every mixer in language models of as many parameters.
 
 Widths and depths of the large models follow Table 6 of ATLAS (arXiv:2505.23735), which
 the paper's experiments share, with the MLPs' width set by the parameter count; the
 chunks, periods and inner rates are ours, for the paper prints none.
 """
 
-import math
-from collections.abc import Callable
+import dataclasses
+import difflib
 
 from hope_jax.memory.compose import MemoryConfig
+from hope_jax.models import lm, mixers
 from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.self_modifying import SelfModifyingConfig
 
-_STATIC = (CMSLevel(period=math.inf),)
+_FAMILIES = {  # name -> its mixer, and whether its MLPs are levels of several clocks
+    "hope": ("self_modifying", True),
+    "hope_attention": ("attention", True),
+    "transformer": ("attention", False),
+}
+_LEAST_WIDTH = 8  # of a head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Size:
+    """What the models of one size share; `hidden` is the MLP width of each family."""
+
+    shared: ModelConfig
+    levels: tuple[CMSLevel, ...]
+    hidden: dict[str, int]
+
+    def model(self, family: str, name: str) -> ModelConfig:
+        mixer, several = _FAMILIES[family]
+        levels = self.levels if several else CMSConfig().levels
+        cms = CMSConfig(levels=levels, hidden=self.hidden[family])
+        return dataclasses.replace(self.shared, name=name, mixer=mixer, cms=cms)
 
 
 def _levels(*periods: int, rate: float) -> tuple[CMSLevel, ...]:
     return tuple(CMSLevel(period=p, rate=rate) for p in periods)
 
 
-def _family(
-    size: str,
-    *,
-    d_model: int,
-    layers: int,
-    heads: int,
-    vocab: int,
-    context: int,
-    memory: SelfModifyingConfig,
-    levels: tuple[CMSLevel, ...],
-    hidden: dict[str, int],
-    dtype: str,
-) -> dict[str, Callable[[], ModelConfig]]:
-    """The three models of one size; `hidden` is the MLP width of each."""
-
-    def model(name, mixer, chain):
-        return lambda: ModelConfig(
-            name=f"{name}_{size}",
-            vocab=vocab,
+def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
+    return _Size(
+        shared=ModelConfig(
             d_model=d_model,
             layers=layers,
             heads=heads,
-            mixer=mixer,
-            context=context,
-            memory=memory,
-            cms=CMSConfig(levels=chain, hidden=hidden[name]),
-            dtype=dtype,
-        )
-
-    return {
-        f"hope_{size}": model("hope", "self_modifying", levels),
-        f"hope_attention_{size}": model("hope_attention", "attention", levels),
-        f"transformer_{size}": model("transformer", "attention", _STATIC),
-    }
-
-
-def _large(size: str, d_model: int, layers: int, heads: int, hidden: dict[str, int]):
-    return _family(
-        size,
-        d_model=d_model,
-        layers=layers,
-        heads=heads,
-        vocab=32_000,
-        context=4096,
-        memory=SelfModifyingConfig(memory=MemoryConfig(chunk=64), projection_chunk=64),
+            vocab=32_000,
+            context=4096,
+            window=1024,
+            memory=SelfModifyingConfig(
+                memory=MemoryConfig(chunk=64), projection_chunk=64
+            ),
+            dtype="bfloat16",
+        ),
         levels=_levels(256, 1024, 65_536, 1_048_576, rate=0.1),
         hidden=hidden,
-        dtype="bfloat16",
     )
 
 
-_ZOO: dict[str, Callable[[], ModelConfig]] = {
-    **_family(
-        "tiny",
-        d_model=128,
-        layers=2,
-        heads=4,
-        vocab=4096,
-        context=256,
-        memory=SelfModifyingConfig(
-            memory=MemoryConfig(chunk=32, expansion=2), projection_chunk=32
+_SIZES: dict[str, _Size] = {
+    "tiny": _Size(
+        shared=ModelConfig(
+            d_model=128,
+            layers=2,
+            heads=4,
+            vocab=4096,
+            context=256,
+            memory=SelfModifyingConfig(
+                memory=MemoryConfig(chunk=32, expansion=2), projection_chunk=32
+            ),
         ),
         levels=_levels(128, 512, 2048, rate=0.1),
         hidden={"hope": 128, "hope_attention": 185, "transformer": 556},
-        dtype="float32",
     ),
-    **_large(
-        "100m", 640, 12, 10, {"hope": 488, "hope_attention": 648, "transformer": 2600}
-    ),
-    **_large(
-        "340m", 1024, 24, 16, {"hope": 568, "hope_attention": 704, "transformer": 2800}
-    ),
-    **_large(
-        "760m", 1536, 24, 16, {"hope": 904, "hope_attention": 1096, "transformer": 4376}
-    ),
-    **_large(
-        "1b3", 2048, 18, 16, {"hope": 1848, "hope_attention": 2104, "transformer": 8432}
-    ),
+    "100m": _large(640, 12, 10, hope=488, hope_attention=648, transformer=2600),
+    "340m": _large(1024, 24, 16, hope=568, hope_attention=704, transformer=2800),
+    "760m": _large(1536, 24, 16, hope=904, hope_attention=1096, transformer=4376),
+    "1b3": _large(2048, 18, 16, hope=1848, hope_attention=2104, transformer=8432),
 }
 
 
 def names() -> tuple[str, ...]:
-    return tuple(_ZOO)
+    """Every family and every mixer at every size; nothing is built."""
+    return tuple(
+        f"{family}_{size}"
+        for size in _SIZES
+        for family in (*_FAMILIES, *mixers.names())
+    )
 
 
 def get(name: str) -> ModelConfig:
-    """The named model. Raises ValueError, with the names there are, for another."""
-    if name not in _ZOO:
-        raise ValueError(f"no model is named {name!r}; there are {', '.join(_ZOO)}.")
-    return _ZOO[name]()
+    """The model of a name: `hope_tiny`, `titans_340m`.
+
+    A mixer's model is `transformer_<size>` with that mixer, its MLPs narrowed until it
+    has as many parameters; where a memory alone is too large for that (feature maps of
+    the second degree), with twice or four times the heads. A pattern of mixers is a
+    name too: `mamba2,sliding_window_100m`.
+
+    Raises:
+      ValueError: no such model; the message says which there are.
+    """
+    family, _, size = name.rpartition("_")
+    pattern = [mixer.strip() for mixer in family.split(",")]
+    known = family in _FAMILIES or set(pattern) <= set(mixers.names())
+    if size not in _SIZES or not known:
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"no model is named {name!r}.{hint} A name is a family or a mixer, and a "
+            f"size: {', '.join((*_FAMILIES, *mixers.names()))}; {', '.join(_SIZES)}."
+        )
+    if family in _FAMILIES:
+        return _SIZES[size].model(family, name)
+    twin = _SIZES[size].model("transformer", name)
+    target = lm.count_parameters(twin)
+    config = dataclasses.replace(twin, mixer=family)
+    while True:
+        try:
+            return matched(config, target)[0]
+        except ValueError:
+            narrower = dataclasses.replace(config, heads=2 * config.heads)
+            if narrower.d_model // narrower.heads < _LEAST_WIDTH:
+                raise
+            config = narrower
+
+
+def matched(
+    config: ModelConfig, parameters: int, tolerance: float = 0.02
+) -> tuple[ModelConfig, dict[str, tuple[int, int]]]:
+    """`config` with the MLP width that gives it `parameters`, and what that changed.
+
+    Only `cms.hidden` changes, to a multiple of 8 where one is near enough. Nothing is
+    built.
+
+    Args:
+      config: any model.
+      parameters: how many it is to have.
+      tolerance: how far from them it may be, as a fraction.
+
+    Returns:
+      The model, and `{field: (before, after)}` of what changed: `cms.hidden` and the
+      count, `parameters`; empty where nothing did.
+
+    Raises:
+      ValueError: no width comes near enough; the message names the nearest count.
+
+    >>> small = ModelConfig(mixer="attention", cms=CMSConfig(hidden=100))
+    >>> matched(small, 300_000)[1]
+    {'cms.hidden': (100, 176), 'parameters': (241408, 299776)}
+    """
+    if parameters < 1:
+        raise ValueError(f"parameters must be at least 1, got {parameters}.")
+    if tolerance < 0:
+        raise ValueError(f"tolerance must not be negative, got {tolerance}.")
+    before = lm.count_parameters(config)
+    each = 3 * config.d_model * config.layers * len(config.cms.levels)
+    wanted = config.cms.hidden + (parameters - before) / each
+
+    def count(hidden):
+        return before + each * (hidden - config.cms.hidden)
+
+    def near(hidden):
+        return abs(count(hidden) - parameters) <= tolerance * parameters
+
+    nearest = max(1, round(wanted))
+    if nearest == config.cms.hidden and near(nearest):
+        return config, {}
+    for hidden in (8 * round(wanted / 8), nearest):
+        if hidden >= 1 and near(hidden):
+            cms = dataclasses.replace(config.cms, hidden=hidden)
+            changes = {"cms.hidden": (config.cms.hidden, hidden)}
+            changes["parameters"] = (before, count(hidden))
+            return dataclasses.replace(config, cms=cms), changes
+    raise ValueError(
+        f"parameters ({parameters}) cannot be reached by the MLPs of {config.mixer!r} "
+        f"within {tolerance:.1%}: the nearest count is {count(nearest)}, with "
+        f"cms.hidden={nearest}. Change d_model, layers or heads."
+    )

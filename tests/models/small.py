@@ -1,4 +1,4 @@
-"""Three small models with every clock at work, and one compiled reading of each."""
+"""Small models with every clock at work, and one compiled reading of each."""
 
 import dataclasses
 import functools
@@ -36,6 +36,17 @@ HOPE = ModelConfig(
 HOPE_ATTENTION = dataclasses.replace(HOPE, name="hope_attention", mixer="attention")
 TRANSFORMER = dataclasses.replace(
     HOPE_ATTENTION, name="transformer", cms=CMSConfig(hidden=24)
+)
+HYBRID = dataclasses.replace(
+    HOPE,
+    name="hybrid",
+    mixer="titans,sliding_window",
+    layers=4,
+    window=5,
+    chunk=2,
+    cms=CMSConfig(
+        levels=(CMSLevel(period=4, rate=0.5), CMSLevel(period=128)), hidden=8
+    ),
 )
 MODELS = {config.name: config for config in (HOPE, HOPE_ATTENTION, TRANSFORMER)}
 

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from hope_jax.core import system
-from hope_jax.models import lm, zoo
+from hope_jax.memory import named
+from hope_jax.models import lm, mixers, zoo
 from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from tests.models import small
@@ -30,11 +31,100 @@ def test_the_tiny_twins_are_of_one_size():
     assert max(counts) / min(counts) < 1.01
 
 
-def test_unknown_name():
-    with pytest.raises(
-        ValueError, match="no model is named 'hop'; there are hope_tiny"
-    ):
-        zoo.get("hop")
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("hope_tin", "no model is named 'hope_tin'. Did you mean 'hope_tiny'?"),
+        ("titans", "a size: hope, .*, titans, .*; tiny, 100m, 340m, 760m, 1b3"),
+        ("hope,attention_tiny", "no model is named 'hope,attention_tiny'"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.get(name)
+
+
+@pytest.mark.parametrize(
+    "name", [*named.POINTS, "memory", "self_modifying", "retnet,sliding_window"]
+)
+def test_every_mixer_has_a_tiny_model_of_one_size(name):
+    """Counted from shapes, and read from shapes: no parameter is made."""
+    twin = zoo.get("transformer_tiny")
+    config = zoo.get(f"{name}_tiny")
+    assert config.mixer == name and config.name == f"{name}_tiny"
+    count = lm.count_parameters(config)
+    assert abs(count / lm.count_parameters(twin) - 1) < 0.02
+    fields = {"name", "mixer", "cms", "heads"}
+    for field in {f.name for f in dataclasses.fields(config)} - fields:
+        assert getattr(config, field) == getattr(twin, field)
+    assert config.heads == (8 if name in SECOND_DEGREE else 4)
+    assert sum(box.parameters for box in lm.system(config).boxes) == count
+
+
+SECOND_DEGREE = {"deep_transformer", "omega_net", "dot", "atlas"}
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_every_mixer_reads_tokens_in_bfloat16(name):
+    config = ModelConfig(
+        vocab=7, d_model=8, heads=2, mixer=name, context=16, dtype="bfloat16"
+    )
+
+    def read(tokens):
+        graphdef, params = lm.build(config, jax.random.key(0))
+        return lm.apply(graphdef, params, tokens)
+
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix types
+        logits, state = jax.eval_shape(read, jax.ShapeDtypeStruct((2, 5), "int32"))
+    assert (logits.shape, logits.dtype) == ((2, 5, 7), "float32")
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(state))
+
+
+def test_names_are_those_of_every_family_and_mixer_at_every_size():
+    assert {"hope_tiny", "titans_340m", "softmax_attention_1b3"} <= set(zoo.names())
+    assert len(zoo.names()) == 5 * (3 + len(mixers.names()))
+    assert "memory_tiny" in zoo.names()
+
+
+def test_matched_changes_the_width_of_the_mlps_and_says_so():
+    config = dataclasses.replace(zoo.get("transformer_tiny"), mixer="titans")
+    before = lm.count_parameters(config)
+    same, changes = zoo.matched(config, before)
+    assert same == config and changes == {}
+    smaller, changes = zoo.matched(config, 1_000_000)
+    after = lm.count_parameters(smaller)
+    width = smaller.cms.hidden
+    assert changes == {"cms.hidden": (556, width), "parameters": (before, after)}
+    assert abs(after / 1e6 - 1) < 0.02 and width % 8 == 0
+    assert dataclasses.replace(smaller, cms=config.cms) == config
+    exact, _ = zoo.matched(config, 1_000_000, tolerance=3 * 128 * 2 / 1e6)
+    assert abs(lm.count_parameters(exact) - 1_000_000) <= 3 * 128
+
+
+def test_matched_counts_every_level_of_hope():
+    config, changes = zoo.matched(zoo.get("hope_tiny"), 1_500_000)
+    assert changes["parameters"][1] == lm.count_parameters(config)
+    assert abs(changes["parameters"][1] / 1.5e6 - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    "count, tolerance, message",
+    [
+        (
+            100_000,
+            0.02,
+            r"parameters \(100000\) cannot be reached by the MLPs of 'titans' within "
+            r"2.0%: the nearest count is \d+, with cms.hidden=1",
+        ),
+        (1_000_001, 0.0, r"within 0.0%: the nearest count is (999|1000)\d\d\d, "),
+        (0, 0.02, "parameters must be at least 1, got 0"),
+        (10, -1.0, "tolerance must not be negative, got -1.0"),
+    ],
+)
+def test_matched_refuses_what_no_width_reaches(count, tolerance, message):
+    config = dataclasses.replace(zoo.get("transformer_tiny"), mixer="titans")
+    with pytest.raises(ValueError, match=message):
+        zoo.matched(config, count, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +156,13 @@ def test_slow_levels_wait_for_their_period():
         ),
         (
             dict(mixer="mamba"),
-            "mixer must be one of self_modifying, attention, got 'mam",
+            "mixer must be one of self_modifying, attention, .* got 'mam",
+        ),
+        (dict(mixer="titan"), "Did you mean 'titans'?"),
+        (dict(chunk=8), r"chunk \(8\) is that of named memories, and 'self_modifying'"),
+        (
+            dict(mixer="retnet", d_model=12, heads=4),
+            "rotary positions of retnet, got 3",
         ),
         (dict(layers=0), "layers must be at least 1, got 0"),
         (dict(dtype="float16"), "dtype must be one of .* got 'float16'"),
