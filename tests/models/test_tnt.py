@@ -1,0 +1,457 @@
+"""TNT is its definition, restarts where it must, and keeps the promises of a layer."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hope_jax.core.level import begin, tick
+from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+from hope_jax.models.tnt import TNT, TNTConfig, stage2
+
+D, HEADS, ROWS = 8, 2, 2
+
+
+def configured(global_chunk=8, local_chunks=(2, 4), shard=4, conv=3, **options):
+    memory = dict(expansion=2, rule="gd", dgd="none", retention="none")
+    memory |= options.pop("memory", {})
+    return TNTConfig(
+        memory=MemoryConfig(**memory),
+        global_chunk=global_chunk,
+        local_chunks=local_chunks,
+        shard=shard,
+        conv=conv,
+        **options,
+    )
+
+
+def build(config, dtype=jnp.float32):
+    """A layer none of whose parameters is at a special value, as pure functions."""
+    layer = TNT(D, HEADS, config, dtype, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer, nnx.Param)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [
+        leaf + 0.2 * jax.random.normal(k, leaf.shape)
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return graphdef, jax.tree.unflatten(structure, leaves)
+
+
+def tokens(length, seed=2):
+    return jax.random.normal(jax.random.key(seed), (ROWS, length, D))
+
+
+def reader(config):
+    """`read(x, state)`, compiled once a length."""
+    graphdef, params = build(config)
+    start = nnx.merge(graphdef, params).initial_state(ROWS)
+
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def run(x, state, aligned, learn):
+        return nnx.merge(graphdef, params)(x, state, aligned=aligned, learn=learn)
+
+    def read(x, state=start, aligned=False, learn=True):
+        return run(x, state, aligned, learn)
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return reader(configured())
+
+
+def close(a, b, tolerance=1e-5):
+    def compare(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = 1.0 + np.max(np.abs(b), initial=0.0)
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
+
+    jax.tree.map(compare, a, b)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def reference(layer, x):
+    """What `layer(x)` means, in one scan over tokens, each memory a level.
+
+    Returns the outputs, the memories' weights and Π.
+    """
+    config, rows, length = layer.config, x.shape[0], x.shape[1]
+    levels = [memory_level(memory, layer.width) for memory in config.memories]
+
+    def unit(a):
+        return a / jnp.sqrt(jnp.sum(a * a, axis=-1, keepdims=True) + 1e-6)
+
+    def made(project, conv):
+        kernel, a = conv.kernel[...], project(x)
+        a = jnp.pad(a, [(0, 0), (config.conv - 1, 0), (0, 0)])
+        taps = (w[None, None] * a[:, i : i + length] for i, w in enumerate(kernel))
+        return jax.nn.silu(sum(taps)).reshape(rows, length, HEADS, layer.width)
+
+    k, v = unit(made(layer.k, layer.conv_k)), made(layer.v, layer.conv_v)
+    q = unit(made(layer.q, layer.conv_q))
+    v = unit(v) if config.unit_values else v
+    gates = jax.nn.sigmoid(layer.rates(x))  # [B, T, G, M, H]
+
+    def live(start, k, v, q, gates):
+        def step(carry, token):
+            states, seen = carry
+            t, k, v, q, gates = token
+            begins = t % config.shard == 0
+            seen = jnp.where(begins, 0.0, seen) + jnp.outer(k, k) / jnp.vdot(k, k)
+            asked = seen @ q
+            if config.projection == "unit":
+                asked = unit(asked)
+            asked = q if config.projection == "none" else asked
+            y, after = 0.0, []
+            for i, level in enumerate(levels):
+                gate = dict(zip(config.gates, gates[:, i], strict=True))
+                theta = gate.get("theta", jnp.zeros(()))
+                own = Tokens(
+                    k=k,
+                    v=v,
+                    q=asked if i else q,
+                    eta=config.rate_bounds[i] * gate["eta"] * (1.0 - theta),
+                    alpha=gate.get("alpha", jnp.ones(())),
+                    theta=theta,
+                )
+                state = states[i]
+                if i:
+                    fresh = begin(level, start[i])
+                    state = jax.tree.map(
+                        lambda a, b: jnp.where(begins, a, b), fresh, state
+                    )
+                state, read = tick(level, state, own)
+                after.append(state)
+                y = y + read
+            return (after, seen), y
+
+        states = [begin(level, w) for level, w in zip(levels, start, strict=True)]
+        carry = states, jnp.zeros((layer.width, layer.width))
+        times = jnp.arange(length)
+        (states, seen), y = jax.lax.scan(step, carry, (times, k, v, q, gates))
+        return y, ([state.params for state in states], seen)
+
+    start = [{n: w[...] for n, w in weights.items()} for weights in layer.starts]
+    live = jax.vmap(live, (0, 1, 1, 1, 3), (1, 0))  # heads
+    live = jax.vmap(live, (None, 0, 0, 0, 0))  # rows
+    y, end = live(start, k, v, q, gates)
+    y = layer.norm(y).reshape(x.shape) * jax.nn.silu(layer.gate(x))
+    return layer.out(y), end
+
+
+def fast(layer, x):
+    y, state = layer(x)
+    return y, ([memory.weights for memory in state.memories], state.key_space)
+
+
+LAYERS = {
+    "a shard and more": (11, configured()),
+    "whole shards, longer than the global chunk": (
+        16,
+        configured(
+            global_chunk=4,
+            shard=8,
+            local_chunks=(1,),
+            projection="unit",
+            unit_values=False,
+        ),
+    ),
+    "momentum, decay, linear, no projection": (
+        9,
+        configured(
+            memory=dict(
+                architecture="linear", rule="momentum", retention="decay", dgd="input"
+            ),
+            projection="none",
+            rates=(0.3, 0.4, 0.5),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_is_its_definition(name):
+    """Outputs, memories, and the pullback of both in every parameter and input."""
+    length, config = LAYERS[name]
+    graphdef, params = build(config)
+    x = tokens(length)
+
+    def value_and_pullback(run):
+        def program(params, x, cotangents):
+            out, pullback = jax.vjp(
+                lambda p, x: run(nnx.merge(graphdef, p), x), params, x
+            )
+            return out, pullback(cotangents)
+
+        return jax.jit(program)
+
+    shapes = jax.eval_shape(lambda p, x: fast(nnx.merge(graphdef, p), x), params, x)
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    cotangents = jax.tree.unflatten(
+        structure,
+        [jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)],
+    )
+    ours = value_and_pullback(fast)(params, x, cotangents)
+    close(ours, value_and_pullback(reference)(params, x, cotangents))
+    for path, gradient in nnx.to_flat_state(ours[1][0]):
+        assert bool(jnp.any(gradient[...] != 0)), path
+        assert bool(jnp.all(jnp.isfinite(gradient[...]))), path
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_pieces_make_the_whole(layer, size):
+    """With a save between them: the state is arrays and nothing else."""
+    x = tokens(13)
+    expected, end = layer(x, aligned=True)
+    y, state = layer(x[:, :size])
+    reads = [y]
+    for start in range(size, 13, size):
+        saved = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+        state = jax.tree.unflatten(jax.tree.structure(state), saved)
+        assert {leaf.shape[0] for leaf in saved} == {ROWS}
+        y, state = layer(x[:, start : start + size], state)
+        reads.append(y)
+    close(jnp.concatenate(reads, axis=1), expected)
+    close(state, end)
+
+
+def test_a_state_between_spans_goes_on_in_parallel(layer):
+    x = tokens(13)
+    expected, end = layer(x, aligned=True)
+    y, state = layer(x[:, :8])
+    rest, state = layer(x[:, 8:], state, aligned=True)
+    close(jnp.concatenate([y, rest], axis=1), expected)
+    close(state, end)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_outputs_do_not_see_the_future(layer, aligned):
+    x = tokens(13)
+    y, _ = layer(x, aligned=aligned)
+    for token in (1, 5, 8, 12):
+        z, _ = layer(x.at[:, token].add(1.0), aligned=aligned)
+        equal(z[:, :token], y[:, :token])
+        assert bool(jnp.all(jnp.any(z[:, token] != y[:, token], axis=-1)))
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_rows_are_apart(layer, aligned):
+    x = tokens(13)
+    y, state = layer(x, aligned=aligned)
+    z, other = layer(x.at[1].add(1.0), aligned=aligned)
+    first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
+    equal(first((z, other)), first((y, state)))
+    assert bool(jnp.any(z[1] != y[1]))
+
+
+def test_rows_stand_where_they_stand(layer):
+    x = tokens(13)
+    _, ahead = layer(x[:, :7])
+    _, behind = layer(x[:, :3])
+    mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, behind)
+    y, _ = layer(jnp.stack([x[0, 7:13], x[1, 3:9]]), mixed)
+    expected, _ = layer(x, aligned=True)
+    close(y, jnp.stack([expected[0, 7:13], expected[1, 3:9]]))
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_only_the_global_memory_crosses_a_shard(aligned):
+    """And nobody reads it before its own chunk of two shards is over."""
+    read = reader(configured(conv=1))
+    x = tokens(11)
+    y, state = read(x, aligned=aligned)
+    z, other = read(x.at[:, 0].add(1.0), aligned=aligned)
+    assert bool(jnp.all(jnp.any(z[:, :4] != y[:, :4], axis=-1)))
+    equal(z[:, 4:8], y[:, 4:8])
+    assert bool(jnp.all(jnp.any(z[:, 8:] != y[:, 8:], axis=-1)))
+    equal(other.memories[1:], state.memories[1:])
+    equal(other.key_space, state.key_space)
+
+
+def test_a_finished_shard_stays_until_the_next_begins(layer):
+    start = layer(tokens(1), learn=False)[1]
+    _, finished = layer(tokens(8), aligned=True)
+    for memory, learned in zip(finished.memories, start.memories, strict=True):
+        assert jnp.max(jnp.abs(memory.weights["w1"] - learned.weights["w1"])) > 1e-3
+    assert jnp.max(jnp.abs(finished.key_space)) > 0.5
+
+
+def test_shards_are_parallel():
+    """No loop runs over them: its only carries are those of the global memory."""
+    graphdef, params = build(configured(local_chunks=(4,), conv=1))
+
+    def loops(length):
+        program = jax.make_jaxpr(lambda x: nnx.merge(graphdef, params)(x)[0])(
+            jnp.zeros((1, length, D))
+        )
+        return [int(n) for n in _scan_lengths(program.jaxpr)]
+
+    assert loops(64) == [64 // 8]
+
+
+def _scan_lengths(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation.params["length"]
+        for inner in jax.tree.leaves(
+            tuple(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _scan_lengths(inner)
+
+
+@pytest.mark.parametrize("aligned, read", [(True, 8), (False, 7)])
+def test_without_learning_the_memories_stay(layer, aligned, read):
+    x = tokens(13)
+    _, state = layer(x[:, :read])
+    y, after = layer(x[:, read:], state, aligned=aligned, learn=False)
+    for new, old in zip(after.memories, state.memories, strict=True):
+        equal(new.weights, old.weights)
+    equal(after.key_space, state.key_space)
+    assert int(after.position[0]) == 13
+
+    one = state
+    for t in range(read, 13):
+        z, one = layer(x[:, t : t + 1], one, learn=False)
+        close(z, y[:, t - read : t - read + 1])
+    close(one, after)
+
+
+def test_the_second_stage_keeps_parameters_and_rates():
+    config = configured(local_chunks=(4, 4))
+    finer = stage2(config, (1, 2))
+    assert finer.local_chunks == (1, 2)
+    assert finer.rate_bounds == config.rate_bounds == (1 / 8, 1 / 4, 1 / 4)
+    graphdef, params = build(config)
+    graphdef_2, params_2 = build(finer)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, params_2)
+
+    @jax.jit
+    def both(params, x):
+        first, second = (nnx.merge(g, params) for g in (graphdef, graphdef_2))
+        return first(x)[0], second(x)[0], reference(second, x)[0]
+
+    coarse, fine, expected = both(params, tokens(6))
+    close(fine, expected)
+    assert jnp.max(jnp.abs(fine - coarse)) > 1e-4
+
+
+def test_memories_stay_in_float32():
+    graphdef, params = build(configured(), dtype=jnp.bfloat16)
+    x = tokens(5).astype(jnp.bfloat16)
+    call = lambda x, s: nnx.merge(graphdef, params)(x, s)  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"):  # for the library's own norm
+        y, state = jax.eval_shape(lambda x: call(x, None), x)
+        again = jax.eval_shape(call, x, state)[1]
+    assert y.dtype == jnp.bfloat16
+    kept = state._replace(position=None)
+    assert {a.dtype for a in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, again, state))
+
+
+def test_new_values_do_not_compile_again():
+    graphdef, params = build(configured(memory=dict(architecture="linear")))
+    run = jax.jit(lambda p, x, s: nnx.merge(graphdef, p)(x, s, aligned=True))
+    state = nnx.merge(graphdef, params).initial_state(ROWS)
+    for seed in (0, 1):
+        _, state = run(params, tokens(8, seed), state)
+    assert run._cache_size() == 1
+
+
+def test_long_monotonous_texts_stay_bounded():
+    """2,048 tokens of nearly one direction at the highest rates."""
+    graphdef, params = build(configured(global_chunk=16, shard=16))
+    bias = params["rates"]["up"]["bias"]
+    params["rates"]["up"]["bias"] = jax.tree.map(lambda b: b + 20.0, bias)
+    noise = jax.random.normal(jax.random.key(0), (ROWS, 2048, D))
+    x = 3.0 * noise[:, :1] + 0.3 * noise
+    y, state = jax.jit(lambda x: nnx.merge(graphdef, params)(x))(x)
+    assert np.isfinite(y).all()
+    for memory in state.memories:
+        for weights in memory.weights.values():
+            assert np.abs(weights).max() < 10.0
+
+
+def test_at_the_start_a_memory_outlives_its_chunk():
+    config = configured(memory=dict(retention="decay"))
+    layer = TNT(D, HEADS, config, jnp.float32, rngs=nnx.Rngs(0))
+    alpha = jax.nn.sigmoid(layer.rates(tokens(32)))[:, :, config.gates.index("alpha")]
+    half_life = -1.0 / jnp.log2(alpha)
+    assert jnp.min(half_life[:, :, 0]) >= config.global_chunk
+    assert jnp.min(half_life[:, :, 1:]) >= config.shard
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(shard=0), "shard must be at least 1, got 0"),
+        (dict(conv=0), "conv must be at least 1, got 0"),
+        (dict(local_chunks=()), "local_chunks must name at least one chunk"),
+        (
+            dict(local_chunks=(2, 3)),
+            r"shard \(4\) must be a multiple of .* local_chunks=\(2, 3\)",
+        ),
+        (dict(local_chunks=(0,)), r"shard \(4\) must be a multiple of"),
+        (dict(global_chunk=6), r"global_chunk \(6\) and shard \(4\) must nest"),
+        (
+            dict(memory=dict(architecture="linear", gradient="exact")),
+            "memory.gradient must be 'anchored', got 'exact'",
+        ),
+        (
+            dict(memory=dict(features="elu")),
+            "memory needs features='none' .* got 'elu' and 'none'",
+        ),
+        (
+            dict(memory=dict(retention="norm_clamp")),
+            "memory needs features='none' .* got 'none' and 'norm_clamp'",
+        ),
+        (dict(projection="both"), "projection must be sum, unit or none, got 'both'"),
+        (dict(rates=(0.5, 0.5)), r"rates must hold 3 bounds in \(0, 1\].* got \(0.5"),
+        (dict(rates=(0.5, 2.0, 0.5)), r"rates must hold 3 bounds in \(0, 1\]"),
+    ],
+)
+def test_configs_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        configured(**options)
+
+
+@pytest.mark.parametrize(
+    "chunks, message",
+    [
+        ((1,), r"must keep the 2 local memories of the first stage, got \(1,\)"),
+        ((4, 4), r"must not exceed the first stage's \(2, 4\), got \(4, 4\)"),
+    ],
+)
+def test_second_stages_that_cannot_be(chunks, message):
+    with pytest.raises(ValueError, match=message):
+        stage2(configured(), chunks)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(
+        ValueError, match=r"d_model \(8\) must be a multiple of .*\(3\)"
+    ):
+        TNT(D, 3, configured(), jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_defaults_are_the_presented_rule():
+    config = TNTConfig()
+    first, *local = config.memories
+    assert (first.read, first.chunk) == ("anchor", config.global_chunk)
+    assert [(m.read, m.chunk) for m in local] == [("post", 8), ("post", 16)]
+    assert {(m.rule, m.retention, m.dgd) for m in config.memories} == {
+        ("gd", "none", "none")
+    }
+    assert config.span == 256
+    assert dataclasses.replace(config, global_chunk=16).span == config.shard
