@@ -17,6 +17,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax.kernels import delta
+from hope_jax.kernels.channel import channel_chunk
+from hope_jax.kernels.mesa import mesa_chunk, mesa_weights
 from hope_jax.kernels.newton_schulz import orthogonalise
 from hope_jax.kernels.vector import scan_one, scan_two
 from hope_jax.memory.architecture import Weights
@@ -260,8 +262,6 @@ def _band(config, tokens):
 
 def _channel(config, state, tokens, reads):
     """Key channels that decay apart: the diagonal-plus-rank-one form."""
-    from hope_jax.kernels.channel import channel_chunk
-
     eta, k = _rate(config, tokens.eta, tokens.k), tokens.k
     alpha = tokens.alpha
     if alpha.ndim == 1:
@@ -305,8 +305,6 @@ def _oja(config, state, tokens, reads):
 
 
 def _newton(config, state, tokens, reads):
-    from hope_jax.kernels.mesa import mesa_chunk, mesa_weights
-
     sums = state.rule[0]
     g, h, y = mesa_chunk(
         sums.values["w"],
