@@ -118,10 +118,12 @@ class TNTConfig:
                 f"memory.gradient must be 'anchored', got {memory.gradient!r}: the "
                 "global memory is read where its chunk began."
             )
-        if memory.features != "none" or memory.retention not in ("none", "decay"):
+        plain = memory.features == "none" and memory.steps == 1
+        if not plain or memory.retention not in ("none", "decay"):
             raise ValueError(
-                "memory needs features='none' and retention 'none' or 'decay', got "
-                f"{memory.features!r} and {memory.retention!r}."
+                "memory needs features='none', steps=1 and retention 'none' or "
+                f"'decay', got {memory.features!r}, {memory.steps} and "
+                f"{memory.retention!r}."
             )
         if self.projection not in ("sum", "unit", "none"):
             raise ValueError(
@@ -240,14 +242,14 @@ class TNT(nnx.Module):
 
     def initial_state(self, rows: int) -> TNTState:
         """Every row at the learned starts."""
-        key_space = jnp.zeros((rows, self.heads, self.width, self.width), jnp.float32)
         convolutions = (self.conv_k, self.conv_v, self.conv_q)
+        square = (rows, self.heads, self.width, self.width)
         return TNTState(
             memories=tuple(
                 jax.tree.map(lambda w: jnp.broadcast_to(w[None], (rows, *w.shape)), m)
                 for m in self._begin()
             ),
-            key_space=key_space,
+            key_space=jnp.zeros(square, self.conv_k.kernel.dtype),
             tails=Tails(*(conv.tail(rows) for conv in convolutions)),
             position=jnp.zeros((rows,), jnp.int32),
         )
@@ -409,7 +411,7 @@ def _live_shards(
     reads = []
 
     def shard(tokens):
-        nothing = jnp.zeros((width, width), jnp.float32)
+        nothing = jnp.zeros((width, width), tokens[0].k.dtype)
         local, key_space, y = _live_local(config, starts, nothing, tokens, memory_scan)
         return (local, key_space), y
 

@@ -410,11 +410,15 @@ def test_at_the_start_a_memory_outlives_its_chunk():
         ),
         (
             dict(memory=dict(features="elu")),
-            "memory needs features='none' .* got 'elu' and 'none'",
+            "memory needs features='none' .* got 'elu', 1 and 'none'",
         ),
         (
             dict(memory=dict(retention="norm_clamp")),
-            "memory needs features='none' .* got 'none' and 'norm_clamp'",
+            "memory needs features='none' .* got 'none', 1 and 'norm_clamp'",
+        ),
+        (
+            dict(memory=dict(steps=2, chunk=1)),
+            "memory needs features='none', steps=1 .* got 'none', 2 and 'none'",
         ),
         (dict(projection="both"), "projection must be sum, unit or none, got 'both'"),
         (dict(rates=(0.5, 0.5)), r"rates must hold 3 bounds in \(0, 1\].* got \(0.5"),

@@ -1,0 +1,424 @@
+"""Titans' three variants are their definitions and keep the promises of a layer."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.gates import GateConfig
+from hope_jax.models.layers import rotary
+from hope_jax.models.titans import (
+    MemoryAsContext,
+    MemoryAsGate,
+    MemoryAsLayer,
+    TitansConfig,
+)
+
+D, HEADS, ROWS = 8, 2, 2
+VARIANTS = {"context": MemoryAsContext, "gate": MemoryAsGate, "layer": MemoryAsLayer}
+
+
+def configured(persistent=3, segment=4, window=3, conv=3, **memory):
+    options = dict(chunk=2, expansion=2, rule="momentum", dgd="none") | memory
+    return TitansConfig(
+        memory=MemoryConfig(**options),
+        segment=segment,
+        window=window,
+        persistent=persistent,
+        conv=conv,
+    )
+
+
+def build(variant, config, dtype=jnp.float32):
+    """A layer none of whose parameters is at a special value, as pure functions."""
+    layer = VARIANTS[variant](D, HEADS, config, dtype, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer, nnx.Param)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [
+        leaf + 0.2 * jax.random.normal(k, leaf.shape)
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return graphdef, jax.tree.unflatten(structure, leaves)
+
+
+def silenced(params):
+    """A layer whose memory recalls zero, whatever it learns."""
+    params = jax.tree.map(lambda a: a, params)
+    params["memory"]["out"]["kernel"] = jax.tree.map(
+        jnp.zeros_like, params["memory"]["out"]["kernel"]
+    )
+    return params
+
+
+def tokens(length, seed=2):
+    return jax.random.normal(jax.random.key(seed), (ROWS, length, D))
+
+
+def reader(graphdef, params):
+    """`read(x, state)`, compiled once a length."""
+    start = nnx.merge(graphdef, params).initial_state(ROWS)
+
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def run(x, state, aligned, learn):
+        return nnx.merge(graphdef, params)(x, state, aligned=aligned, learn=learn)
+
+    def read(x, state=start, aligned=False, learn=True):
+        return run(x, state, aligned, learn)
+
+    return read
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def layer(request):
+    return reader(*build(request.param, configured()))
+
+
+def close(a, b, tolerance=1e-5):
+    def compare(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = 1.0 + np.max(np.abs(b), initial=0.0)
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
+
+    jax.tree.map(compare, a, b)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def naive_attention(heads, x, position, sources, source_positions, visible, persistent):
+    """One softmax over persistent vectors and visible sources, `[B, T, D]`."""
+    split = lambda a: a.reshape(*a.shape[:2], HEADS, D // HEADS)  # noqa: E731
+    q, k, v = split(heads.q(x)), split(heads.k(sources)), split(heads.v(sources))
+    k_p, v_p = split(heads.k(persistent)), split(heads.v(persistent))
+    near = jnp.einsum(
+        "bthk,bshk->btsh", rotary(q, position), rotary(k, source_positions)
+    )
+    weight = jnp.exp(near * (D // HEADS) ** -0.5)
+    weight = jnp.where(visible[None, :, :, None], weight, 0.0)
+    far = jnp.exp(jnp.einsum("bthk,bshk->btsh", q, k_p) * (D // HEADS) ** -0.5)
+    total = jnp.sum(weight, axis=2) + jnp.sum(far, axis=2)
+    y = jnp.einsum("btsh,bshk->bthk", weight, v)
+    y = (y + jnp.einsum("btsh,bshk->bthk", far, v_p)) / total[..., None]
+    return y.reshape(x.shape)
+
+
+def joined(layer, y, recalled):
+    gate = jax.nn.sigmoid(layer.join.norm_recalled(recalled))
+    return layer.join.out(layer.join.norm_y(y) * gate)
+
+
+def everywhere(x):
+    """Positions of x, as if counted from 5: only differences matter."""
+    return 5 + jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+
+
+def repeated(layer, rows):
+    return jnp.broadcast_to(
+        layer.persistent[...][None], (rows, *layer.persistent.shape)
+    )
+
+
+def context_reference(layer, x):
+    """Token by token: h from the memory at the segment's start, attention over all that
+    was read of the segment, then the memory learns what attention gave."""
+    rows, length, _ = x.shape
+    segment, persistent = layer.config.segment, repeated(layer, rows)
+    position = everywhere(x)
+
+    def step(carry, t):
+        memory, start, tails, h = carry
+        begins = t % segment == 0
+        start = jax.tree.map(
+            lambda a, b: jnp.where(begins, a, b), memory.memory.weights, start
+        )
+        x_t = jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1)
+        asked = memory._replace(
+            memory=memory.memory._replace(weights=start), tails=tails
+        )
+        h_t, asked = layer.memory(x_t, asked, learn=False)
+        h = jax.lax.dynamic_update_slice_in_dim(h, h_t, t, axis=1)
+        s = jnp.arange(length)
+        seen = (s <= t) & (s >= t - t % segment)
+        y_t = naive_attention(
+            layer.heads,
+            x_t,
+            jax.lax.dynamic_slice_in_dim(position, t, 1, axis=1),
+            jnp.concatenate([h, x], axis=1),
+            jnp.concatenate([position, position], axis=1),
+            jnp.concatenate([seen, seen])[None],
+            persistent,
+        )
+        recalled, memory = layer.memory(y_t, memory)
+        y = joined(layer, y_t, recalled)
+        return (memory, start, asked.tails, h), y[:, 0]
+
+    memory = layer.memory.initial_state(rows)
+    carry = memory, memory.memory.weights, memory.tails, jnp.zeros_like(x)
+    (memory, *_), y = jax.lax.scan(step, carry, jnp.arange(length))
+    return jnp.moveaxis(y, 0, 1), memory.memory.weights
+
+
+def sliding(layer, x, persistent):
+    window, t = layer.config.window, jnp.arange(x.shape[1])
+    age = t[:, None] - t[None]
+    visible, position = (age >= 0) & (age < window), everywhere(x)
+    return naive_attention(layer.heads, x, position, x, position, visible, persistent)
+
+
+def gate_reference(layer, x):
+    persistent = repeated(layer, len(x))
+    recalled, state = layer.memory(jnp.concatenate([persistent, x], axis=1))
+    y = sliding(layer, x, persistent)
+    y = joined(layer, y, recalled[:, persistent.shape[1] :])
+    return y, state.memory.weights
+
+
+def layer_reference(layer, x):
+    persistent = repeated(layer, len(x))
+    recalled, state = layer.memory(jnp.concatenate([persistent, x], axis=1))
+    count = persistent.shape[1]
+    y = sliding(layer, recalled[:, count:], recalled[:, :count])
+    return layer.out(y), state.memory.weights
+
+
+REFERENCES = {
+    "context": context_reference,
+    "gate": gate_reference,
+    "layer": layer_reference,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layer_is_its_definition(variant):
+    """Outputs, memory, and the pullback of both in every parameter and input.
+
+    Two persistent vectors are a chunk of the memory, so the text before the text may
+    be written as one with it.
+    """
+    graphdef, params = build(variant, configured(persistent=2))
+    x = tokens(11)
+
+    def fast(layer, x):
+        y, state = layer(x)
+        return y, state.memory.memory.weights
+
+    def value_and_pullback(run):
+        def program(params, x, cotangents):
+            out, pullback = jax.vjp(
+                lambda p, x: run(nnx.merge(graphdef, p), x), params, x
+            )
+            return out, pullback(cotangents)
+
+        return jax.jit(program)
+
+    shapes = jax.eval_shape(lambda p, x: fast(nnx.merge(graphdef, p), x), params, x)
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    cotangents = jax.tree.unflatten(
+        structure,
+        [jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)],
+    )
+    ours = value_and_pullback(fast)(params, x, cotangents)
+    close(ours, value_and_pullback(REFERENCES[variant])(params, x, cotangents))
+    for path, gradient in nnx.to_flat_state(ours[1][0]):
+        assert bool(jnp.any(gradient[...] != 0)), path
+        assert bool(jnp.all(jnp.isfinite(gradient[...]))), path
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_pieces_make_the_whole(layer, size):
+    """With a save between them: the state is arrays and nothing else."""
+    x = tokens(13)
+    expected, end = layer(x, aligned=True)
+    y, state = layer(x[:, :size])
+    reads = [y]
+    for start in range(size, 13, size):
+        saved = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+        assert {leaf.shape[0] for leaf in saved} == {ROWS}
+        state = jax.tree.unflatten(jax.tree.structure(state), saved)
+        y, state = layer(x[:, start : start + size], state)
+        reads.append(y)
+    close(jnp.concatenate(reads, axis=1), expected)
+    close(state, end)
+
+
+def test_a_state_between_segments_goes_on_in_parallel(layer):
+    x = tokens(13)
+    expected, end = layer(x, aligned=True)
+    y, state = layer(x[:, :8], aligned=True)
+    rest, state = layer(x[:, 8:], state, aligned=True)
+    close(jnp.concatenate([y, rest], axis=1), expected)
+    close(state, end)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_outputs_do_not_see_the_future(layer, aligned):
+    x = tokens(13)
+    y, _ = layer(x, aligned=aligned)
+    for token in (1, 5, 8, 12):
+        z, _ = layer(x.at[:, token].add(1.0), aligned=aligned)
+        equal(z[:, :token], y[:, :token])
+        assert bool(jnp.all(jnp.any(z[:, token] != y[:, token], axis=-1)))
+
+
+def test_the_first_token_reaches_the_last(layer):
+    x = tokens(13)
+    y, _ = layer(x, aligned=True)
+    z, _ = layer(x.at[:, 0].add(1.0), aligned=True)
+    assert jnp.min(jnp.max(jnp.abs(z - y)[:, 4:], axis=-1)) > 1e-6
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_rows_are_apart(layer, aligned):
+    x = tokens(13)
+    y, state = layer(x, aligned=aligned)
+    z, other = layer(x.at[1].add(1.0), aligned=aligned)
+    first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
+    equal(first((z, other)), first((y, state)))
+    assert bool(jnp.any(z[1] != y[1]))
+
+
+def test_rows_stand_where_they_stand(layer):
+    x = tokens(13)
+    _, ahead = layer(x[:, :7])
+    _, behind = layer(x[:, :3])
+    mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, behind)
+    y, _ = layer(jnp.stack([x[0, 7:13], x[1, 3:9]]), mixed)
+    expected, _ = layer(x, aligned=True)
+    close(y, jnp.stack([expected[0, 7:13], expected[1, 3:9]]))
+
+
+@pytest.mark.parametrize("aligned, read", [(True, 8), (False, 7)])
+def test_without_learning_the_memory_stays(layer, aligned, read):
+    x = tokens(13)
+    _, state = layer(x[:, :read])
+    y, after = layer(x[:, read:], state, aligned=aligned, learn=False)
+    equal(after.memory.memory.weights, state.memory.memory.weights)
+    assert int(after.memory.position[0]) == 13
+    learned, _ = layer(x[:, read:], state, aligned=aligned)
+    assert bool(jnp.any(y != learned))
+
+
+def test_context_without_memory_is_attention_in_blocks():
+    """Nothing passes from a segment to the next but what the memory recalls."""
+    graphdef, params = build("context", configured())
+    x = tokens(8)
+    for silent in (False, True):
+        read = reader(graphdef, silenced(params) if silent else params)
+        y, _ = read(x, aligned=True)
+        alone, _ = read(x[:, 4:], aligned=True)
+        gap = float(jnp.max(jnp.abs(y[:, 4:] - alone)))
+        assert (gap == 0.0) == silent
+
+
+@pytest.mark.parametrize("window, length", [(3, 13), (4, 12), (16, 13)])
+def test_a_gate_without_memory_looks_back_one_window(window, length):
+    graphdef, params = build("gate", configured(window=window))
+    read = reader(graphdef, silenced(params))
+    x = tokens(length)
+    y, _ = read(x, aligned=True)
+    z, _ = read(x.at[:, 2].add(1.0), aligned=True)
+    changed = jnp.any(z != y, axis=(0, 2))
+    expected = [2 <= t < 2 + window for t in range(length)]
+    assert changed.tolist() == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_persistent_tokens_may_be_none(variant):
+    graphdef, params = build(variant, configured(persistent=0))
+    read = reader(graphdef, params)
+    x = tokens(5)
+    y, _ = read(x, aligned=True)
+    one, state = read(x[:, :1])
+    close(one, y[:, :1])
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("variant", ["gate", "layer"])
+def test_the_memory_reads_the_persistent_tokens_first(variant):
+    graphdef, params = build(variant, configured(persistent=3))
+    layer = nnx.merge(graphdef, params)
+    x = jnp.broadcast_to(layer.persistent[...][None], (ROWS, 3, D))
+    _, read = layer.memory(x)
+    start = layer.initial_state(ROWS).memory
+    equal(start.memory.weights, read.memory.weights)
+    equal(start.memory.anchor, read.memory.weights)  # the text begins a chunk
+    equal(start.tails, read.tails)
+    assert start.position.tolist() == [0, 0]
+
+
+def test_memories_stay_in_float32():
+    for variant in VARIANTS:
+        graphdef, params = build(variant, configured(), dtype=jnp.bfloat16)
+        x = tokens(5).astype(jnp.bfloat16)
+        call = lambda x, s: nnx.merge(graphdef, params)(x, s)  # noqa: B023, E731
+        with jax.numpy_dtype_promotion("standard"):  # for the library's own norm
+            y, state = jax.eval_shape(lambda x: call(x, None), x)  # noqa: B023
+            again = jax.eval_shape(call, x, state)[1]
+        assert y.dtype == jnp.bfloat16
+        kept = {a.dtype for a in jax.tree.leaves(state.memory.memory)}
+        assert kept == {jnp.dtype("float32")}
+        same = jax.tree.map(lambda a, b: a.dtype == b.dtype, again, state)
+        assert jax.tree.all(same)
+
+
+def test_new_values_do_not_compile_again():
+    for variant in VARIANTS:
+        graphdef, params = build(variant, configured(architecture="linear"))
+
+        @jax.jit
+        def run(p, x, s, graphdef=graphdef):
+            return nnx.merge(graphdef, p)(x, s, aligned=True)
+
+        state = nnx.merge(graphdef, params).initial_state(ROWS)
+        for seed in (0, 1):
+            _, state = run(params, tokens(8, seed), state)
+        assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(segment=0), "segment must be at least 1, got 0"),
+        (dict(window=0), "window must be at least 1, got 0"),
+        (dict(persistent=-1), "persistent must not be negative, got -1"),
+        (
+            dict(segment=3),
+            r"segment \(3\) must be a multiple of memory.chunk \(2\)",
+        ),
+        (dict(conv=0), "conv must be at least 1, got 0"),
+    ],
+)
+def test_configs_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        configured(**options)
+
+
+def test_gates_must_fit_the_memory():
+    with pytest.raises(ValueError, match="gates.rate='step' has no bound"):
+        TitansConfig(gates=GateConfig(rate="step"))
+
+
+@pytest.mark.parametrize("heads", [3, 8])
+def test_heads_must_be_even(heads):
+    with pytest.raises(ValueError, match=rf"an even multiple of heads \({heads}\)"):
+        MemoryAsGate(D, heads, configured(), jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_defaults_are_the_papers_memory():
+    memory = TitansConfig().memory
+    assert dataclasses.replace(memory, chunk=1) == MemoryConfig(
+        architecture="mlp",
+        bias="l2",
+        retention="decay",
+        rule="momentum",
+        dgd="none",
+        chunk=1,
+    )
