@@ -41,7 +41,7 @@ def channel_chunk(
       q: queries.
       alpha: what each token retains of every key channel, in [0, 1].
       r: what the delta term recalls, times its rate; None has no delta term.
-      p: where the delta term erases; None erases at `k`, which costs half as much.
+      p: where the delta term erases; None erases at `k`, at about half the cost.
       before_write: read `Mₜ₋₁ qₜ` instead of `Mₜ qₜ`.
 
     Returns:

@@ -16,9 +16,9 @@ of y over its largest entry, K = 64, Λ = 0.1, no decay, unit keys, η = 1:
 
     iterations                                5     10     20     30     64
     32 random keys                          0.4   2e-2   3e-5   1e-6   1e-6
-    256 keys, correlation 0.5 to 0.97      9e-2   2e-3   4e-6   4e-6   4e-6
-    4096 keys, correlation 0.5 to 0.97     2e-3   6e-6   5e-6   5e-6   5e-6
-    4096 keys, correlation above 0.99      4e-3   1e-4   1e-4   1e-4   1e-4
+    256 keys, mean cosine 0.85             9e-2   2e-3   4e-6   4e-6   4e-6
+    4096 keys, mean cosine 0.85            2e-3   6e-6   5e-6   5e-6   5e-6
+    4096 keys, mean cosine 0.997           4e-3   1e-4   1e-4   1e-4   1e-4
 """
 
 import jax
