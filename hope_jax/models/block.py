@@ -14,6 +14,8 @@ from hope_jax.models.cms import CMSConfig
 from hope_jax.models.layers import DTYPES, SwiGLU
 from hope_jax.models.memory_mixer import MemoryMixerConfig
 from hope_jax.models.self_modifying import SelfModifyingConfig
+from hope_jax.models.titans import TitansConfig
+from hope_jax.models.tnt import TNTConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class ModelConfig:
         one's own. It is part of the function where they are anchored.
       memory: the mixer `self_modifying`.
       associative: the mixer `memory`.
+      titans: the mixers `titans_mac`, `titans_mag` and `titans_mal`.
+      tnt: the mixer `tnt`.
       cms: the chain of MLPs; one level of infinite period is a Transformer block.
       dtype: compute type of projections and MLPs; memories stay in float32.
     """
@@ -51,6 +55,8 @@ class ModelConfig:
     chunk: int | None = None
     memory: SelfModifyingConfig = SelfModifyingConfig()
     associative: MemoryMixerConfig = MemoryMixerConfig()
+    titans: TitansConfig = TitansConfig()
+    tnt: TNTConfig = TNTConfig()
     cms: CMSConfig = CMSConfig()
     dtype: str = "float32"
 

@@ -201,7 +201,7 @@ def _owner(config: ModelConfig, keys: list[str]) -> str | tuple[str, str]:
     mixer = config.pattern[int(keys[at - 1]) if "parts" in keys[:at] else 0]
     inside = ".".join(keys[at + 1 :])
     for part in mixers.get(mixer, config).parts:
-        if part.start and inside.startswith(part.start):
+        if part.start and inside.startswith(f"{part.start}."):
             return mixer, part.start
     return "slow weights"
 

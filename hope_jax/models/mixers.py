@@ -1,7 +1,8 @@
 """One door from a mixer's name to its module, its clocks and what it says of itself.
 
 A mixer is softmax attention, the self-modifying memory, a published memory of
-`memory.named` under its name there, or `memory`, any four choices.
+`memory.named` under its name there, `memory`, any four choices, or a layer of several
+parts: Titans with attention, TNT's hierarchy.
 """
 
 import difflib
@@ -17,6 +18,8 @@ from hope_jax.models.attention import Attention
 from hope_jax.models.layers import DTYPES
 from hope_jax.models.memory_mixer import MemoryMixer, MemoryMixerConfig
 from hope_jax.models.self_modifying import SelfModifyingTitans
+from hope_jax.models.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from hope_jax.models.tnt import TNT
 
 if TYPE_CHECKING:  # the config asks this file what its mixers need
     from hope_jax.models.block import ModelConfig
@@ -152,6 +155,37 @@ def _recalling(name: str, memory: MemoryConfig, start: str) -> Part:
     return Part(name, period, f"{bias} with values", rule, start)
 
 
+def _titans(config, name, kind):
+    layer = config.titans
+    memory = _recalling(f"{name} memory", layer.memory, "memory.start")
+    attention = _softmax(f"{name} attention")
+    reads = Edge(memory.name, attention.name, "generate")
+    writes = Edge(attention.name, memory.name, "attend")
+    edges = {"MAC": (reads, writes), "MAG": (), "MAL": (reads,)}
+    ends = (attention.name,) if name == "MAL" else (memory.name, attention.name)
+    return Mixer(
+        _module(config, kind, layer),
+        layer.segment if name == "MAC" else memory.period,
+        parts=(memory, attention),
+        ends=ends,
+        edges=edges[name],
+        even=True,
+    )
+
+
+def _tnt(config):
+    layer = config.tnt
+    locals_ = (f"TNT local memory {i + 1}" for i in range(len(layer.local_chunks)))
+    parts = tuple(
+        _recalling(name, memory, f"starts.{i}")
+        for i, (name, memory) in enumerate(
+            zip(("TNT global memory", *locals_), layer.memories, strict=True)
+        )
+    )
+    ends = tuple(part.name for part in parts)
+    return Mixer(_module(config, TNT, layer), layer.span, parts, ends)
+
+
 def _point(name, config):
     if not takes_chunk(name):
         window = config.window if name == "sliding_window" else config.context
@@ -165,4 +199,8 @@ _MIXERS: dict[str, Callable[["ModelConfig"], Mixer]] = {
     "self_modifying": _self_modifying,
     "attention": lambda c: _attention(c, "attention", c.context),
     "memory": lambda c: _memory(c, "memory", c.associative),
+    "titans_mac": lambda c: _titans(c, "MAC", MemoryAsContext),
+    "titans_mag": lambda c: _titans(c, "MAG", MemoryAsGate),
+    "titans_mal": lambda c: _titans(c, "MAL", MemoryAsLayer),
+    "tnt": _tnt,
 }

@@ -8,11 +8,14 @@ chunks, periods and inner rates are ours, for the paper prints none.
 import dataclasses
 import difflib
 
+from hope_jax.memory import named
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.models import lm, mixers
 from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.self_modifying import SelfModifyingConfig
+from hope_jax.models.titans import TitansConfig
+from hope_jax.models.tnt import TNTConfig
 
 _FAMILIES = {  # name -> its mixer, and whether its MLPs are levels of several clocks
     "hope": ("self_modifying", True),
@@ -53,6 +56,10 @@ def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
             memory=SelfModifyingConfig(
                 memory=MemoryConfig(chunk=64), projection_chunk=64
             ),
+            titans=TitansConfig(
+                memory=named.get("titans").memory, segment=512, window=1024
+            ),
+            tnt=TNTConfig(global_chunk=2048, shard=2048),
             dtype="bfloat16",
         ),
         levels=_levels(256, 1024, 65_536, 1_048_576, rate=0.1),

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import hope_jax
-from hope_jax.models import cms, convert, lm
+from hope_jax.models import cms, convert, lm, mixers
 from hope_jax.models.block import Block, BlockState, Group, ModelConfig
 from tests.models import small
 
@@ -158,14 +158,26 @@ def test_clocks_nest_over_every_mixer_of_the_pattern():
         ("delta_net,sliding_window", {"DeltaNet memory": 1, "sliding window": 0}),
         ("titans,self_modifying,yaad", {"main memory": 2, "Yaad memory": 4}),
         ("titans,attention,titans", {"Titans (LMM) memory": 4, "attention": 0}),
+        ("tnt,titans_mac", {"TNT global memory": 256, "MAC memory": 16}),
     ],
 )
 def test_described_levels_are_those_of_every_mixer(mixer, shown):
-    config = dataclasses.replace(small.HYBRID, mixer=mixer, layers=6, chunk=4)
+    def model(mixer, layers):
+        takes = any(map(mixers.takes_chunk, mixer.split(",")))
+        return dataclasses.replace(
+            small.TRANSFORMER, mixer=mixer, layers=layers, chunk=4 if takes else None
+        )
+
+    config = model(mixer, 6)
     picture = lm.system(config)
     assert sum(b.parameters for b in picture.boxes) == lm.count_parameters(config)
     clocks = {box.name: box.clock.period for box in picture.boxes}
     assert shown.items() <= clocks.items()
+    for name in set(config.pattern):  # as many as in a model of these layers alone
+        layers = 6 * config.pattern.count(name) // len(config.pattern)
+        alone = lm.system(model(name, layers))
+        for part in mixers.get(name, config).parts:
+            assert picture[part.name].parameters == alone[part.name].parameters
 
 
 def test_stacked_levels_keep_the_logits_of_a_hybrid():

@@ -7,7 +7,6 @@ import jax
 import pytest
 
 from hope_jax.core import system
-from hope_jax.memory import named
 from hope_jax.models import lm, mixers, zoo
 from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig, CMSLevel
@@ -44,11 +43,9 @@ def test_unknown_names(name, message):
         zoo.get(name)
 
 
-@pytest.mark.parametrize(
-    "name", [*named.POINTS, "memory", "self_modifying", "retnet,sliding_window"]
-)
+@pytest.mark.parametrize("name", [*mixers.names(), "retnet,sliding_window"])
 def test_every_mixer_has_a_tiny_model_of_one_size(name):
-    """Counted from shapes, and read from shapes: no parameter is made."""
+    """Counted from shapes: no parameter is made."""
     twin = zoo.get("transformer_tiny")
     config = zoo.get(f"{name}_tiny")
     assert config.mixer == name and config.name == f"{name}_tiny"
