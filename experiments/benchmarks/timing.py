@@ -24,13 +24,30 @@ class Times(NamedTuple):
     cpu: tuple[float, ...]
 
 
+def measure(program: Callable[[], Any], calls: int) -> tuple[float, float]:
+    """Seconds of one call of a program of this process, on the clock and of all
+    threads together."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        jax.block_until_ready(program())
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall / calls, cpu / calls
+
+
 def interleave(
-    programs: Mapping[Hashable, Callable[[], Any]], rounds: int
+    programs: Mapping[Hashable, Any],
+    rounds: int,
+    measure: Callable[[Any, int], tuple[float, float]] = measure,
 ) -> dict[Hashable, Times]:
     """Times compiled programs in turn, so that a noisy machine troubles all alike.
 
     Every other round goes through them backwards. A first call of each, which is not
     counted, says how often a short program is called.
+
+    Args:
+      programs: what `measure` knows how to call.
+      rounds: how often each is timed.
+      measure: `(program, calls) -> (wall, cpu)` seconds of one call.
 
     Raises:
       ValueError: fewer than one round.
@@ -39,30 +56,18 @@ def interleave(
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
     calls = {}
     for name, program in programs.items():
-        _once(program)
-        wall, _ = _measure(program, 1)
+        measure(program, 1)
+        wall, _ = measure(program, 1)
         calls[name] = max(1, math.ceil(_SHORTEST / max(wall, 1e-4)))
     found = {name: [] for name in programs}
     for i in range(rounds):
         order = list(programs)
         for name in order if i % 2 == 0 else reversed(order):
-            found[name].append(_measure(programs[name], calls[name]))
+            found[name].append(measure(programs[name], calls[name]))
     return {
         name: Times(*(tuple(t) for t in zip(*measured, strict=True)))
         for name, measured in found.items()
     }
-
-
-def _once(program):
-    return jax.block_until_ready(program())
-
-
-def _measure(program, calls):
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(calls):
-        _once(program)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall / calls, cpu / calls
 
 
 def workload(

@@ -1,0 +1,197 @@
+"""A process of its own for one framework, pinned before the framework is imported.
+
+The parent starts it (`Worker`) and asks, one JSON line a request; the child (`main`)
+imports the module of its programs and answers. That module has `build(spec, arrays) ->
+(program, collect)`: `program()` blocks until its outputs are there, `collect(outputs)`
+makes them `{name: numpy array}`. Needs NumPy alone, so that a framework may live in an
+environment of its own.
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_ROOT = Path(__file__).parents[2]
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class WorkerError(RuntimeError):
+    """The worker could not do what it was asked; the message says why."""
+
+
+class Worker:
+    """The parent's side of a worker process.
+
+    Args:
+      module: of the programs.
+      cores: to run on.
+      python: the interpreter that has the framework.
+      environment: further environment variables.
+
+    Raises:
+      WorkerError: the module cannot be imported there.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        cores: Sequence[int],
+        python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ):
+        listed = ",".join(map(str, cores))
+        threads = {name: str(len(cores)) for name in _THREADS}
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [python, "-m", __spec__.name, module, f"--cores={listed}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, **threads, **(environment or {})},
+        )
+        try:
+            self.versions = self.ask("start")["versions"]
+        except WorkerError:
+            self.close()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """Sends one request and waits for its answer.
+
+        Raises:
+          WorkerError: what went wrong in the worker, or its death.
+        """
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:
+            line = ""
+        if not line:
+            raise WorkerError(f"the worker ended with code {self._process.wait()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise WorkerError(reply["error"])
+        return reply
+
+    def measure(self, name: str, calls: int) -> tuple[float, float]:
+        """Seconds of one call, on the clock and of all threads together."""
+        reply = self.ask("measure", name=name, calls=calls)
+        return reply["wall"], reply["cpu"]
+
+    def close(self) -> None:
+        try:
+            self._process.stdin.close()
+            self._process.wait(timeout=10)
+        except OSError:
+            self._process.wait()  # it has ended before
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+class _Desk:
+    """The child's side: one method a request."""
+
+    def __init__(self, module: str):
+        self._module = importlib.import_module(module)
+        self._programs = {}
+
+    def start(self):
+        return {"versions": self._module.versions()}
+
+    def build(self, name, spec, inputs=None, outputs=None):
+        """Compiles, calls once and writes what came out to `outputs`, an npz file."""
+        arrays = {}
+        if inputs is not None:
+            with np.load(inputs) as file:
+                arrays = dict(file)
+        started = time.perf_counter()
+        program, collect = self._module.build(spec, arrays)
+        found = program()
+        compiled = time.perf_counter() - started
+        started = time.perf_counter()
+        found = program()
+        called = time.perf_counter() - started
+        if outputs is not None:
+            np.savez(outputs, **collect(found))
+        self._programs[name] = program
+        return {"compile": max(compiled - called, 1e-3), "call": called}
+
+    def measure(self, name, calls):
+        program = self._programs[name]
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(calls):
+            program()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return {"wall": wall / calls, "cpu": cpu / calls}
+
+    def memory(self, name):
+        """The most memory that one call added to what was resident, in bytes."""
+        program = self._programs[name]
+        before = _restart_peak()
+        program()
+        return {"added": None if before is None else max(_status("VmHWM") - before, 1)}
+
+    def drop(self):
+        self._programs.clear()
+        self._module.reset()
+        return {}
+
+
+def _restart_peak() -> int | None:
+    """Bytes resident now, from where the peak is counted; None where it cannot be."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier calls have freed
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):  # neither glibc nor Linux
+        return None
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("module")
+    parser.add_argument("--cores", required=True)
+    flags = parser.parse_args(arguments)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, map(int, flags.cores.split(",")))
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    desk = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if desk is None:
+                desk = _Desk(flags.module)
+            reply = getattr(desk, request.pop("do"))(**request)
+        except (Exception, SystemExit) as error:  # told to the parent, which decides
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        channel.write(json.dumps(reply) + "\n")
+        channel.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
