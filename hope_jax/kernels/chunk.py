@@ -230,13 +230,17 @@ def _rate(config, eta, x):
     return jax.vmap(corrected_rate)(eta, x)
 
 
-def _delta_coefficients(config, tokens, inputs):
+def _delta_rates(config, tokens, inputs):
     if config.dgd == "none":
         return {}
     if tokens.erase_rate is not None:
-        rates = dict.fromkeys(inputs, tokens.erase_rate)
-    else:
-        rates = jax.vmap(lambda eta, x: delta_rates(config, eta, x))(tokens.eta, inputs)
+        return dict.fromkeys(inputs, tokens.erase_rate)
+    return jax.vmap(lambda eta, x: delta_rates(config, eta, x))(tokens.eta, inputs)
+
+
+def _delta_coefficients(config, tokens, inputs):
+    """How much of each matrix's recall is erased, as of the memory before retention."""
+    rates = _delta_rates(config, tokens, inputs)
     if config.recall == "after":
         rates = {name: b * tokens.alpha for name, b in rates.items()}
     return rates
@@ -266,17 +270,20 @@ def _channel(config, state, tokens, reads):
     alpha = tokens.alpha
     if alpha.ndim == 1:
         alpha = jnp.broadcast_to(alpha[:, None], k.shape)
-    recall = along = None
+    recall, along = None, None  # along None erases along k itself, at less cost
     if config.dgd != "none":
         recall, along = erasures(config, tokens, {"w": k})["w"]
+        if tokens.erase_key is None and tokens.erase_rate is None:
+            rate = _delta_rates(config, tokens, {"w": k})["w"]
+            recall, along = rate[:, None] * recall, None
     if config.bias == "l2":
-        if along is not None and (config.recall, tokens.erase_key) != ("before", None):
+        if along is not None:
             raise ValueError(
-                "bias='l2' with a delta term of its own key, or recalled after the "
-                "retention, is a transition of rank two: use bias='dot'."
+                "bias='l2' with a delta term of its own key or rate is a transition of "
+                "rank two: use bias='dot'."
             )
         own = eta[:, None] * k
-        recall, along = k, own if along is None else own + along
+        recall = own if recall is None else own + recall
     m, y = channel_chunk(
         state.weights["w"],
         k,

@@ -178,7 +178,7 @@ def delta_product(chunk: int = 16) -> Point:
     )
 
 
-def kda(chunk: int = 32) -> Point:
+def kda(chunk: int = 16) -> Point:
     """`Mₜ = Mₜ₋₁ Diag(αₜ) (I − ηₜ kₜ kₜᵀ) + ηₜ vₜ kₜᵀ`. Exact.
 
     Kimi delta attention, arXiv:2510.26692: Gated DeltaNet with a decay a key channel.
@@ -190,7 +190,7 @@ def kda(chunk: int = 32) -> Point:
     )
 
 
-def rwkv7(chunk: int = 32) -> Point:
+def rwkv7(chunk: int = 16) -> Point:
     """`Mₜ = Mₜ₋₁ (Diag(wₜ) − κₜ (aₜ ⊙ κₜ)ᵀ) + vₜ k̃ₜᵀ`. Exact.
 
     arXiv:2503.14456: κ is a removal key of its own, a a rate a channel, and the write
