@@ -86,9 +86,9 @@ class SweepConfig:
       evaluation: batches, never trained on, that a point is scored on.
     """
 
-    task: RecallConfig = RecallConfig(vocab=64, pairs=8, length=64)
+    task: RecallConfig = RecallConfig(vocab=64, pairs=6, length=32)
     mixer: MemoryMixerConfig = MemoryMixerConfig(
-        memory=MemoryConfig(dgd="none", chunk=8)
+        memory=MemoryConfig(dgd="none", chunk=8, expansion=2)
     )
     gradients: tuple[Literal["exact", "anchored"], ...] = ("exact", "anchored")
     d_model: int = 32
