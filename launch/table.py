@@ -1,23 +1,27 @@
-"""Lists equation -> function -> test, from the tests in tests/equations.
+"""The README's tables: equation -> function -> test, and the named memories.
 
-Print it:              python -m launch.table
-Put it in the README:  python -m launch.table --write README.md
+Print one:               python -m launch.table [--table=memories]
+Put them in the README:  python -m launch.table --write README.md
 
-A test is named `test_equation_<number>_<what>` and has in its docstring a line
-`Implements: module.function`. The tests are parsed, not run; nothing else is imported.
+An equation's test is named `test_equation_<number>_<what>` in tests/equations and has
+in its docstring a line `Implements: module.function`. The tests are parsed, not run.
+The memories are those of `hope_jax.memory.named`, their speeds those of the result
+files of experiments/benchmarks.
 """
 
 import argparse
 import ast
+import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-_TESTS = Path(__file__).resolve().parent.parent / "tests" / "equations"
+_ROOT = Path(__file__).resolve().parent.parent
+_TESTS = _ROOT / "tests" / "equations"
+_BENCHMARKS = _ROOT / "experiments" / "results" / "benchmarks"
 _NAME = re.compile(r"test_equation_(\d+)(?:_\w+)?$")
 _IMPLEMENTS = re.compile(r"^\s*Implements:\s*([\w.]+)\s*$", re.MULTILINE)
-_START, _END = "<!-- equations -->", "<!-- /equations -->"
 
 
 class Row(NamedTuple):
@@ -63,41 +67,99 @@ def markdown(table: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def written(text: str, table: str) -> str:
-    """`text` with what stands between its two markers replaced by `table`.
+def memories(benchmarks: Path = _BENCHMARKS) -> str:
+    """The named memories: four choices, chunk, speed over their definition, source.
+
+    The speed is of the chunk form over `impl="reference"`, forward and training, where
+    a result file has it.
+    """
+    from hope_jax.memory import named
+
+    ratios = _ratios(benchmarks)
+    lines = [
+        "| Memory | Name | Architecture | Bias | Retention | Rule | Chunk "
+        "| Speed | Source |",
+        "|---|---|---|---|---|---|---|---:|---|",
+    ]
+    for name, make in named.POINTS.items():
+        point = make()
+        four = ("", "", "", "")
+        chunk = point.chunk
+        if point.memory is not None:
+            four = named.choices(point.memory)
+            chunk = f"{chunk}, {point.memory.chunk}"
+        speeds = [
+            f"{ratios[key]:.1f}"
+            for task in ("forward", "training")
+            if (key := (name, task)) in ratios
+        ]
+        cells = [point.title, f"`{name}`", *four, chunk, " / ".join(speeds)]
+        link = point.source.replace("arXiv:", "https://arxiv.org/abs/")
+        cells.append(f"[{point.source.removeprefix('arXiv:')}]({link})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ratios(benchmarks: Path) -> dict[tuple[str, str], float]:
+    """Chunk form over reference, by memory and task."""
+    workload = re.compile(
+        r"point (\w+), (\w+), T \d+: ours \(chunk\) against ours \(reference\)"
+    )
+    found = {}
+    for path in sorted(benchmarks.glob("memories*.json")):
+        for entry in json.loads(path.read_text(encoding="utf-8"))["workloads"]:
+            match = workload.fullmatch(entry["workload"])
+            if match and entry["metric"] == "tokens per second of one core":
+                found[match.groups()] = entry["ratio"]
+    return found
+
+
+TABLES = {"equations": lambda: markdown(rows()), "memories": memories}
+
+
+def written(text: str) -> str:
+    """`text` with each table between its two markers, `<!-- name -->` and
+    `<!-- /name -->`, made anew.
 
     Raises:
-      ValueError: unless each marker is there once, in order.
+      ValueError: unless it has the markers of a table, each of them once, in order.
     """
-    if text.count(_START) != 1 or text.count(_END) != 1:
-        raise ValueError(f"needs one line '{_START}' and one line '{_END}'.")
-    before, rest = text.split(_START)
-    if _END not in rest:
-        raise ValueError(f"'{_START}' must come before '{_END}'.")
-    after = rest.split(_END)[1]
-    return f"{before}{_START}\n{table}\n{_END}{after}"
+    present = [n for n in TABLES if f"<!-- {n} -->" in text or f"<!-- /{n} -->" in text]
+    if not present:
+        raise ValueError(f"has no markers '<!-- name -->' of {', '.join(TABLES)}.")
+    for name in present:
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"needs one line '{start}' and one line '{end}'.")
+        before, rest = text.split(start)
+        if end not in rest:
+            raise ValueError(f"'{start}' must come before '{end}'.")
+        after = rest.split(end)[1]
+        text = f"{before}{start}\n{TABLES[name]()}\n{end}{after}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--table", choices=TABLES, default="equations")
     parser.add_argument(
         "--write",
         metavar="FILE",
         type=Path,
-        help=f"replace what FILE has between '{_START}' and '{_END}'",
+        help="replace the tables that FILE has between '<!-- name -->' markers",
     )
-    file = parser.parse_args(arguments).write
+    flags = parser.parse_args(arguments)
+    file = flags.write
     try:
-        table = markdown(rows())
         if file is None:
-            print(table)
+            print(TABLES[flags.table]())
         else:
             text = file.read_text(encoding="utf-8")
-            file.write_text(written(text, table), encoding="utf-8")
+            file.write_text(written(text), encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"launch.table: {file or _TESTS}: {error}", file=sys.stderr)
+        print(f"launch.table: {file or _ROOT}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,6 +1,7 @@
 """The table equation -> function -> test tells the truth."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hope_jax.memory import named
 from launch import table
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +83,27 @@ def test_write_replaces_what_is_between_the_markers(tmp_path, capsys):
         assert readme.read_text() == bad
     assert table.main(["--write", str(tmp_path / "none.md")]) == 1
     assert "none.md" in capsys.readouterr().err
+
+
+def test_memories_are_the_registry_with_measured_speeds(tmp_path):
+    workload = "point titans, {}, T 512: ours (chunk) against ours (reference)"
+    metric = "tokens per second of one core"
+    entries = [
+        {"workload": workload.format("forward"), "metric": metric, "ratio": 3.14},
+        {"workload": workload.format("training"), "metric": metric, "ratio": 20.0},
+        {"workload": workload.format("training"), "metric": "other", "ratio": 9.0},
+    ]
+    file = tmp_path / "memories-1-x-cpu.json"
+    file.write_text(json.dumps({"workloads": entries}))
+    lines = table.memories(tmp_path).splitlines()
+    assert len(lines) == 2 + len(named.POINTS)
+    (titans,) = (line for line in lines if "`titans`" in line)
+    assert titans == (
+        "| Titans (LMM) | `titans` | MLP | l2 | decay | momentum | anchored, 64 "
+        "| 3.1 / 20.0 | [2501.00663](https://arxiv.org/abs/2501.00663) |"
+    )
+    (attention,) = (line for line in lines if "`softmax_attention`" in line)
+    assert "| non-parametric |  |" in attention
 
 
 def test_the_command_needs_no_jax():
