@@ -16,7 +16,7 @@ import pytest
 from experiments import quickstart
 from hope_jax import optim
 from hope_jax.core import config as config_lib
-from hope_jax.models import zoo
+from hope_jax.models import mixers, zoo
 from launch import table
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,10 @@ def test_optimizers_and_sizes_are_all_named():
     assert SPANS >= set(optim.RULES)
     sizes = {name.rpartition("_")[2] for name in zoo.names()}
     assert SPANS >= sizes
-    assert SPANS >= {f"{name.rpartition('_')[0]}_" for name in zoo.names()}
+    families = {name.rpartition("_")[0] for name in zoo.names()}
+    by_mixer = families & set(mixers.names())
+    assert by_mixer <= SPANS
+    assert {f"{name}_" for name in families - by_mixer} <= SPANS
 
 
 def test_scales_named_exist():
@@ -132,10 +135,12 @@ def test_scales_named_exist():
     assert named and set(named) <= set(quickstart.TRAIN)
 
 
-def test_equations_are_those_of_the_tests():
-    block = re.search(r"<!-- equations -->\n(.*)\n<!-- /equations -->", TEXT, re.DOTALL)
-    assert block, "README.md needs its two markers around the table of equations."
-    assert block[1] == table.markdown(table.rows()), (
+@pytest.mark.parametrize("name", table.TABLES)
+def test_tables_are_those_of_the_code(name):
+    """Of the tests, of the registry of memories, and of the committed benchmarks."""
+    block = re.search(rf"<!-- {name} -->\n(.*)\n<!-- /{name} -->", TEXT, re.DOTALL)
+    assert block, f"README.md needs two markers around the table of {name}."
+    assert block[1] == table.TABLES[name](), (
         "The table is old: python -m launch.table --write README.md"
     )
 
