@@ -80,12 +80,13 @@ class Sizes:
       rows, heads, width: sequences, heads, and width of a head.
       chunks: tokens per chunk that both sides run with.
       lengths: tokens; growth is between the two longest.
-      reference: tokens of the runs beside the reference and of `every token`.
-      decode: tokens made one by one.
+      reference: tokens of the runs beside the reference.
+      decode: tokens made one by one, and those of *every token*.
       rounds: interleaved rounds.
       canary: matrices are so wide.
       unrolled: chunks in a sequence, beyond which a peer whose loop over chunks the
         compiler unrolls is not compiled.
+      compiled: peers run compiled as well; without, all is over in minutes.
       longest: seconds of a call, beyond which a peer is not timed.
       points: named memories.
     """
@@ -100,6 +101,7 @@ class Sizes:
     rounds: int = 5
     canary: int = 1024
     unrolled: int = 128
+    compiled: bool = True
     longest: float = 60.0
     points: tuple[str, ...] = tuple(n for n, p in named.POINTS.items() if p().memory)
 
@@ -189,7 +191,7 @@ def groups(sizes: Sizes, parts: Sequence[str]) -> Iterator[Group]:
                 f"{where}, every token",
                 dict(chunk=chunk, read="post", early=False, store=1),
                 both,
-                lengths=(sizes.reference,),
+                lengths=(sizes.decode,),
                 compared=slice(None),
                 compiled=False,
             )
@@ -458,7 +460,7 @@ class Bench:
             self._compare_costs(group, built)
         self._compare_canaries(group, seconds)
 
-    def _build(self, group: Group) -> dict[Program, dict[str, float]]:
+    def _build(self, group: Group) -> dict[Program, dict[str, Any]]:
         """The programs that run and agree with our first, and what building took."""
         built = {}
         inputs, outputs = (
@@ -500,6 +502,8 @@ class Bench:
         if package != OURS and package not in self._workers[PEERS].versions:
             self._report(f"  {program.name}: left out, {package} is not installed")
             return False
+        if package != OURS and spec["compiled"] and not self._sizes.compiled:
+            return False
         if package == "transformers" and spec["compiled"]:
             return program.length // spec["chunk"] <= self._sizes.unrolled
         return True
@@ -532,7 +536,8 @@ class Bench:
             self._report(f"  {error}")
             self.failed.append(str(error))
             return False
-        self._report(f"  {program.name}: agrees to {worst:.0e}")
+        if values is not first:
+            self._report(f"  {program.name}: agrees to {worst:.0e}")
         return True
 
     def _add(self, name, metric, ours, peer, target=None) -> None:
@@ -581,20 +586,16 @@ class Bench:
                 )
 
     def _compare_costs(self, group: Group, built) -> None:
-        """Compile times, and how much memory a call adds to its process."""
-        added = {}
-        for program in built:
-            reply = self._workers[program.worker].ask("memory", name=program.name)
-            added[program] = reply["added"]
+        """Compile times, and the peak memory of each process during a call."""
         for a, b in _pairs(group, built):
             at = f"{group.name}, {a.task}, T {a.length}"
             pair = f"{a.label} against {b.label}"
             tokens = a.length * self._sizes.rows
-            if added[a] and added[b]:
+            if built[a]["peak"] and built[b]["peak"]:
                 self._add(
                     f"{at}: memory of {pair}",
-                    "tokens per MiB that a call adds",
-                    *([tokens * 2**20 / added[p]] for p in (a, b)),
+                    "tokens per MiB of the process's peak resident memory",
+                    *([tokens * 2**20 / built[p]["peak"]] for p in (a, b)),
                 )
             if b.variant.spec.get("compiled"):
                 self._add(
@@ -692,6 +693,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}"
     )
+    parser.add_argument(
+        "--eager", action="store_true", help="no compiled peers: minutes, no verdict"
+    )
     parser.add_argument("--points", help="some named memories, with commas between")
     parser.add_argument("--rounds", type=int, help="interleaved rounds, at least 1")
     parser.add_argument("--lengths", help="tokens, ascending, with commas between")
@@ -705,6 +709,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if part not in PARTS:
             parser.error(f"--only must be some of {','.join(PARTS)}, got {part!r}")
     sizes = QUICK if flags.quick else Sizes()
+    sizes = dataclasses.replace(sizes, compiled=not flags.eager)
     if flags.rounds is not None:
         sizes = dataclasses.replace(sizes, rounds=flags.rounds)
     if flags.lengths:

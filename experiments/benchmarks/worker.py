@@ -116,7 +116,12 @@ class _Desk:
         return {"versions": self._module.versions()}
 
     def build(self, name, spec, inputs=None, outputs=None):
-        """Compiles, calls once and writes what came out to `outputs`, an npz file."""
+        """Compiles, calls twice and writes what came out to `outputs`, an npz file.
+
+        Returns the seconds of compiling and of the second call, and that call's peak of
+        resident memory in bytes, None where the system does not count it. What a larger
+        program once took may not have been given back: build smaller ones first.
+        """
         arrays = {}
         if inputs is not None:
             with np.load(inputs) as file:
@@ -125,13 +130,19 @@ class _Desk:
         program, collect = self._module.build(spec, arrays)
         found = program()
         compiled = time.perf_counter() - started
+        _restart_peak()
         started = time.perf_counter()
         found = program()
         called = time.perf_counter() - started
+        peak = _peak()
         if outputs is not None:
             np.savez(outputs, **collect(found))
         self._programs[name] = program
-        return {"compile": max(compiled - called, 1e-3), "call": called}
+        return {
+            "compile": max(compiled - called, 1e-3),
+            "call": called,
+            "peak": peak,
+        }
 
     def measure(self, name, calls):
         program = self._programs[name]
@@ -141,32 +152,27 @@ class _Desk:
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return {"wall": wall / calls, "cpu": cpu / calls}
 
-    def memory(self, name):
-        """The most memory that one call added to what was resident, in bytes."""
-        program = self._programs[name]
-        before = _restart_peak()
-        program()
-        return {"added": None if before is None else max(_status("VmHWM") - before, 1)}
-
     def drop(self):
         self._programs.clear()
         self._module.reset()
         return {}
 
 
-def _restart_peak() -> int | None:
-    """Bytes resident now, from where the peak is counted; None where it cannot be."""
+def _restart_peak() -> None:
+    """Lets the peak be counted from what is resident now."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier calls have freed
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):  # neither glibc nor Linux
+        return
+
+
+def _peak() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
         return None
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    (line,) = (line for line in lines if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 

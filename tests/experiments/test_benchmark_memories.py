@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +48,8 @@ def build(spec, arrays):
 
     return program, lambda y: {"y": y}
 """
-SMALL = memories.dataclasses.replace(
-    memories.QUICK, chunks=(2,), lengths=(4,), rounds=1, points=()
-)
-HERE = memories.dataclasses.replace(SMALL, rows=4, chunks=(4,))  # for four devices
+SMALL = replace(memories.QUICK, chunks=(2,), lengths=(4,), rounds=1, points=())
+HERE = replace(SMALL, rows=4, chunks=(4,))  # for four devices
 
 
 @pytest.fixture
@@ -98,6 +97,13 @@ def test_a_peer_that_agrees_is_timed_and_one_that_fails_is_left_out(fake_peer):
         in report
     )
     assert any(name.startswith("canary beside gated delta rule") for name in found)
+
+
+def test_compiled_peers_can_be_left_out(fake_peer, monkeypatch):
+    monkeypatch.setitem(globals(), "SMALL", replace(SMALL, compiled=False))
+    bench, report = fake_peer("right")
+    assert bench.failed == [] and "compiler" not in report
+    assert any("(eager, C 2)" in w["workload"] for w in bench.found)
 
 
 def test_a_peer_that_disagrees_gets_no_ratio(fake_peer):
@@ -220,7 +226,7 @@ def test_the_peer_computes_the_same(package, tmp_path, monkeypatch, one_core):
     for needed in ("torch", module):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed beside JAX")
-    small = memories.dataclasses.replace(SMALL, chunks=(4,), lengths=(8,), reference=8)
+    small = replace(SMALL, chunks=(4,), lengths=(8,))
     part = {"titans-pytorch": "titans", "transformers": "gated_delta"}[package]
     (placement,) = memories.placements(memories.available_cores(), rows=2)
     with memories.Bench(placement, small, sys.executable, print) as bench:
