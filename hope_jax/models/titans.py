@@ -45,7 +45,8 @@ class TitansConfig:
 
     Attributes:
       memory: the neural memory; its chunk divides `segment`.
-      gates: how the memory's keys and rates are made.
+      gates: how the memory's keys and rates are made. Values have unit norm, which the
+        equations leave free: else long monotonous texts drive the weights far out.
       segment: tokens that attention sees at once in the context variant, which reads
         the memory where the segment begins.
       window: tokens that sliding attention looks back over in the two others.
@@ -56,7 +57,7 @@ class TitansConfig:
     memory: MemoryConfig = MemoryConfig(
         architecture="mlp", bias="l2", retention="decay", rule="momentum", dgd="none"
     )
-    gates: GateConfig = GateConfig()
+    gates: GateConfig = GateConfig(unit_values=True)
     segment: int = 64
     window: int = 64
     persistent: int = 4

@@ -202,7 +202,8 @@ def test_layer_is_its_definition(variant):
     Two persistent vectors are a chunk of the memory, so the text before the text may
     be written as one with it.
     """
-    graphdef, params = build(variant, configured(persistent=2))
+    config = configured(persistent=2, architecture="linear", rule="gd")
+    graphdef, params = build(variant, config)
     x = tokens(11)
 
     def fast(layer, x):
@@ -344,13 +345,17 @@ def test_persistent_tokens_may_be_none(variant):
 @pytest.mark.parametrize("variant", ["gate", "layer"])
 def test_the_memory_reads_the_persistent_tokens_first(variant):
     graphdef, params = build(variant, configured(persistent=3))
-    layer = nnx.merge(graphdef, params)
-    x = jnp.broadcast_to(layer.persistent[...][None], (ROWS, 3, D))
-    _, read = layer.memory(x)
-    start = layer.initial_state(ROWS).memory
-    equal(start.memory.weights, read.memory.weights)
-    equal(start.memory.anchor, read.memory.weights)  # the text begins a chunk
-    equal(start.tails, read.tails)
+
+    @jax.jit
+    def both(params):
+        layer = nnx.merge(graphdef, params)
+        _, read = layer.memory(repeated(layer, ROWS))
+        return layer.initial_state(ROWS).memory, read
+
+    start, read = both(params)
+    close(start.memory.weights, read.memory.weights)
+    close(start.tails, read.tails)
+    equal(start.memory.anchor, start.memory.weights)  # the text begins a chunk
     assert start.position.tolist() == [0, 0]
 
 
@@ -381,6 +386,22 @@ def test_new_values_do_not_compile_again():
         for seed in (0, 1):
             _, state = run(params, tokens(8, seed), state)
         assert run._cache_size() == 1
+
+
+def test_long_monotonous_texts_stay_bounded():
+    """2,048 tokens of nearly one direction at the highest rate, nothing forgotten."""
+    config = configured(chunk=8, segment=16, window=8)
+    layer = MemoryAsGate(D, HEADS, config, jnp.float32, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer, nnx.Param)
+    for gate in ("eta", "alpha"):
+        bias = params["memory"][gate]["up"]["bias"]
+        params["memory"][gate]["up"]["bias"] = jax.tree.map(lambda b: b + 20.0, bias)
+    noise = jax.random.normal(jax.random.key(0), (ROWS, 2048, D))
+    x = 3.0 * noise[:, :1] + 0.3 * noise
+    y, state = jax.jit(lambda x: nnx.merge(graphdef, params)(x))(x)
+    assert np.isfinite(y).all()
+    for weights in state.memory.memory.weights.values():
+        assert np.abs(weights).max() < 10.0
 
 
 @pytest.mark.parametrize(

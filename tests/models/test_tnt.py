@@ -171,8 +171,9 @@ LAYERS = {
             memory=dict(
                 architecture="linear", rule="momentum", retention="decay", dgd="input"
             ),
+            local_chunks=(4,),
             projection="none",
-            rates=(0.3, 0.4, 0.5),
+            rates=(0.3, 0.5),
         ),
     ),
 }
