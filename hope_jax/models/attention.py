@@ -61,15 +61,40 @@ class Attention(nnx.Module):
         if fresh and length <= self.window:
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         else:
-            slots = jnp.arange(-self.window, length, dtype=jnp.int32)
-            age = offsets[:, None] - slots[None]
-            visible = (age >= 0) & (age < self.window)
-            filled = slots[None] + state.position[:, None] >= 0
-            mask = visible[None, None] & filled[:, None, None]
-            y = jax.nn.dot_product_attention(q, keys, values, mask=mask)
+            y = self._slide(q, keys, values, state.position)
 
         y = self.out(y.reshape(rows, length, d_model))
         state = AttentionState(
             keys[:, length:], values[:, length:], state.position + length
         )
         return y, state
+
+    def _slide(self, q, keys, values, position):
+        """Blocks of at most a window of queries, each beside the window before it.
+
+        `keys` and `values` begin a window before `q`.
+        """
+        rows, length = q.shape[:2]
+        block = min(self.window, length)
+        count = -(-length // block)
+
+        def cut(a):  # [B, n, ...] -> [B, N, block, ...]
+            padding = [(0, 0), (0, -a.shape[1] % block), (0, 0), (0, 0)]
+            return jnp.pad(a, padding).reshape(rows, -1, block, *a.shape[2:])
+
+        def near(a):  # [B, W + T, ...] -> [B, N, W + block, ...]
+            if count == 1:
+                return a[:, None]
+            a = cut(a)
+            return jnp.concatenate([a[:, :-1], a[:, 1:]], axis=2)
+
+        slots = jnp.arange(-self.window, block, dtype=jnp.int32)
+        age = jnp.arange(block, dtype=jnp.int32)[:, None] - slots[None]
+        visible = (age >= 0) & (age < self.window)
+        starts = block * jnp.arange(count, dtype=jnp.int32)[None] + position[:, None]
+        filled = slots[None, None] + starts[:, :, None] >= 0
+        mask = visible[None, None] & filled[:, :, None]
+        blocks = (cut(q), near(keys), near(values), mask)
+        q, keys, values, mask = (a.reshape(-1, *a.shape[2:]) for a in blocks)
+        y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
+        return y.reshape(rows, count * block, *y.shape[2:])[:, :length]
