@@ -447,11 +447,8 @@ def _after_persistent(
     at the start of a chunk, about to read token 0."""
     if not persistent.shape[0]:
         return _rows(persistent, rows), mixer.initial_state(rows)
-    config = mixer.config.memory
     y, state = mixer(persistent[None])
-    memory = state.memory
-    if persistent.shape[0] % config.chunk:
-        memory = jax.vmap(jax.vmap(lambda s: commit(s)))(memory)
+    memory = jax.vmap(jax.vmap(commit))(state.memory)
     state = state._replace(memory=memory, position=jnp.zeros_like(state.position))
     return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), (y, state))
 

@@ -351,7 +351,7 @@ class TNT(nnx.Module):
             memories = tuple(
                 _where(
                     position % memory.chunk == 0,
-                    _every(functools.partial(commit, memory))(state),
+                    _every(commit)(state),
                     state,
                 )
                 for memory, state in zip(config.memories, memories, strict=True)
