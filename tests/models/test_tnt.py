@@ -411,11 +411,11 @@ def test_at_the_start_a_memory_outlives_its_chunk():
         ),
         (
             dict(memory=dict(features="elu")),
-            "memory needs features='none' .* got 'elu', 1 and 'none'",
+            "memory needs features='none', .* got 'elu', 1 and 'none'",
         ),
         (
             dict(memory=dict(retention="norm_clamp")),
-            "memory needs features='none' .* got 'none', 1 and 'norm_clamp'",
+            "memory needs features='none', .* got 'none', 1 and 'norm_clamp'",
         ),
         (
             dict(memory=dict(steps=2, chunk=1)),
