@@ -407,7 +407,11 @@ class Bench:
             python = self._python if worker == PEERS else sys.executable
             try:
                 self._workers[worker] = Worker(
-                    MODULES[worker], self.placement.cores, python, environment
+                    MODULES[worker],
+                    self.placement.cores,
+                    python,
+                    environment,
+                    memory=_most_memory() if worker == PEERS else None,
                 )
             except WorkerError as error:
                 if worker != PEERS:
@@ -732,6 +736,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in failed:
         print(f"not timed: {line}")
     return 1 if failed else 0
+
+
+def _most_memory() -> int:
+    """Three quarters of the machine's."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
 
 
 def available_cores() -> list[int]:

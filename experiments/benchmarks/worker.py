@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -37,6 +38,8 @@ class Worker:
       cores: to run on.
       python: the interpreter that has the framework.
       environment: further environment variables.
+      memory: bytes it may allocate, so that it fails by itself before the system ends
+        processes of its own choice; None is no limit.
 
     Raises:
       WorkerError: the module cannot be imported there.
@@ -48,12 +51,16 @@ class Worker:
         cores: Sequence[int],
         python: str = sys.executable,
         environment: Mapping[str, str] | None = None,
+        memory: int | None = None,
     ):
         listed = ",".join(map(str, cores))
         threads = {name: str(len(cores)) for name in _THREADS}
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        command = [python, "-m", __spec__.name, module, f"--cores={listed}"]
+        if memory is not None:
+            command.append(f"--memory={memory}")
         self._process = subprocess.Popen(
-            [python, "-m", __spec__.name, module, f"--cores={listed}"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -180,9 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("module")
     parser.add_argument("--cores", required=True)
+    parser.add_argument("--memory", type=int)
     flags = parser.parse_args(arguments)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, map(int, flags.cores.split(",")))
+    if flags.memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (flags.memory, flags.memory))
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
     desk = None

@@ -214,6 +214,23 @@ def test_a_worker_says_what_it_lacks():
         Worker("nobody_has_this", memories.available_cores()[:1])
 
 
+def test_a_worker_keeps_to_its_memory(tmp_path, monkeypatch):
+    (tmp_path / "greedy.py").write_text(
+        "import numpy as np\n"
+        "versions = dict\n"
+        "def build(spec, arrays):\n"
+        "    return lambda: np.zeros(spec['size']), lambda found: {}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = Worker("greedy", memories.available_cores()[:1], memory=2**30)
+    worker.ask("build", name="small", spec={"size": 2})
+    with pytest.raises(WorkerError, match="MemoryError"):
+        worker.ask("build", name="large", spec={"size": 2**28})
+    assert worker.alive
+    worker.close()
+    assert not worker.alive
+
+
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         memories.main(["--only=gated_delta,ttt"])
