@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hope_jax.core.level import LevelState, unroll
@@ -18,6 +19,7 @@ def memory_scan(
     tokens: Tokens,
     impl: Implementation = "auto",
     remat: bool = True,
+    truncate: int | None = None,
 ) -> tuple[MemoryState, Float[Array, "T V"]]:
     """Lets a memory live through T tokens that begin at a chunk boundary.
 
@@ -29,28 +31,41 @@ def memory_scan(
       impl: `reference` is `unroll`, token by token; `chunk` is parallel inside chunks;
         `auto` is `chunk`.
       remat: recompute a chunk's inside in the backward pass rather than keep it.
+      truncate: tokens, a multiple of the chunk, after which the level above
+        differentiates no further back: every so many, the state becomes a constant.
+        What it started from then learns from the first of these stretches only. None
+        goes back to the start.
 
     Returns:
       The state after the last token, and a read per token.
     """
     if impl not in ("auto", "reference", "chunk"):
         raise ValueError(f"impl must be auto, reference or chunk, got {impl!r}.")
-    if impl == "reference":
-        return _reference(config, state, tokens)
+    if truncate is not None and (truncate < 1 or truncate % config.chunk):
+        raise ValueError(
+            f"truncate ({truncate}) must be a multiple of the chunk ({config.chunk})."
+        )
 
     def whole_chunk(state, chunk):
         # At a chunk's start anchor and weights are one: said so, products are shared.
         state, y = piece(config, commit(state), chunk)
         return commit(state), y
 
-    return scan_chunks(
-        whole_chunk,
-        lambda s, rest: piece(config, s, rest),
-        config.chunk,
-        state,
-        tokens,
-        remat=remat,
-    )
+    def read(state, tokens):
+        if impl == "reference":
+            return _reference(config, state, tokens)
+        rest = lambda s, rest: piece(config, s, rest)  # noqa: E731
+        return scan_chunks(whole_chunk, rest, config.chunk, state, tokens, remat=remat)
+
+    if truncate is None or truncate >= tokens.k.shape[0]:
+        return read(state, tokens)
+
+    first = jax.tree.map(lambda x: x[:truncate], tokens)
+    later = jax.tree.map(lambda x: x[truncate:], tokens)
+    stretch = lambda s, t: read(jax.lax.stop_gradient(s), t)  # noqa: E731
+    state, y = read(state, first)
+    state, more = scan_chunks(stretch, stretch, truncate, state, later)
+    return state, jnp.concatenate([y, more])
 
 
 def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
@@ -78,7 +93,7 @@ def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
         outputs.append(y)
     if len(outputs) == 1:
         return carry, outputs[0]
-    return carry, jax.tree.map(lambda *ys: jax.numpy.concatenate(ys), *outputs)
+    return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
 
 
 def _reference(config, state, tokens):
@@ -92,7 +107,7 @@ def _reference(config, state, tokens):
         opt,
         state.anchor if level.clock.anchor > 1 else None,
         None,
-        jax.numpy.zeros((), jax.numpy.int32),
+        jnp.zeros((), jnp.int32),
     )
     after, y = unroll(level, before, level_context(config, tokens, state.recent))
     anchor = state.anchor

@@ -9,7 +9,6 @@ The layer around the memory (convolutions, norms, output gate) is one for all po
 `models.memory_mixer`; where a paper's layer differs, that is not reproduced here.
 """
 
-import dataclasses
 import difflib
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -294,12 +293,15 @@ def titans(chunk: int = 64) -> Point:
 def moneta(chunk: int = 16) -> Point:
     """`Aₜ = αₜ Aₜ₋₁ − ηₜ ∇‖M_ξ(kₜ) − vₜ‖₃³`, `Wₜ = Aₜ / ‖Aₜ‖₄²`. Anchored.
 
-    arXiv:2504.13173, equations 24 and 25.
+    arXiv:2504.13173, equations 24 and 25. A larger A is a smaller W, whose gradient
+    through the norm is larger in turn: a step is as large, beside A, whatever A is, and
+    a tenth of the usual rate keeps the memory from chaos.
     """
     return Point(
         "Moneta",
         "arXiv:2504.13173",
         _deep(chunk, bias="lp", power=3.0, retention="lq", retention_power=4.0),
+        GateConfig(rate_bound=0.1 / chunk),
     )
 
 
@@ -351,7 +353,7 @@ def deep_transformer(chunk: int = 16) -> Point:
 def omega_net(chunk: int = 16) -> Point:
     """`Wₜ = αₜ Wₜ₋₁ − ηₜ Σ ωₜᵢ ∇½‖M_ξ(φ(kᵢ)) − vᵢ‖²`, i the last 4. Anchored.
 
-    Equations 8 to 11 of ATLAS, arXiv:2505.23735; φ polynomial with learned coefficients.
+    Equations 8 to 11 of ATLAS, arXiv:2505.23735; φ polynomial, coefficients learned.
     """
     return Point(
         "OmegaNet",
@@ -447,12 +449,11 @@ def get(name: str, chunk: int | None = None) -> Point:
         raise ValueError(
             f"no memory is named {name!r}; there are {', '.join(POINTS)}.{hint}"
         )
-    point = POINTS[name]()
     if chunk is None:
-        return point
-    if point.memory is None:
+        return POINTS[name]()
+    if POINTS[name]().memory is None:
         raise ValueError(f"chunk ({chunk}) does not apply to {name}, which has none.")
-    return point._replace(memory=dataclasses.replace(point.memory, chunk=chunk))
+    return POINTS[name](chunk)
 
 
 def choices(memory: MemoryConfig) -> tuple[str, str, str, str]:

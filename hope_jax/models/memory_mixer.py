@@ -14,7 +14,7 @@ memory then does is `memory_level(config.memory, width)`, token by token.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
-from hope_jax.kernels.select import memory_scan
+from hope_jax.kernels.select import Implementation, memory_scan
 from hope_jax.memory import features
 from hope_jax.memory.compose import (
     PROJECTIONS,
@@ -56,12 +56,18 @@ class MemoryMixerConfig:
       gates: where its keys, rates and retentions come from.
       conv: width of the causal convolutions after k, v and q; 1 sees no other token.
       rank: of the projections that make channel-wise gates.
+      impl: of `memory_scan`: `reference` reads token by token what `chunk` reads in
+        parallel; `auto` chooses.
+      truncate: tokens after which the outer gradient goes no further back through the
+        memory, a multiple of its chunk; None goes back to the start.
     """
 
     memory: MemoryConfig = MemoryConfig()
     gates: GateConfig = GateConfig()
     conv: int = 4
     rank: int = 32
+    impl: Implementation = "auto"
+    truncate: int | None = None
 
     def __post_init__(self):
         for name in ("conv", "rank"):
@@ -69,6 +75,18 @@ class MemoryMixerConfig:
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}."
                 )
+        if self.impl not in get_args(Implementation):
+            raise ValueError(
+                f"impl must be one of {', '.join(get_args(Implementation))}, got "
+                f"{self.impl!r}."
+            )
+        if self.truncate is not None and (
+            self.truncate < 1 or self.truncate % self.memory.chunk
+        ):
+            raise ValueError(
+                f"truncate ({self.truncate}) must be a multiple of memory.chunk "
+                f"({self.memory.chunk})."
+            )
         for refused, reason in _conflicts(self.memory, self.gates):
             if refused:
                 raise ValueError(reason)
@@ -303,7 +321,13 @@ class MemoryMixer(nnx.Module):
         if not learn:
             memory, y = self._only_read(state.memory, tokens.q, state.position)
         elif aligned or self._chunk_is_free:
-            run = lambda s, t: memory_scan(self.config.memory, s, t)  # noqa: E731
+            run = lambda s, t: memory_scan(  # noqa: E731
+                self.config.memory,
+                s,
+                t,
+                impl=self.config.impl,
+                truncate=self.config.truncate,
+            )
             memory, y = _every(run)(state.memory, tokens)
         else:
             memory, y = self._live(state.memory, tokens, state.position)

@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hope_jax.core.level import begin, unroll
-from hope_jax.memory import architecture, bias, rule
+from hope_jax.kernels.chunk import begin_memory
+from hope_jax.kernels.select import memory_scan
+from hope_jax.memory import architecture, bias, named, rule
 from hope_jax.memory.compose import (
     MemoryConfig,
     Tokens,
@@ -207,26 +210,129 @@ def test_half_life():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (
-            dict(architecture="cnn"),
-            "architecture must be one of linear, mlp, got 'cnn'",
-        ),
-        (dict(bias="l1"), "bias must be one of dot, l2, got 'l1'"),
+        (dict(architecture="cnn"), "architecture must be one of vector, .* got 'cnn'"),
+        (dict(features="rff"), "features must be one of none, .* got 'rff'"),
         (dict(dgd="hidden"), "dgd must be one of both, input, none, got 'hidden'"),
-        (dict(retention="drop"), "retention must be one of decay, none, got 'drop'"),
+        (dict(recall="now"), "recall must be one of before, after, got 'now'"),
+        (dict(retention="drop"), "retention must be one of none, .* got 'drop'"),
         (dict(gradient="true"), "gradient must be one of anchored, exact, got 'true'"),
         (dict(read="now"), "read must be one of post, pre, anchor, got 'now'"),
         (dict(activation="relu"), "activation must be one of gelu, silu, tanh, got"),
         (dict(chunk=0), "chunk must be at least 1, got 0"),
         (dict(expansion=0), "expansion must be at least 1, got 0"),
-        (dict(gradient="exact"), "gradient='exact' needs architecture='linear', got"),
-        (
-            dict(architecture="linear", gradient="exact", read="anchor"),
-            "read='anchor' needs gradient='anchored'",
-        ),
     ],
     ids=str,
 )
 def test_memories_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         MemoryConfig(**options)
+
+
+EXACT = dict(architecture="linear", gradient="exact", rule="gd", dgd="none")
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        (dict(architecture="vector", features="polynomial"), "features='polynomial'"),
+        (dict(architecture="vector", norm=True), "norm=True needs a matrix"),
+        (dict(gradient="exact"), "gradient='exact' needs architecture"),
+        (EXACT | dict(bias="huber"), "linear in the memory.*bias='huber'"),
+        (EXACT | dict(norm=True), "linear in the memory.*norm=True"),
+        (EXACT | dict(window=2), "linear in the memory.*window=2"),
+        (EXACT | dict(read="anchor"), "read='anchor' needs gradient='anchored'"),
+        (EXACT | dict(rule="adam"), "needs rule 'gd', .* got 'adam'"),
+        (EXACT | dict(retention="kl"), "retention='kl' is not linear"),
+        (EXACT | dict(retention="elastic_net"), "retention='elastic_net' is not"),
+        (dict(retention="channel"), "retention='channel' decays each key channel"),
+        (EXACT | dict(retention="channel", rule="momentum"), "rule 'gd' or 'implicit'"),
+        (EXACT | dict(retention="oja"), "retention='oja' .* got 'linear', 'l2'"),
+        (EXACT | dict(retention="oja", bias="dot", read="pre"), "'exact', 'pre'"),
+        (EXACT | dict(rule="newton", bias="dot"), "rule='newton' solves a ridge"),
+        (EXACT | dict(rule="newton", retention="channel"), "retention='channel'"),
+        (dict(window=2), "erases along one token's key.* window=2"),
+        (dict(retention="lq"), "erases along one token's key.* retention='lq'"),
+        (dict(window=2, dgd="none", rule="implicit"), "one pair at a time"),
+        (
+            EXACT | dict(retention="channel", dgd="both", recall="after"),
+            "transition of rank two",
+        ),
+        (dict(recall="after", dgd="none"), "recall='after' is about a delta term"),
+        (dict(recall="after", retention="none"), "got dgd='both', retention='none'"),
+        (dict(steps=2), "steps=2 needs window=1.* chunk=16"),
+        (dict(power=0.5), "power must be at least 1, got 0.5"),
+        (dict(threshold=0.0), "threshold must be positive, got 0.0"),
+        (dict(retention_power=2.0), "retention_power must be above 2"),
+        (dict(depth=1), "depth must be at least 2, got 1"),
+        (dict(rule="sgdm"), "rule must be one of gd, .* got 'sgdm'"),
+        (dict(rule="optax.adamm"), "adam"),
+        (dict(bias="l1"), "bias must be one of dot, .* got 'l1'"),
+    ],
+    ids=str,
+)
+def test_what_means_nothing_is_refused_with_the_reason(choices, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryConfig(**choices)
+
+
+def test_any_optax_transformation_is_a_rule():
+    """As an object it stands for the whole flow; by name its step is times eta."""
+    some = tokens(K, [0.0, 1.0])
+    by_name = MemoryConfig(**PLAIN | dict(gradient="anchored", rule="optax.sgd"))
+    named_level = memory_level(by_name, 2)
+    plain = memory_level(MemoryConfig(**PLAIN), 2, flow=optax.sgd(0.5))
+    start = jnp.eye(2)
+    for level in (named_level, plain):
+        end, _ = unroll(level, begin(level, {"w": start}), some)
+        close(end.params["w"], [[3.0, 1.0], [2.0, 3.0]])
+
+
+def test_a_plain_rule_repeats_its_step():
+    """Two steps of half the way leave a quarter of the error; retention acts once."""
+    config = MemoryConfig(**PLAIN | dict(bias="l2", retention="decay", steps=2))
+    some = tokens(K, eta=0.5, alpha=0.5)
+    start = begin_memory(config, {"w": jnp.zeros((2, 2))})
+    state, _ = memory_scan(config, start, some)
+    close(state.weights["w"], [[1.5, 0.0], [3.0, 0.0]])
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunk"])
+def test_truncation_stops_the_outer_gradient(impl):
+    """Reads beyond the first stretch no longer depend on the start; values stay."""
+    config = MemoryConfig(**PLAIN | dict(bias="l2", chunk=2))
+    some = tokens(*[K, [0.6, 0.8]] * 4)
+
+    def read(w, truncate):
+        state = begin_memory(config, {"w": w})
+        return memory_scan(config, state, some, impl=impl, truncate=truncate)[1]
+
+    whole, cut = (read(jnp.eye(2), truncate) for truncate in (None, 4))
+    close(cut, whole)
+
+    def slope(at, truncate):
+        return jax.grad(lambda w: jnp.sum(read(w, truncate)[at]))(jnp.eye(2))
+
+    for at in (0, 3):
+        close(slope(at, 4), slope(at, None))
+    for at in (4, 7):
+        assert np.any(slope(at, None) != 0.0)
+        close(slope(at, 4), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"truncate \(3\) must be a multiple"):
+        read(jnp.eye(2), 3)
+
+
+@pytest.mark.parametrize("name", named.POINTS)
+def test_a_point_says_its_recurrence_its_chunk_and_its_source(name):
+    point, text = named.get(name), named.POINTS[name].__doc__
+    assert "`" in text.splitlines()[0]
+    if point.memory is not None:
+        assert f"{point.chunk.capitalize()}." in text.split("\n\n")[0]
+        assert point.source in text
+
+
+def test_a_point_takes_another_chunk_and_an_unknown_one_is_refused():
+    assert named.get("titans", chunk=8).memory.chunk == 8
+    with pytest.raises(ValueError, match="Did you mean 'titans'"):
+        named.get("titan")
+    with pytest.raises(ValueError, match=r"chunk \(8\) does not apply"):
+        named.get("softmax_attention", chunk=8)
