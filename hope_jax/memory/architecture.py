@@ -129,8 +129,7 @@ def mlp(
       activation: σ.
       depth: matrices in a row, `W1 σ(W2 σ(... W_depth x))`.
       gated: `x + W1 (σ(W2 x) ⊙ W3 x)` (ATLAS++, arXiv:2505.23735, equation 43).
-      norm: `x + LN(...)`, as in TTT and MIRAS; LN without a gain, which the layer's
-        output norm has.
+      norm: `x + LN(...)`, as in TTT and MIRAS, with the LN of `normalise`.
       key_width: width of keys where a feature map has widened them.
       skip: the part of a key, `[V]`, that reaches the output unchanged.
     """
@@ -170,7 +169,14 @@ def mlp(
     return Architecture(init, forward, first)
 
 
-def normalise(x: Float[Array, "*B V"], epsilon: float = 1e-5) -> Float[Array, "*B V"]:
-    """Layer normalisation without gain."""
+def normalise(x: Float[Array, "*B V"], epsilon: float = 0.1) -> Float[Array, "*B V"]:
+    """Layer normalisation to unit length, of what is not much shorter than that.
+
+    TTT and MIRAS have a gain where this has `1 / √V`: keys and values of a memory have
+    unit length, and an output √V times as long could never meet its value. Nor is an
+    output shorter than `√epsilon` stretched: a memory that decay has made small would
+    move by as much as it is long at every token, and small differences would grow until
+    neither its reads nor their gradients mean anything.
+    """
     x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + epsilon)

@@ -48,6 +48,9 @@ def _matrix(chunk, **choices) -> MemoryConfig:
     return MemoryConfig(**plain | choices, gradient="exact", chunk=chunk)
 
 
+_UNIT = GateConfig(unit_values=True)  # as long as what a normed memory can answer
+
+
 def _deep(chunk, **choices) -> MemoryConfig:
     plain = dict(architecture="mlp", norm=True, rule="gd", dgd="none")
     return MemoryConfig(**plain | choices, gradient="anchored", chunk=chunk)
@@ -248,7 +251,7 @@ def mesa(chunk: int = 32) -> Point:
 def ttt_linear(chunk: int = 16) -> Point:
     """`M(k) = k + LN(W k)`, `Wₜ = Wₜ₋₁ − ηₜ ∇½‖M(kₜ) − vₜ‖²` at W_ξ. Anchored.
 
-    arXiv:2407.04620, without the gain of its LN, and its loss halved.
+    arXiv:2407.04620, its LN of unit length (`architecture.normalise`), its loss halved.
     """
     memory = MemoryConfig(
         architecture="linear",
@@ -270,7 +273,7 @@ def ttt_mlp(chunk: int = 16) -> Point:
         "TTT-MLP",
         "arXiv:2407.04620",
         _deep(chunk, retention="none"),
-        GateConfig(retention="one"),
+        GateConfig(retention="one", unit_values=True),
     )
 
 
@@ -301,7 +304,7 @@ def moneta(chunk: int = 16) -> Point:
         "Moneta",
         "arXiv:2504.13173",
         _deep(chunk, bias="lp", power=3.0, retention="lq", retention_power=4.0),
-        GateConfig(rate_bound=0.1 / chunk),
+        GateConfig(rate_bound=0.1 / chunk, unit_values=True),
     )
 
 
@@ -315,7 +318,7 @@ def yaad(chunk: int = 16) -> Point:
         "Yaad",
         "arXiv:2504.13173",
         _deep(chunk, bias="huber_switched"),
-        GateConfig(threshold="token"),
+        GateConfig(threshold="token", unit_values=True),
     )
 
 
@@ -324,7 +327,7 @@ def memora(chunk: int = 16) -> Point:
 
     arXiv:2504.13173, equation 27: the entropy keeps each row on a simplex.
     """
-    return Point("Memora", "arXiv:2504.13173", _deep(chunk, retention="kl"))
+    return Point("Memora", "arXiv:2504.13173", _deep(chunk, retention="kl"), _UNIT)
 
 
 # ATLAS
@@ -335,7 +338,7 @@ def dla(chunk: int = 16) -> Point:
 
     Deep linear attention, equation 19 of ATLAS, arXiv:2505.23735.
     """
-    return Point("DLA", "arXiv:2505.23735", _deep(chunk, bias="dot"))
+    return Point("DLA", "arXiv:2505.23735", _deep(chunk, bias="dot"), _UNIT)
 
 
 def deep_transformer(chunk: int = 16) -> Point:
@@ -347,6 +350,7 @@ def deep_transformer(chunk: int = 16) -> Point:
         "DeepTransformer",
         "arXiv:2505.23735",
         _deep(chunk, bias="dot", features="exponential"),
+        _UNIT,
     )
 
 
@@ -359,6 +363,7 @@ def omega_net(chunk: int = 16) -> Point:
         "OmegaNet",
         "arXiv:2505.23735",
         _deep(chunk, features="polynomial", window=4),
+        _UNIT,
     )
 
 
@@ -371,6 +376,7 @@ def dot(chunk: int = 16) -> Point:
         "Dot",
         "arXiv:2505.23735",
         _deep(chunk, features="exponential", window=4),
+        _UNIT,
     )
 
 
@@ -384,6 +390,7 @@ def atlas(chunk: int = 16) -> Point:
         "ATLAS",
         "arXiv:2505.23735",
         _deep(chunk, features="polynomial", window=4, rule="muon"),
+        _UNIT,
     )
 
 
