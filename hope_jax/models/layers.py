@@ -1,11 +1,14 @@
 """The parts that blocks share: convolution, SwiGLU, rotary positions."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from hope_jax.optim import capture
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
 _LONGEST_HALF_LIFE = 16  # chunks, of the head that forgets most slowly at the start
@@ -26,12 +29,25 @@ def first_half_lives(chunk: int, heads: int) -> Float[Array, " H"]:
     return 2.0 * chunk * chunks
 
 
+class Dense(nnx.Linear):
+    """`nnx.Linear` whose inputs can be captured (`hope_jax.optim.capture`)."""
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        kernel = self.kernel[...]
+        if not isinstance(kernel, capture.Captured):
+            return super().__call__(x)
+        x, weight, bias = self.promote_dtype(
+            (x, kernel.weight, None if self.bias is None else self.bias[...]),
+            dtype=self.dtype,
+        )
+        y = capture.dot(x, dataclasses.replace(kernel, weight=weight))
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
 def dense(d_in: int, d_out: int, dtype, rngs: nnx.Rngs, scale: float = 1.0):
     """A projection without bias, `scale / sqrt(d_in)` at the start."""
     init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
-    return nnx.Linear(
-        d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs
-    )
+    return Dense(d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 class CausalConv(nnx.Module):

@@ -1,11 +1,14 @@
 """Delta gradient descent: gradient descent that looks at what the weights say now."""
 
+import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
+
+from hope_jax.optim.capture import full_precision
 
 
 class DGDState(NamedTuple):
@@ -30,20 +33,34 @@ def dgd(
     loss the rule stores a fraction of the value (half of it for ½‖Wx − v‖²); with the
     dot-product loss −⟨Wx, v⟩ it is the delta rule.
 
+    A matrix that multiplied many inputs x₁ ... x_N, as one of a network does, has all
+    of them in the objective, and their Gram matrix A = Σ xₜ xₜᵀ is all that is needed:
+
+        Wₜ₊₁ = α Wₜ − ηₜ (α Wₜ A + ∇W) (I + ηₜ A)⁻¹,   ∇W = Σ ∇yₜL xₜᵀ
+
+    For one input this is the rule above; for any number it cannot blow up.
+
     `update` takes, besides the gradients, the parameters and the argument `inputs`: a
-    pytree like the parameters that holds the vector xₜ each matrix was multiplied with,
-    and None for leaves that multiply none; those take plain gradient steps. A matrix
-    with leading (batch) axes needs an input with the same ones.
+    pytree like the parameters that holds, for each matrix, either the vector xₜ it was
+    multiplied with or the matrix A; and None for leaves that multiply nothing, which
+    take plain gradient steps. A matrix with leading (batch) axes needs inputs with the
+    same ones. `hope_jax.optim.capture.dgd_gradients` gives gradients and inputs of a
+    network; a `Level` gives its own when its `inputs` is set.
+
+    Sums are taken in float32 at least; updates have the gradients' type. An update is
+    linear in (weights, gradients): a larger loss alone moves further, proportionally,
+    while what is forgotten depends on the inputs only.
 
     Args:
       learning_rate: η, a number or a schedule.
       explicit: take one gradient step on the objective instead of solving it,
-        W (α I − η x xᵀ) − η ∇yL xᵀ, the form used inside Hope (equation 88). It is
-        stable only where |α − η‖x‖²| ≤ 1.
+        W (α I − η A) − η ∇W, the form used inside Hope (equation 88). It is stable only
+        where |α − η λ| ≤ 1 for the eigenvalues λ of A (‖x‖² of one input).
       retention: α, how much of the weights is kept at each step, in [0, 1]. Leaves
         without inputs keep everything.
       input_axis: the axis of a matrix along which it multiplies its input: -1 for
-        y = W x (this repository's memories), -2 for y = x W (Flax kernels).
+        y = W x (this repository's memories), -2 for y = x W (Flax kernels). Under
+        `optax.inject_hyperparams` it must be one of `static_args`.
 
     Raises:
       ValueError: when `params` or `inputs` is missing, or an input does not fit its
@@ -55,7 +72,8 @@ def dgd(
     >>> (w + step).tolist()  # half the way to v, for η = 1 and |x| = 1
     [[2.0, 0.0]]
     """
-    if not 0.0 <= retention <= 1.0:
+    known = isinstance(retention, numbers.Real)  # not so where it is injected
+    if known and not 0.0 <= retention <= 1.0:
         raise ValueError(
             f"retention is the part of the weights that is kept, in [0, 1]; got "
             f"{retention}."
@@ -70,26 +88,42 @@ def dgd(
         return DGDState(jnp.zeros((), jnp.int32))
 
     def move(gradient, weight, x, rate):
-        rate = jnp.asarray(rate, gradient.dtype)
+        if isinstance(gradient, optax.MaskedNode):
+            return gradient
+        dtype = full_precision(gradient.dtype)
+        rate = jnp.asarray(rate, dtype)
+        g = gradient.astype(dtype)
         if x is None:
-            return -rate * gradient
-        g, w = gradient, weight
+            return (-rate * g).astype(gradient.dtype)
+        w, x, kept = (
+            weight.astype(dtype),
+            x.astype(dtype),
+            jnp.asarray(retention, dtype),
+        )
         if input_axis == -2:
             g, w = g.mT, w.mT
-        if w.ndim < 2 or x.shape != w.shape[:-2] + w.shape[-1:]:
+        vector = w.ndim >= 2 and x.shape == w.shape[:-2] + w.shape[-1:]
+        if not vector and x.shape != w.shape[:-2] + w.shape[-1:] * 2:
             raise ValueError(
                 f"inputs has shape {x.shape} for a matrix of shape {weight.shape} with "
-                f"input_axis {input_axis}: it must be one vector of that axis's "
-                "length, with the matrix's leading axes if it has any."
+                f"input_axis {input_axis}: it must be one vector of that axis's length "
+                "or the square matrix of several, with the matrix's leading axes if it "
+                "has any."
             )
-        said = jnp.einsum("...oi,...i,...j->...oj", w, x, x)  # (W x) xᵀ
-        if explicit:
-            update = (retention - 1.0) * w - rate * (said + g)
+        if vector:
+            said = jnp.einsum("...oi,...i,...j->...oj", w, x, x)  # (W x) xᵀ
         else:
+            said = w @ x
+        if explicit:
+            update = (kept - 1.0) * w - rate * (said + g)
+        elif vector:
             norm = jnp.sum(x**2, axis=-1)[..., None, None]
-            step = rate / (1.0 + rate * norm)
-            update = (retention - 1.0) * w - step * (retention * said + g)
-        return update.mT if input_axis == -2 else update
+            update = (kept - 1.0) * w - rate / (1.0 + rate * norm) * (kept * said + g)
+        else:
+            update = (kept - 1.0) * w - rate * _shrink(kept * said + g, rate * x)
+        if input_axis == -2:
+            update = update.mT
+        return update.astype(gradient.dtype)
 
     def update(updates, state, params=None, *, inputs=None, **extra):
         del extra
@@ -99,10 +133,14 @@ def dgd(
             raise ValueError(
                 "dgd needs `inputs`, the vector each matrix multiplied (None for "
                 "leaves that multiply none): update(grads, state, params, inputs=...). "
-                "A Level gives them when its `inputs` is set."
+                "A Level gives them when its `inputs` is set; those of a network come "
+                "from hope_jax.optim.capture.dgd_gradients."
             )
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        leaves, structure = jax.tree.flatten(updates)
+        # Inputs are not masked when `optax.masked` and `partition` mask the rest.
+        leaves, structure = jax.tree.flatten(
+            updates, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode)
+        )
         weights = structure.flatten_up_to(params)
         vectors = structure.flatten_up_to(inputs)
         moved = [
@@ -112,3 +150,18 @@ def dgd(
         return structure.unflatten(moved), DGDState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _shrink(
+    right: Float[Array, "*batch R C"], square: Float[Array, "*batch C C"]
+) -> Float[Array, "*batch R C"]:
+    """right (I + square)⁻¹, for a square that is positive up to rounding."""
+    # Rounding may leave eigenvalues as low as -ε times the largest.
+    rounding = jnp.finfo(square.dtype).eps * jnp.trace(square, axis1=-2, axis2=-1)
+    eye = jnp.eye(square.shape[-1], dtype=square.dtype)
+    eye = eye.reshape((1,) * (square.ndim - 2) + eye.shape)
+    lower = jnp.linalg.cholesky(square + (1.0 + rounding)[..., None, None] * eye)
+    half = jax.lax.linalg.triangular_solve(lower, right.mT, left_side=True, lower=True)
+    return jax.lax.linalg.triangular_solve(
+        lower, half, left_side=True, lower=True, transpose_a=True
+    ).mT
