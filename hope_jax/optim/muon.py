@@ -58,8 +58,13 @@ def orthogonalise_tree(
     (True, 0.0)
     """
     check_matrices(tree)
-    if dtype is None and jax.default_backend() != "cpu":
+    on_cpu = jax.default_backend() == "cpu"
+    if dtype is None and not on_cpu:
         dtype = jnp.bfloat16
+
+    def factor_of(batch):
+        return orthogonalise(batch, steps, dtype=dtype)
+
     leaves, structure = jax.tree.flatten(tree)
     batches = collections.defaultdict(list)
     for place, leaf in enumerate(leaves):
@@ -74,7 +79,10 @@ def orthogonalise_tree(
             batch = jax.lax.with_sharding_constraint(
                 batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             )
-        batch = orthogonalise(batch, steps, dtype=dtype)
+        if on_cpu and mesh is None:  # one after another they stay in its caches
+            batch = jax.lax.map(factor_of, batch)
+        else:
+            batch = factor_of(batch)
         start = 0
         for place, part in zip(places, lying, strict=True):
             leaf, end = leaves[place], start + len(part)
