@@ -406,7 +406,10 @@ def softmax_attention() -> Point:
 
 
 def sliding_window() -> Point:
-    """The same over the last keys only: equation 63 of arXiv:2512.24695."""
+    """`argmin_z Σᵢ exp(q·kᵢ) ‖vᵢ − z‖²` over the last keys only.
+
+    Equation 63 of arXiv:2512.24695.
+    """
     return Point("Sliding-window attention", "arXiv:2004.05150", None)
 
 
