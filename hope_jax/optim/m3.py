@@ -84,7 +84,8 @@ def scale_by_m3(
     degree -1: a loss ten times as large makes steps a tenth as long.
 
     In `adamuon` V is of all of O, not of the first factor alone: where gradients stop,
-    the fast memory fades first, and O would be divided by next to nothing.
+    the fast memory fades first, O would be divided by next to nothing, and a row of a
+    matrix that gets no more gradients would be thousands of times all others.
 
     Args:
       periods: steps between two moves of each scale's memory, the first of them 1. One

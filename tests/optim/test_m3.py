@@ -253,8 +253,8 @@ def test_finite_at_any_scale_and_type(key, variant, dtype):
 
 def test_a_row_that_gets_no_more_gradients_does_not_take_over(key):
     """V of the first factor alone would divide the slow one by next to nothing."""
-    rule = scale_by_m3(periods=(1, 10), alpha=0.5)
-    gradients = np.array(jax.random.normal(key, (150, 6, 8)))
+    rule = scale_by_m3(periods=(1, 20), alpha=0.5, decays=(0.8, 0.9), beta2=0.8)
+    gradients = np.array(jax.random.normal(key, (400, 6, 8)))
     gradients[30:, 0] = 0.0
 
     def step(state, gradient):
@@ -262,7 +262,7 @@ def test_a_row_that_gets_no_more_gradients_does_not_take_over(key):
         return state, jnp.sqrt(jnp.mean(update**2, axis=-1))
 
     _, rows = jax.lax.scan(step, rule.init(gradients[0]), gradients)
-    assert (rows[:, 0] < 2 * rows[:, 1:].mean(-1)).all()
+    assert (rows[:, 0] < 3 * rows[:, 1:].mean(-1)).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -72,6 +72,13 @@ def test_singular_values_are_in_the_band_at_any_scale(key, dtype, slack, scale):
     assert 0.68 - slack <= values.min() and values.max() <= 1.21 + slack
 
 
+def test_each_matrix_of_a_stack_has_its_own_scale(key):
+    x = jax.random.normal(key, (4, 8))
+    stack = jnp.stack([1e-30 * x, x, 1e30 * x])
+    for factor in orthogonalise_tree(stack):
+        np.testing.assert_allclose(factor, orthogonalise(x), atol=1e-4)
+
+
 def test_zero_stays_zero_beside_others():
     x = jnp.stack([jnp.zeros((3, 4)), jnp.ones((3, 4))])
     y = orthogonalise_tree(x)
