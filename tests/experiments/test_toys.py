@@ -1,0 +1,91 @@
+"""The toys, end to end at their smallest scale, and what their numbers mean."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+from experiments import fig4_toy, orthogonal_tasks
+from hope_jax.train.metrics import read_result
+
+
+@pytest.fixture(autouse=True)
+def _as_a_program():
+    """Optax raises floats to whole powers, which our tests' strict types forbid."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.parametrize("toy", [fig4_toy, orthogonal_tasks])
+def test_a_smoke_run_writes_a_table_a_picture_and_a_result(
+    toy, tmp_path, capsys, monkeypatch
+):
+    few = {name: toy.RULES[name] for name in list(toy.RULES)[:5]}  # of ten: compiling
+    monkeypatch.setattr(toy, "RULES", few)
+    numbers = toy.main(["--scale=smoke", f"--out={tmp_path}"])
+    said = capsys.readouterr().out
+    for name in toy.RULES:
+        assert re.search(rf"^\| {name} \|", said, re.MULTILINE), name
+    image = matplotlib.image.imread(tmp_path / f"{toy.NAME}.png")
+    assert min(image.shape[:2]) > 300 and image[..., :3].std() > 0.01
+    (file,) = (tmp_path / toy.NAME).glob("*.json")
+    result = read_result(file)
+    assert result["metrics"] == numbers and result["scale"] == "smoke"
+    assert result["experiment"] == toy.NAME
+    assert json.dumps(result["config"])  # says what was searched
+    for name in toy.RULES:
+        assert any(key.startswith(f"{name}_") for key in numbers)
+
+
+def test_arrival_is_the_step_from_which_on_all_is_well():
+    values = np.array([[9, 0.1, 9, 0.1, 0.2], [0, 0, 0, 0, 0], [0, 0, 0, 0, 9]])
+    np.testing.assert_array_equal(fig4_toy.arrival(values, 1.0), [4, 1, np.inf])
+    assert fig4_toy.arrival(np.array([0.1, np.nan]), 1.0) == np.inf
+
+
+def test_a_search_finds_the_best_rate_of_each_rule():
+    settings = fig4_toy.SETTINGS["smoke"]
+    found = fig4_toy.search(settings)
+    cell, start = jnp.array(found.cells[0]), jnp.array(settings.start)
+    rates = np.geomspace(settings.low, settings.high, settings.rates, dtype=np.float32)
+    for name in fig4_toy.CLAIM:
+
+        @jax.jit
+        def values(rate, rule=fig4_toy.RULES[name]):
+            points = fig4_toy.path(rule(rate), cell, start, settings.steps)
+            return jax.vmap(lambda at: fig4_toy.psi(at, cell))(points)
+
+        steps = [fig4_toy.arrival(values(r), settings.tolerance) for r in rates]
+        assert found.steps[name][0] == min(steps) < np.inf
+        assert found.rates[name][0] == rates[np.argmin(steps)]
+
+
+def test_measures_by_hand():
+    stream = orthogonal_tasks.Stream(
+        errors=jnp.array([[[0.1, 0.9], [0.5, 0.2]]]),  # after task 1, after task 2
+        old=jnp.array([[1.0, 4.0]]),
+        gradient=jnp.array([[0.0, 0.0]]),
+    )
+    found = orthogonal_tasks.measures(stream)
+    expected = dict(final=0.35, learned=0.15, forgotten=0.4, old=0.25, gradient=0.0)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], [value], rtol=1e-6, err_msg=name)
+
+
+def test_without_a_leak_gradient_descent_forgets_nothing(key):
+    settings = orthogonal_tasks.Settings(tasks=2, rank=2, width=6, outputs=2, steps=60)
+    runs = {
+        leak: orthogonal_tasks.live(optax.sgd(0.1), settings, leak, key)
+        for leak in (0.0, 0.5)
+    }
+    after, old = runs[0.0].errors, runs[0.0].old
+    np.testing.assert_allclose(after[1, 0], after[0, 0], atol=1e-5)
+    assert after[0, 0] < 1e-3 and old[0] < 1e-6 * old[1] and old[1] > 0
+    leaking = runs[0.5]
+    assert leaking.errors[1, 0] > leaking.errors[0, 0] + 0.05
+    assert leaking.gradient[0] > 1e-3 * leaking.gradient[1]
