@@ -173,26 +173,21 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e20])
-def test_updates_are_finite(name, scale):
+def test_they_are_finite_and_learn_and_compile_once(name):
     rule = RULES[name]()
-    g = jax.tree.map(lambda leaf: scale * leaf, params())
-    state = rule.init(params())
     step = jax.jit(rule.update)
-    for _ in range(3):
-        update, state = step(g, state, params())
-        finite = (update, state.memory)
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(finite))
-    if scale == 0.0:
-        close(update, jax.tree.map(jnp.zeros_like, params()))
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_they_learn_and_compile_once(name):
-    rule = RULES[name]()
+    for scale in (1e-20, 1e20, 0.0):
+        g = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params())
+        state = rule.init(params())
+        for _ in range(3):
+            update, state = step(g, state, params())
+            assert all(
+                np.isfinite(leaf).all()
+                for leaf in jax.tree.leaves((update, state.memory))
+            )
+    close(update, jax.tree.map(jnp.zeros_like, params()))
     at = params()
     state = rule.init(at)
-    step = jax.jit(rule.update)
     for _ in range(100):
         update, state = step(at, state, at)
         at = optax.apply_updates(at, update)

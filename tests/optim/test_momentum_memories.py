@@ -490,31 +490,24 @@ def test_ggd_refuses_what_it_cannot_do(key):
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e20])
-def test_updates_are_finite(name, scale):
+def test_they_are_finite_and_learn_and_compile_once(name):
     rule = RULES[name]()
-    g = jax.tree.map(lambda leaf: scale * leaf, params())
-    state = rule.init(params())
     step = jax.jit(rule.update)
-    for _ in range(3):
-        update, state = step(g, state, params())
-        for leaf in jax.tree.leaves((update, state)):
-            assert bool(jnp.isfinite(leaf).all())
-    if scale == 0.0:
-        close(update, jax.tree.map(jnp.zeros_like, params()))
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_they_learn_and_compile_once(name):
-    rule = RULES[name]()
+    for scale in (1e-20, 1e20, 0.0):
+        g = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params())
+        state = rule.init(params())
+        for _ in range(3):
+            update, state = step(g, state, params())
+            assert all(
+                np.isfinite(leaf).all() for leaf in jax.tree.leaves((update, state))
+            )
+    close(update, jax.tree.map(jnp.zeros_like, params()))
     at = params()
     state = rule.init(at)
-    step = jax.jit(rule.update)
-    begun = optax.tree.norm(at)
     for _ in range(80):
         update, state = step(at, state, at)
         at = optax.apply_updates(at, update)
-    assert optax.tree.norm(at) < 0.2 * begun
+    assert optax.tree.norm(at) < 0.2 * optax.tree.norm(params())
     assert step._cache_size() == 1
 
 
