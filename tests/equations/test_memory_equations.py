@@ -60,7 +60,7 @@ def test_equation_64_hebbian_memory():
     )
     tokens = some_tokens()
     end, reads = unroll(hebbian, begin(hebbian, {"w": jnp.eye(K)}), tokens)
-    k, v, q, eta, alpha, _ = map(np.asarray, tokens)
+    k, v, q, eta, alpha, _ = map(np.asarray, tokens[:6])
     m = np.eye(K)
     for t in range(T):
         m = alpha[t] * m + eta[t] * np.outer(v[t], k[t])
@@ -86,7 +86,7 @@ def test_equation_65_delta_rule(impl):
     tokens = some_tokens()
     start = begin_memory(delta, {"w": jnp.eye(K)})
     end, reads = memory_scan(delta, start, tokens, impl=impl)
-    k, v, q, eta, _, _ = map(np.asarray, tokens)
+    k, v, q, eta, _, _ = map(np.asarray, tokens[:6])
     m = np.eye(K)
     for t in range(T):
         m = m @ (np.eye(K) - eta[t] * np.outer(k[t], k[t]))

@@ -55,7 +55,7 @@ def fast(graphdef, params, x):
 
 def slow(graphdef, params, x):
     y, memories = self_modifying_reference(nnx.merge(graphdef, params), x)
-    momentum = nnx.merge(graphdef, params).config.memory.momentum
+    momentum = nnx.merge(graphdef, params).config.memory.inertia
     return y, tuple((m.params, m.opt[1] if momentum else {}) for m in memories)
 
 
@@ -133,7 +133,7 @@ def test_layer_is_its_definition(name):
     )
     ours = value_and_pullback(fast)(params, x, cotangents)
     close(ours, value_and_pullback(slow)(params, x, cotangents))
-    unused = {"read_theta", "bias_theta"} if not config.memory.momentum else set()
+    unused = {"read_theta", "bias_theta"} if not config.memory.inertia else set()
     if config.memory.retention == "none":
         unused |= {"read_alpha", "bias_alpha"}
     for path, gradient in nnx.to_flat_state(ours[1][0]):
