@@ -129,17 +129,24 @@ def piece(
         tokens = plain_tokens(config, tokens)
         if config.steps > 1:
             return _several_steps(config, state, tokens, reads)
-        kind = form(config)
-        vector_rate = tokens.erase_rate is not None and tokens.erase_rate.ndim > 1
-        if kind == "rank_one" and (tokens.erase_key is not None or vector_rate):
-            kind = "channel"
-            if (config.architecture, config.gradient) != ("linear", "exact"):
-                raise ValueError(
-                    "tokens.erase_key and a vector erase_rate need "
-                    "architecture='linear' and gradient='exact', got "
-                    f"{config.architecture!r} and {config.gradient!r}."
-                )
-        return _FORMS[kind](config, state, tokens, reads)
+        return _FORMS[_form_of(config, tokens)](config, state, tokens, reads)
+
+
+def _form_of(config, tokens):
+    """`form`, unless the tokens erase along another vector than they write."""
+    kind = form(config)
+    vector_rate = tokens.erase_rate is not None and tokens.erase_rate.ndim > 1
+    apart = config.dgd != "none" and (tokens.erase_key is not None or vector_rate)
+    if not apart or kind in ("channel", "states"):
+        return kind
+    single = ("linear", "exact")
+    if (config.architecture, config.gradient) != single or config.inertia:
+        raise ValueError(
+            "tokens.erase_key and a vector erase_rate need architecture='linear', "
+            "gradient='exact' and rule 'gd' or 'implicit', got "
+            f"{config.architecture!r}, {config.gradient!r} and {config.rule!r}."
+        )
+    return "channel"
 
 
 def _several_steps(config, state, tokens, reads):
@@ -233,9 +240,10 @@ def _rate(config, eta, x):
 def _delta_rates(config, tokens, inputs):
     if config.dgd == "none":
         return {}
+    rates = jax.vmap(lambda eta, x: delta_rates(config, eta, x))(tokens.eta, inputs)
     if tokens.erase_rate is not None:
-        return dict.fromkeys(inputs, tokens.erase_rate)
-    return jax.vmap(lambda eta, x: delta_rates(config, eta, x))(tokens.eta, inputs)
+        rates = dict.fromkeys(rates, tokens.erase_rate)
+    return rates
 
 
 def _delta_coefficients(config, tokens, inputs):

@@ -9,9 +9,11 @@ value s passes through the odd polynomial `a s + b s³ + c s⁵`, once a step.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hope_jax.memory.rule import NEWTON_SCHULZ
+
 Coefficients = tuple[float, float, float]
 
-MUON: Coefficients = (3.4445, -4.7750, 2.0315)  # fast, into a band around 1
+MUON: Coefficients = NEWTON_SCHULZ  # fast, into a band around 1
 CUBIC: Coefficients = (1.5, -0.5, 0.0)  # the classical step: converges to 1, slowly
 QUINTIC: Coefficients = (1.875, -1.25, 0.375)  # converges to 1 in two thirds the steps
 

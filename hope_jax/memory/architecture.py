@@ -30,12 +30,10 @@ class Architecture(NamedTuple):
       init: `key -> weights`, float32: matrices `[V, K]`, or diagonals `[K]`.
       forward: `(multiply, x: [*B, K]) -> [*B, V]`, where `multiply(name, x)` is the
         product with the matrix of that name, over any leading axes.
-      first: the names of the matrices that meet the key itself.
     """
 
     init: Callable[[Array], Weights]
     forward: Callable[[Multiply, Array], Array]
-    first: tuple[str, ...]
 
     def apply(self, weights: Weights, x: Float[Array, "*B K"]) -> Float[Array, "*B V"]:
         return self.forward(lambda name, x: product(weights[name], x), x)
@@ -89,7 +87,6 @@ def vector(width: int) -> Architecture:
     return Architecture(
         init=lambda key: {"w": jnp.zeros((width,), jnp.float32)},
         forward=lambda multiply, x: multiply("w", x),
-        first=("w",),
     )
 
 
@@ -106,7 +103,6 @@ def linear(
     return Architecture(
         init=lambda key: {"w": jnp.zeros((width, key_width or width), jnp.float32)},
         forward=forward,
-        first=("w",),
     )
 
 
@@ -141,11 +137,9 @@ def mlp(
             "w2": (hidden, key_width),
             "w3": (hidden, key_width),
         }
-        first = ("w2", "w3")
     else:
         sizes = [width, *[hidden] * (depth - 1), key_width]
         shapes = {f"w{i + 1}": (sizes[i], sizes[i + 1]) for i in range(depth)}
-        first = (f"w{depth}",)
 
     def init(key: Array) -> Weights:
         keys = jax.random.split(key, len(shapes))
@@ -166,7 +160,7 @@ def mlp(
         out = multiply("w1", h)
         return skip(x) + (normalise(out) if norm else out)
 
-    return Architecture(init, forward, first)
+    return Architecture(init, forward)
 
 
 def normalise(x: Float[Array, "*B V"], epsilon: float = 0.1) -> Float[Array, "*B V"]:

@@ -205,6 +205,38 @@ def test_finite_after_100k_tokens_of_correlated_keys(name):
         assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.parametrize("dgd", ["input", "both"])
+def test_an_erase_rate_is_that_of_the_matrices_that_forget(dgd):
+    config = MemoryConfig(rule="gd", dgd=dgd, expansion=2, chunk=CHUNK)
+    tokens = some_tokens(config, LENGTH)._replace(erase_rate=jnp.full(LENGTH, 0.3))
+    start = some_start(config)
+    fast, reference = (
+        jax.jit(scan(config, impl))(start, tokens) for impl in ("chunk", "reference")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), fast, reference
+    )
+
+
+def test_an_erase_key_of_its_own_is_read_or_refused():
+    exact = dict(architecture="linear", gradient="exact", bias="dot", chunk=CHUNK)
+    config = MemoryConfig(rule="gd", **exact)
+    tokens = some_tokens(config, LENGTH)
+    tokens = tokens._replace(erase_key=tokens.q)
+    start = some_start(config)
+    _, y = scan(config, "chunk")(start, tokens)
+    _, expected = scan(config, "reference")(start, tokens)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for choices in (
+        exact | dict(rule="momentum"),
+        exact | dict(rule="gd", architecture="vector"),
+        dict(rule="gd"),
+    ):
+        config = MemoryConfig(**choices)
+        with pytest.raises(ValueError, match="erase_key .* need architecture='linear'"):
+            scan(config, "chunk")(some_start(config), tokens)
+
+
 # Rules that write a pair so that its key answers with its value, when no two keys
 # overlap: a full step of each.
 RECALL = [
