@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hope_jax.optim.momentum import as_rows, as_type, check_fraction, rate_at, wide
+from hope_jax.optim.leaves import as_rows, as_type, check_fraction, rate_at, wide
 
 Target = Literal["root", "square"]
 Form = Literal["element", "outer"]

@@ -8,15 +8,15 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.memory import bias
-from hope_jax.optim.momentum import (
+from hope_jax.optim.leaves import (
     as_rows,
     as_type,
     check_fraction,
-    preconditioner,
     rate_at,
     unit_rows,
     wide,
 )
+from hope_jax.optim.momentum import preconditioner
 
 
 class DeepMemory(NamedTuple):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
 from hope_jax.optim import muon
+from hope_jax.optim.leaves import like, wide, zeros
 
 Variant = Literal["adamuon", "two_scale", "literal"]
 
@@ -151,7 +152,7 @@ def scale_by_m3(
             if literal:  # the next sum begins with the last gradient of this one
                 return learn(scale.memory, gathered, decay), gradient
             mean = jax.tree.map(lambda total: total / period, gathered)
-            return learn(scale.memory, mean, decay), muon.zeros(gathered)
+            return learn(scale.memory, mean, decay), zeros(gathered)
 
         def stay():
             return scale.memory, gathered
@@ -181,13 +182,13 @@ def scale_by_m3(
         fresh = [1 if period == 1 else 3 for period in periods]
         return M3State(
             count=jnp.zeros((), jnp.int32),
-            scales=tuple(Scale(*(muon.zeros(params) for _ in range(n))) for n in fresh),
-            second=() if variant == "two_scale" else muon.zeros(params),
+            scales=tuple(Scale(*(zeros(params) for _ in range(n))) for n in fresh),
+            second=() if variant == "two_scale" else zeros(params),
         )
 
     def update(updates, state, params=None, **extra):
         del params, extra
-        gradient = jax.tree.map(muon.wide, updates)
+        gradient = jax.tree.map(wide, updates)
         count = optax.safe_increment(state.count)
         scales, factors = [], []
         for old, period, decay in zip(state.scales, periods, decays, strict=True):
@@ -212,7 +213,7 @@ def scale_by_m3(
             total = jax.tree.map(
                 lambda o, root: o / (root + jnp.asarray(eps, o.dtype)), total, second
             )
-        return muon.like(total, updates), M3State(count, tuple(scales), second)
+        return like(total, updates), M3State(count, tuple(scales), second)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

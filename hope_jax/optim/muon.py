@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax.kernels.newton_schulz import orthogonalise
 from hope_jax.optim import groups
+from hope_jax.optim.leaves import like, wide, zeros
 
 RMS = 0.2  # of an update, about AdamW's, so that learning rates carry over
 
@@ -247,20 +248,6 @@ def by_second_moment(
 def by_shape(factors: PyTree) -> PyTree:
     """Orthogonal factors at the RMS of Adam: Muon's scale for `consistent_rms=0.2`."""
     return jax.tree.map(lambda o: RMS * math.sqrt(max(o.shape[-2:])) * o, factors)
-
-
-def wide(leaf: Array) -> Array:
-    """`leaf` in float32 or wider: in bfloat16 an average of many steps stands still."""
-    narrow = jnp.finfo(leaf.dtype).bits < 32
-    return leaf.astype(jnp.float32 if narrow else leaf.dtype)
-
-
-def zeros(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
-
-
-def like(tree: PyTree, updates: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, u: x.astype(u.dtype), tree, updates)
 
 
 def average(old: Array, new: Array, decay: Any) -> Array:

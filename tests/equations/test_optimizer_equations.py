@@ -19,14 +19,16 @@ from hope_jax.memory.compose import MemoryConfig
 from hope_jax.optim.adaptive import adagrad_memory, adam_memory
 from hope_jax.optim.deep import deep_momentum
 from hope_jax.optim.from_level import from_level
-from hope_jax.optim.momentum import (
-    delta_level,
-    delta_momentum,
-    feature_map_momentum,
+from hope_jax.optim.generalised import (
     from_memory,
     ggd,
     gradient_level,
     gradient_start,
+)
+from hope_jax.optim.momentum import (
+    delta_level,
+    delta_momentum,
+    feature_map_momentum,
     hebbian_level,
     momentum,
     nonlinear_momentum,
@@ -116,7 +118,7 @@ def test_equation_30_backpropagation_writes_errors_under_inputs(key):
 def test_equation_31_which_is_a_proximal_step_of_each_layer(key):
     """W_l <- argmin <W x, delta> + |W - W_l|^2 / 2 eta: the gradient there is zero.
 
-    Implements: hope_jax.optim.momentum.ggd
+    Implements: hope_jax.optim.generalised.ggd
     """
     layers, weights, x = network(key)
     inputs, delta = errors(layers, weights, x)
@@ -206,7 +208,7 @@ def test_equation_35_the_weights_move_by_what_the_memory_says(key, which):
 def test_equation_36_and_the_memory_may_be_asked_with_the_gradient(key):
     """W_{t+1} = W_t + m_{t+1}(u): a function of the gradient at hand.
 
-    Implements: hope_jax.optim.momentum.from_memory
+    Implements: hope_jax.optim.generalised.from_memory
     """
     config = MemoryConfig(architecture="mlp", expansion=2, rule="gd", chunk=1)
     g = normal(key, 3, 2, 3)
@@ -265,7 +267,7 @@ PRECONDITIONER = MemoryConfig(
 def test_equation_40_a_preconditioner_is_a_memory_of_coordinates(key):
     """min_P L(P(g); g^): asked for the sign of g, P learns to give it.
 
-    Implements: hope_jax.optim.momentum.from_memory
+    Implements: hope_jax.optim.generalised.from_memory
     """
     g = jnp.broadcast_to(normal(key, 2, 4), (60, 2, 4))
     rule = from_memory(
@@ -279,7 +281,7 @@ def test_equation_40_a_preconditioner_is_a_memory_of_coordinates(key):
 def test_equation_41_which_learns_by_gradient_descent(key):
     """P_{t+1} = P_t - zeta grad L(P_t; g, g^) (the print has P_{t+1} on both sides).
 
-    Implements: hope_jax.optim.momentum.gradient_level
+    Implements: hope_jax.optim.generalised.gradient_level
     """
     g, zeta = normal(key, 3), 0.4
     level = gradient_level(
