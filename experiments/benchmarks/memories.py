@@ -565,7 +565,7 @@ class Bench:
         def fastest(programs):
             return max(programs, key=lambda p: statistics.median(speeds[p]))
 
-        for (task, length), (ours, peers) in _sides(group, speeds).items():
+        for (task, length), (ours, peers) in _sides(speeds).items():
             if ours and peers and group.part != "points":
                 a, b = fastest(ours), fastest(peers)
                 target, _ = group.targets.get(task, (None, None))
@@ -625,7 +625,7 @@ class Bench:
                 )
 
 
-def _sides(group: Group, programs):
+def _sides(programs):
     """By task and length, ours and what it is compared with: the peers, or a point's
     own reference."""
     found = {}
@@ -638,7 +638,7 @@ def _sides(group: Group, programs):
 
 def _pairs(group: Group, programs) -> Iterator[tuple[Program, Program]]:
     """Ours and theirs of one task, length and chunk."""
-    for ours, peers in _sides(group, programs).values():
+    for ours, peers in _sides(programs).values():
         for a in ours:
             for b in peers:
                 if a.variant.spec.get("chunk") == b.variant.spec.get("chunk"):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax.optim import capture
 
@@ -95,6 +95,16 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def where_rows(rows: Bool[Array, " B"], new: PyTree, old: PyTree) -> PyTree:
+    """`new` in the rows that are chosen; rows lead every leaf, and a leaf of `new` may
+    have one row for all."""
+
+    def choose(a, b):
+        return jnp.where(rows.reshape(-1, *[1] * (b.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
 
 
 def rotary(

@@ -19,13 +19,12 @@ from typing import NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.chunk import MemoryState, begin_memory, piece
 from hope_jax.kernels.select import Implementation, memory_scan
 from hope_jax.memory import features
 from hope_jax.memory.compose import (
-    PROJECTIONS,
     MemoryConfig,
     Tokens,
     build_architecture,
@@ -41,6 +40,7 @@ from hope_jax.models.layers import (
     full_precision,
     rotary,
     unit,
+    where_rows,
 )
 
 _STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
@@ -339,8 +339,7 @@ class MemoryMixer(nnx.Module):
     @property
     def _chunk_is_free(self) -> bool:
         """Whether a chunk may begin anywhere: nothing happens at its end."""
-        memory = self.config.memory
-        return memory.gradient == "exact" and memory.retention not in PROJECTIONS
+        return self.config.memory.gradient == "exact"
 
     def tokens(
         self, x: Float[Array, "B T D"], state: MemoryMixerState
@@ -457,7 +456,7 @@ class MemoryMixer(nnx.Module):
             token = jax.tree.map(lambda a: a[:, :, None], token)
             memory, y = _every(lambda s, t: piece(config, s, t))(memory, token)
             position = position + 1
-            memory = _commit_where(config, position % config.chunk == 0, memory)
+            memory = commit_where(position % config.chunk == 0, memory)
             return (memory, position), y[:, :, 0]
 
         time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), tokens)
@@ -478,7 +477,7 @@ class MemoryMixer(nnx.Module):
             if config.read == "anchor":
                 old = apply(memory.anchor, q)
                 y = jnp.where(moved[:, None, :-1, None], y, old)
-        anchor = _where(moved[:, -1], memory.weights, memory.anchor)
+        anchor = where_rows(moved[:, -1], memory.weights, memory.anchor)
         return memory._replace(anchor=anchor), y
 
 
@@ -496,16 +495,6 @@ def _spread(x: Float[Array, " H"], shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(x.reshape(-1, *[1] * len(shape)), (x.shape[0], *shape))
 
 
-def _where(rows: Array, new, old):
-    """Chooses rows, which lead every leaf."""
-
-    def choose(a, b):
-        return jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, new, old)
-
-
-def _commit_where(config: MemoryConfig, due: Array, memory: MemoryState) -> MemoryState:
-    """Ends the chunk of the rows that have read all of it."""
-    committed = _every(lambda s: commit(s))(memory)
-    return _where(due, committed, memory)
+def commit_where(due: Bool[Array, " B"], memory: MemoryState) -> MemoryState:
+    """Ends the chunk of the rows that have read all of it; leaves lead with rows."""
+    return memory._replace(anchor=where_rows(due, memory.weights, memory.anchor))

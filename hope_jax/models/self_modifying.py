@@ -38,6 +38,7 @@ from hope_jax.models.layers import (
     full_precision,
     unit,
 )
+from hope_jax.models.memory_mixer import commit_where
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,10 +301,10 @@ class SelfModifyingTitans(nnx.Module):
             projection = projection._replace(momentum=state.projection.momentum)
             main = main._replace(momentum=state.main.momentum)
         if whole is None:
-            projection = _commit_where(
+            projection = commit_where(
                 position % self.config.projection_chunk == 0, projection
             )
-            main = _commit_where(position % self.config.memory.chunk == 0, main)
+            main = commit_where(position % self.config.memory.chunk == 0, main)
         elif whole:
             projection = commit(projection)
         state = SelfModifyingState(projection, main, tails, position)
@@ -400,12 +401,3 @@ def _retention_start(config: SelfModifyingConfig, heads: int) -> Array:
     half_life = first_half_lives(config.projection_chunk, heads)
     alpha = half_life_to_retention(half_life)
     return jnp.log(alpha) - jnp.log1p(-alpha)
-
-
-def _commit_where(due: Array, memory: MemoryState) -> MemoryState:
-    """Commits the rows whose chunk is complete."""
-
-    def choose(new, old):
-        return jnp.where(due.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    return memory._replace(anchor=jax.tree.map(choose, memory.weights, memory.anchor))

@@ -31,7 +31,13 @@ from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
-from hope_jax.models.layers import Tails, dense, full_precision, rotary
+from hope_jax.models.layers import (
+    Tails,
+    dense,
+    full_precision,
+    rotary,
+    where_rows,
+)
 from hope_jax.models.memory_mixer import (
     MemoryMixer,
     MemoryMixerConfig,
@@ -282,7 +288,7 @@ class MemoryAsContext(nnx.Module):
         if aligned:
             start = memory.memory.weights
         else:
-            start = _where(slot == 0, memory.memory.weights, state.start)
+            start = where_rows(slot == 0, memory.memory.weights, state.start)
 
         anchor = None if memory.memory.anchor is None else start
         reader = memory._replace(
@@ -451,12 +457,3 @@ def _after_persistent(
     memory = jax.vmap(jax.vmap(commit))(state.memory)
     state = state._replace(memory=memory, position=jnp.zeros_like(state.position))
     return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), (y, state))
-
-
-def _where(due: Bool[Array, " B"], new, old):
-    """`new` in the rows that are due."""
-
-    def choose(a, b):
-        return jnp.where(due.reshape(-1, *[1] * (b.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, new, old)

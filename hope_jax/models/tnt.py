@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
 from hope_jax.kernels.select import memory_scan
@@ -44,6 +44,7 @@ from hope_jax.models.layers import (
     first_half_lives,
     full_precision,
     unit,
+    where_rows,
 )
 from hope_jax.models.memory_mixer import Gate
 
@@ -342,14 +343,14 @@ class TNT(nnx.Module):
         def step(carry, token):
             (first, *local), key_space, position = carry
             due = position % config.shard == 0
-            local = _where(due, starts, tuple(local))
-            key_space = _where(due, nothing, key_space)
+            local = where_rows(due, starts, tuple(local))
+            key_space = where_rows(due, nothing, key_space)
             token = jax.tree.map(lambda a: a[:, :, None], token)
             live = _every(functools.partial(_live, config, scan=piece))
             memories, key_space, y = live((first, *local), key_space, token)
             position = position + 1
             memories = tuple(
-                _where(
+                where_rows(
                     position % memory.chunk == 0,
                     _every(commit)(state),
                     state,
@@ -382,7 +383,7 @@ class TNT(nnx.Module):
                     reads.append(jnp.where(moved[:, None, :-1, None], new, old))
                 else:
                     reads.append(apply(memory.weights, asked))
-                anchor = _where(moved[:, -1], memory.weights, memory.anchor)
+                anchor = where_rows(moved[:, -1], memory.weights, memory.anchor)
                 memories.append(memory._replace(anchor=anchor))
         return tuple(memories), state.key_space, sum(reads)
 
@@ -480,12 +481,3 @@ def _gate_start(config: TNTConfig, heads: int) -> Float[Array, "G M H"]:
 def _every(run: Callable) -> Callable:
     """Over rows and heads."""
     return jax.vmap(jax.vmap(run))
-
-
-def _where(due: Bool[Array, " B"], new, old):
-    """`new` in the rows that are due; its leaves may lead with one row for all."""
-
-    def choose(a, b):
-        return jnp.where(due.reshape(-1, *[1] * (b.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, new, old)
