@@ -1,24 +1,49 @@
 """Optimizers by name, each an optax transformation on one clock or several."""
 
 import difflib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from hope_jax.optim import groups
+from hope_jax.optim import adaptive, deep, generalised, groups, m3, muon
 from hope_jax.optim import momentum as momentum_lib
 
 
 class Settings(NamedTuple):
-    """What a rule may use: `rate(count)` is the schedule, `b1`, `b2` the decays."""
+    """What a rule may use.
+
+    Attributes:
+      rate: `rate(count)`, the schedule.
+      weight_decay: decoupled, times the rate.
+      b1, b2: the decays.
+      options: the rule's own (`hope_jax.optim.options`); None if it has none.
+      mesh: of the devices, over which a rule may spread its work; None for one.
+    """
 
     rate: optax.Schedule
     weight_decay: float
     b1: float
     b2: float
+    options: Any = None
+    mesh: Mesh | None = None
+
+
+class Rule(NamedTuple):
+    """An optimizer that has a name.
+
+    Attributes:
+      make: the transformation that settings describe.
+      matrices: whether it moves matrices alone; all else then moves by adamw.
+    """
+
+    make: Callable[[Settings], optax.GradientTransformation]
+    matrices: bool = False
 
 
 def _decayed(direction: optax.GradientTransformation, s: Settings):
@@ -30,17 +55,14 @@ def _decayed(direction: optax.GradientTransformation, s: Settings):
     )
 
 
-def _muon(s: Settings) -> optax.GradientTransformation:
-    # Optax's own decay would leave out embeddings, or take in every bias.
-    direction = optax.contrib.muon(
-        1.0,
-        beta=s.b1,
-        adam_b1=s.b1,
-        adam_b2=s.b2,
-        muon_weight_dimension_numbers=groups.muon_dimensions,
-        consistent_rms=0.2,  # an update as large as AdamW's, so rates carry over
+def _stepping(rule: optax.GradientTransformation, s: Settings):
+    """A rule that has the rate inside, as ours that store steps do; decoupled decay."""
+    return optax.chain(
+        rule,
+        optax.add_decayed_weights(
+            lambda count: -s.weight_decay * s.rate(count), mask=groups.decays
+        ),
     )
-    return _decayed(optax.chain(direction, optax.scale(-1.0)), s)
 
 
 def _adafactor(s: Settings) -> optax.GradientTransformation:
@@ -52,27 +74,133 @@ def _adafactor(s: Settings) -> optax.GradientTransformation:
     return _decayed(direction, s)
 
 
-def _memory(rule: Callable, s: Settings) -> optax.GradientTransformation:
-    """One of our own momenta, which store steps, not gradients; decoupled decay."""
-    return optax.chain(
-        rule(s.rate, decay=s.b1),
-        optax.add_decayed_weights(
-            lambda count: -s.weight_decay * s.rate(count), mask=groups.decays
-        ),
+def _muon(s: Settings) -> optax.GradientTransformation:
+    factor = optax.contrib.scale_by_muon(
+        beta=s.b1, weight_dimension_numbers=groups.last_two_axes
     )
+    # As large as AdamW's update, so that rates carry over.
+    scale = optax.stateless(lambda factors, params: muon.by_shape(factors))
+    return _decayed(optax.chain(factor, scale), s)
 
 
-RULES: dict[str, Callable[[Settings], optax.GradientTransformation]] = {
-    "adamw": lambda s: _decayed(optax.scale_by_adam(b1=s.b1, b2=s.b2), s),
-    "adam": lambda s: _decayed(
-        optax.scale_by_adam(b1=s.b1, b2=s.b2), s._replace(weight_decay=0.0)
-    ),
-    "sgd": lambda s: _decayed(optax.identity(), s),
-    "momentum": lambda s: _memory(momentum_lib.momentum, s),
-    "delta_momentum": lambda s: _memory(momentum_lib.delta_momentum, s),
-    "lion": lambda s: _decayed(optax.scale_by_lion(b1=s.b1, b2=s.b2), s),
-    "adafactor": _adafactor,
-    "muon": _muon,
+def _adamuon(s: Settings) -> optax.GradientTransformation:
+    direction = muon.scale_by_adamuon(
+        decay=s.b1, beta2=s.b2, sign=s.options.sign, mesh=s.mesh
+    )
+    return _decayed(direction, s)
+
+
+def _m3(s: Settings) -> optax.GradientTransformation:
+    o = s.options
+    direction = m3.scale_by_m3(
+        periods=o.periods,
+        alpha=o.alpha,
+        decays=o.decays or (s.b1,) + (0.9,) * (len(o.periods) - 1),
+        variant=o.variant,
+        beta2=s.b2,
+        spread=o.spread,
+        mesh=s.mesh,
+    )
+    return _decayed(direction, s)
+
+
+def _momentum(s: Settings) -> optax.GradientTransformation:
+    return _stepping(momentum_lib.momentum(s.rate, decay=s.b1), s)
+
+
+def _delta_momentum(s: Settings) -> optax.GradientTransformation:
+    rule = momentum_lib.delta_momentum(
+        s.rate, decay=s.b1, form=s.options.form, stability=s.options.stability
+    )
+    return _stepping(rule, s)
+
+
+def _preconditioned_momentum(s: Settings) -> optax.GradientTransformation:
+    rule = momentum_lib.preconditioned_momentum(
+        s.rate, optax.scale_by_rms(decay=s.b2, bias_correction=True), decay=s.b1
+    )
+    return _stepping(rule, s)
+
+
+def _feature_map_momentum(s: Settings) -> optax.GradientTransformation:
+    feature_map = {"sign": jnp.sign, "tanh": jnp.tanh}[s.options.feature_map]
+    rule = momentum_lib.feature_map_momentum(s.rate, feature_map, decay=s.b1)
+    return _stepping(rule, s)
+
+
+def _nonlinear_momentum(s: Settings) -> optax.GradientTransformation:
+    rule = momentum_lib.nonlinear_momentum(
+        s.rate,
+        functools.partial(muon.orthogonalise_tree, mesh=s.mesh),
+        decay=s.b1,
+        literal=s.options.literal,
+    )
+    return _stepping(rule, s)
+
+
+def _deep_momentum(s: Settings) -> optax.GradientTransformation:
+    o = s.options
+    rule = deep.deep_momentum(
+        s.rate,
+        decay=s.b1,
+        inner_rate=o.inner_rate,
+        objective=o.objective,
+        target=o.target,
+        hidden=o.hidden,
+    )
+    return _stepping(rule, s)
+
+
+def _gradient_memory(s: Settings) -> optax.GradientTransformation:
+    o = s.options
+    rule = generalised.from_memory(
+        s.rate,
+        o.memory,
+        inner_rate=o.inner_rate,
+        retention=s.b1,
+        inertia=o.inertia,
+    )
+    return _stepping(rule, s)
+
+
+def _adam_memory(s: Settings) -> optax.GradientTransformation:
+    o = s.options
+    rule = adaptive.adam_memory(
+        s.rate, b1=s.b1, b2=s.b2, ridge=o.ridge, target=o.target, literal=o.literal
+    )
+    return _stepping(rule, s)
+
+
+def _adagrad_memory(s: Settings) -> optax.GradientTransformation:
+    o = s.options
+    rule = adaptive.adagrad_memory(
+        s.rate, decay=s.b1, form=o.form, ridge=o.ridge, max_width=o.max_width
+    )
+    return _stepping(rule, s)
+
+
+def _adam(s: Settings) -> optax.GradientTransformation:
+    return _decayed(optax.scale_by_adam(b1=s.b1, b2=s.b2), s)
+
+
+RULES: dict[str, Rule] = {
+    "adamw": Rule(_adam),
+    "adam": Rule(lambda s: _adam(s._replace(weight_decay=0.0))),
+    "sgd": Rule(lambda s: _decayed(optax.identity(), s)),
+    "lion": Rule(lambda s: _decayed(optax.scale_by_lion(b1=s.b1, b2=s.b2), s)),
+    "adafactor": Rule(_adafactor),
+    "muon": Rule(_muon, matrices=True),
+    "adamuon": Rule(_adamuon, matrices=True),
+    "m3": Rule(_m3, matrices=True),
+    "momentum": Rule(_momentum),
+    "delta_momentum": Rule(_delta_momentum),
+    "preconditioned_momentum": Rule(_preconditioned_momentum),
+    "feature_map_momentum": Rule(_feature_map_momentum),
+    "nonlinear_momentum": Rule(_nonlinear_momentum, matrices=True),
+    "deep_momentum": Rule(_deep_momentum),
+    "gradient_memory": Rule(_gradient_memory),
+    "adam_memory": Rule(_adam_memory),
+    "adagrad_memory": Rule(_adagrad_memory),
 }
 
 
@@ -89,32 +217,73 @@ def schedule(
     )
 
 
+def rules_of(config: Any) -> dict[groups.Kind, str]:
+    """The name of the rule that moves each kind of parameters.
+
+    Args:
+      config: see `build`.
+
+    Raises:
+      ValueError: names an unknown rule, one for matrices that was given vectors, or
+        options that no rule reads.
+    """
+    _check_name("name", config.name)
+    default = "adamw" if RULES[config.name].matrices else config.name
+    names = {"matrices": config.name}
+    for kind in ("embeddings", "convolutions", "others"):
+        name = getattr(config, kind)
+        if name is not None:
+            _check_name(kind, name)
+        names[kind] = default if name is None else name
+    if RULES[names["others"]].matrices:
+        raise ValueError(
+            f"others={config.others!r} moves matrices alone, and biases, scales and "
+            "rates are none."
+        )
+    for name in set(RULES) - set(names.values()):
+        options = getattr(config, name, None)
+        if options is not None and options != type(options)():
+            raise ValueError(
+                f"{name} is set to {options}, but moves no parameters: these are moved "
+                f"by {', '.join(dict.fromkeys(names.values()))}."
+            )
+    return names
+
+
+def _check_name(field: str, name: str) -> None:
+    if name in RULES:
+        return
+    near = difflib.get_close_matches(name, RULES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"There is no optimizer {name!r}, which {field} asks for; the names are "
+        f"{', '.join(RULES)}.{hint}"
+    )
+
+
 def build(
-    config: Any, *, total_steps: int, periods: PyTree
+    config: Any, *, total_steps: int, periods: PyTree, mesh: Mesh | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that a config describes.
 
-    Each group of parameters of one period has its own: clip to a global norm, the named
-    rule, decoupled decay of matrices (`groups.is_matrix` says which), the schedule. The
-    norm is the group's own, of the gradients it moves by, so that what a slow level
-    receives does not depend on the gradients of the faster ones.
+    Parameters are grouped by when they move and by what. Those of one period share the
+    clip to a global norm, of the gradients they move by, so that what a slow level
+    receives does not depend on the gradients of the faster ones. In a period each kind
+    (`groups.kind`) has its rule, with a state of its own, the schedule and decoupled
+    decay of matrices (`groups.is_matrix`).
 
     Args:
-      config: has `name, learning_rate, warmup_steps, final_fraction, weight_decay,
-        clip_norm, b1, b2` (`hope_jax.train.config.OptimizerConfig`).
+      config: `hope_jax.train.config.OptimizerConfig`, or what has its fields.
       total_steps: at which the schedule ends.
       periods: ints, a tree like the parameters: each moves every so many steps.
+      mesh: of the devices of a data-parallel program, so that each orthogonalises some
+        of the matrices and not all of them.
 
     Raises:
-      ValueError: unknown name, or a weight decay for "adam".
+      ValueError: unknown name, a rule that does not suit its parameters, options that
+        no rule reads, or a weight decay for "adam".
     """
-    if config.name not in RULES:
-        near = difflib.get_close_matches(config.name, RULES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"There is no optimizer {config.name!r}; the names are {', '.join(RULES)}."
-            + hint
-        )
+    names = rules_of(config)
     if config.name == "adam" and config.weight_decay:
         raise ValueError(
             f"adam has no weight decay, got weight_decay={config.weight_decay}; set it "
@@ -132,11 +301,18 @@ def build(
             weight_decay=config.weight_decay,
             b1=config.b1,
             b2=config.b2,
+            mesh=mesh,
         )
+        made = {
+            name: RULES[name].make(
+                settings._replace(options=getattr(config, name, None))
+            )
+            for name in dict.fromkeys(names.values())
+        }
         clip = optax.identity()
         if config.clip_norm is not None:
             clip = optax.clip_by_global_norm(config.clip_norm)
-        return optax.chain(clip, RULES[config.name](settings))
+        return optax.chain(clip, groups.by_kind(made, names))
 
     return _promoting(groups.on_clocks(rule, periods))
 

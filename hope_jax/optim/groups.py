@@ -5,13 +5,15 @@ ordinary parameter whose optimizer moves every P steps, on the gradients of all 
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
+
+Kind = Literal["matrices", "embeddings", "convolutions", "others"]
 
 _MATRICES = frozenset({"kernel", "embedding"})
 
@@ -146,23 +148,71 @@ def decays(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
+def kind(path: tuple, leaf: Any) -> Kind:
+    """What a parameter is to an optimizer, by its name.
+
+    Kernels are `matrices` over their last two axes, whatever is stacked before, but
+    those of a layer `conv...` are `convolutions`, a few taps a channel; `embeddings`
+    are tables of vectors; `others` is all that does not decay.
+    """
+    if not is_matrix(path, leaf):
+        return "others"
+    names = path_names(path)
+    if names[-1] == "embedding":
+        return "embeddings"
+    convolves = "".join(names[-2:-1]).startswith("conv")
+    return "convolutions" if convolves else "matrices"
+
+
+def kinds(params: PyTree) -> PyTree[Kind]:
+    """The kind of every leaf of `params`."""
+    return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def by_kind(
+    rules: Mapping[str, optax.GradientTransformation], names: Mapping[Kind, str]
+) -> optax.GradientTransformationExtraArgs:
+    """A rule for each kind of parameters.
+
+    Args:
+      rules: by name; each has one state for all that it moves.
+      names: which of them moves each kind.
+    """
+    if len(set(names.values())) == 1:
+        return optax.with_extra_args_support(rules[names["matrices"]])
+
+    def partition(tree):
+        labels = jax.tree.map(lambda k: names[k], kinds(tree))
+        present = sorted(set(jax.tree.leaves(labels)))
+        return optax.partition({name: rules[name] for name in present}, labels)
+
+    def update(updates, state, params=None, **extra):
+        return partition(updates).update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: partition(params).init(params), update
+    )
+
+
+def last_two_axes(params: PyTree) -> PyTree[optax.contrib.MuonDimensionNumbers]:
+    """What Optax's Muon must know of matrices stacked along their first axes."""
+    return jax.tree.map(
+        lambda leaf: optax.contrib.MuonDimensionNumbers(
+            reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1
+        ),
+        params,
+    )
+
+
 def muon_dimensions(params: PyTree) -> PyTree:
     """`optax.contrib.MuonDimensionNumbers` of every leaf, or None where Adam moves it.
 
-    Kernels are matrices over their last two axes, whatever is stacked before.
-    Embeddings are tables of vectors and convolutions a few taps a channel, not maps, so
-    Adam moves them. Optax's own default takes every array of two axes: it would give
-    stacked kernels to Adam and stacked biases to Muon.
+    Optax's own default takes every array of two axes: it would give stacked kernels to
+    Adam and stacked biases to Muon.
     """
 
     def dimensions(path, leaf):
-        names = path_names(path)
-        is_map = names[-1] == "kernel" and not "".join(names[-2:-1]).startswith("conv")
-        if not is_matrix(path, leaf) or not is_map:
-            return None
-        return optax.contrib.MuonDimensionNumbers(
-            reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1
-        )
+        return last_two_axes(leaf) if kind(path, leaf) == "matrices" else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from hope_jax.data.text import Undecodable
 from hope_jax.models import lm
+from hope_jax.optim import options
 
 
 def _at_least(config, **least):
@@ -43,7 +44,11 @@ class OptimizerConfig:
     """How the outermost level learns.
 
     Attributes:
-      name: a name of `hope_jax.optim.RULES`.
+      name: a name of `hope_jax.optim.RULES`; it moves matrices, and all else too unless
+        it is one for matrices alone: then adamw does.
+      embeddings: another name for these; None for what `name` says.
+      convolutions: the same.
+      others: the same, for biases, scales, rates and initial states.
       learning_rate: the highest, reached after `warmup_steps`.
       warmup_steps: of linear warm-up from 0.
       final_fraction: of `learning_rate`, where the cosine ends.
@@ -51,9 +56,14 @@ class OptimizerConfig:
       clip_norm: most global norm of a gradient; None for no limit.
       b1: decay of the first moment, or the momentum of rules with only one.
       b2: decay of the second moment.
+      deep_momentum, m3, ...: further options of the name that they bear
+        (`hope_jax.optim.options`); they may be set only where it moves something.
     """
 
     name: str = "adamw"
+    embeddings: str | None = None
+    convolutions: str | None = None
+    others: str | None = None
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     final_fraction: float = 0.1
@@ -61,6 +71,16 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     b1: float = 0.9
     b2: float = 0.95
+
+    adamuon: options.AdaMuon = options.AdaMuon()
+    m3: options.M3 = options.M3()
+    delta_momentum: options.DeltaMomentum = options.DeltaMomentum()
+    feature_map_momentum: options.FeatureMapMomentum = options.FeatureMapMomentum()
+    nonlinear_momentum: options.NonlinearMomentum = options.NonlinearMomentum()
+    deep_momentum: options.DeepMomentum = options.DeepMomentum()
+    gradient_memory: options.GradientMemory = options.GradientMemory()
+    adam_memory: options.AdamMemory = options.AdamMemory()
+    adagrad_memory: options.AdaGradMemory = options.AdaGradMemory()
 
     def __post_init__(self):
         _at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)

@@ -1,7 +1,5 @@
 """Optimizers by name and by clock: which parameters move when, and by what."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from flax import nnx
 
 from hope_jax import optim
 from hope_jax.optim import groups
+from hope_jax.train.config import OptimizerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ SETTINGS = dict(
 
 
 def settings(**changes):
-    return types.SimpleNamespace(**{**SETTINGS, **changes})
+    return OptimizerConfig(**{**SETTINGS, **changes})
 
 
 def run(tx, params, gradients):
@@ -128,6 +127,18 @@ def test_nothing_of_an_off_step_comes_through():
     np.testing.assert_allclose(updates, 0.0, atol=1e-6)  # log of the mean, 1
 
 
+RATES = {
+    "sgd": 0.3,
+    "adafactor": 0.3,
+    "deep_momentum": 0.3,
+    "gradient_memory": 0.3,
+    "nonlinear_momentum": 0.2,
+    "muon": 0.4,
+    "adamuon": 0.4,
+    "m3": 0.4,
+}
+
+
 @pytest.mark.parametrize("name", sorted(optim.RULES))
 def test_every_rule_compiles_once_and_converges(key, name):
     """On an nnx state with stacked layers, on two clocks, to the bottom of a bowl."""
@@ -142,7 +153,7 @@ def test_every_rule_compiles_once_and_converges(key, name):
         }
     )
     periods = jax.tree.map(lambda p: 3 if p.ndim == 3 else 1, params)
-    rate = {"sgd": 0.3, "muon": 0.4, "adafactor": 0.3}.get(name, 0.1)
+    rate = RATES.get(name, 0.1)
     config = settings(name=name, learning_rate=rate, final_fraction=0.02, b1=0.8)
     tx = optim.build(config, total_steps=300, periods=periods)
 
@@ -236,7 +247,7 @@ def test_the_schedule_is_of_steps_on_every_clock():
         (lambda: groups.on_clock(optax.sgd(1.0), 2, reduce="max"), "got 'max'"),
         (
             lambda: optim.build(settings(name="adamv"), total_steps=1, periods=1),
-            "no optimizer 'adamv'; the names are adamw, .*Did you mean 'adam'",
+            "'adamv', which name asks for; the names are adamw, .*Did you mean 'adam'",
         ),
         (
             lambda: optim.build(

@@ -1,0 +1,156 @@
+"""What optimizers by name may be told beyond rates and decays, as configs.
+
+Each class is the options of the name in `hope_jax.optim.RULES` that its field in
+`OptimizerConfig` bears: `--set optimizer.m3.alpha=0.5` is read where `m3` moves a group
+of parameters, and refused where it does not. The rules themselves check the values.
+"""
+
+import dataclasses
+from typing import Literal
+
+from hope_jax.memory.compose import MemoryConfig
+from hope_jax.optim import adaptive, m3, momentum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DGD:
+    """Of `dgd`; see `hope_jax.optim.dgd.dgd`.
+
+    Attributes:
+      explicit: one gradient step on the objective instead of its minimum.
+      retention: how much of a matrix is kept at each step.
+    """
+
+    explicit: bool = False
+    retention: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaMomentum:
+    """Of `delta_momentum`; see `hope_jax.optim.momentum.delta_momentum`.
+
+    Attributes:
+      form: each number by itself, or matrices.
+      stability: what keeps the memory from blowing up.
+    """
+
+    form: momentum.Form = "element"
+    stability: momentum.Stability = "proximal"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureMapMomentum:
+    """Of `feature_map_momentum`.
+
+    Attributes:
+      feature_map: `sign`, by which the size of gradients does not matter, or `tanh`,
+        for which gradients far below 1 pass unchanged.
+    """
+
+    feature_map: Literal["sign", "tanh"] = "sign"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NonlinearMomentum:
+    """Of `nonlinear_momentum`; see `hope_jax.optim.momentum.nonlinear_momentum`.
+
+    Attributes:
+      literal: the learning rate inside, as the paper prints it.
+    """
+
+    literal: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepMomentum:
+    """Of `deep_momentum`; see `hope_jax.optim.deep.deep_momentum`.
+
+    Attributes:
+      inner_rate: of the memory's own descent.
+      objective: what it descends, an attentional bias of `hope_jax.memory.bias`.
+      target: what gradients are mapped to: none for themselves, or the `ones` of the
+        paper.
+      hidden: width of the network.
+    """
+
+    inner_rate: float = 0.1
+    objective: str = "l2"
+    target: Literal["ones"] | None = None
+    hidden: int = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientMemory:
+    """Of `gradient_memory`; see `hope_jax.optim.generalised.from_memory`.
+
+    Attributes:
+      memory: which memory learns the gradients.
+      inner_rate: of its rule; none for half of what is stable.
+      inertia: momentum of its rule, where it has one.
+    """
+
+    memory: MemoryConfig = MemoryConfig(
+        architecture="linear", bias="l2", rule="gd", dgd="none", gradient="exact"
+    )
+    inner_rate: float | None = None
+    inertia: float = 0.9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamMemory:
+    """Of `adam_memory`; see `hope_jax.optim.adaptive.adam_memory`.
+
+    Attributes:
+      ridge: of the regression, on the scale of squared gradients.
+      target: what gradients are mapped to.
+      literal: sums in place of means, as printed.
+    """
+
+    ridge: float = 0.0
+    target: adaptive.Target = "root"
+    literal: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaGradMemory:
+    """Of `adagrad_memory`; see `hope_jax.optim.adaptive.adagrad_memory`.
+
+    Attributes:
+      form: each number by itself, or whole rows.
+      ridge: of the regression, on the scale of squared gradients.
+      max_width: of the last axis of a leaf, for `outer`.
+    """
+
+    form: adaptive.Form = "element"
+    ridge: float = 0.0
+    max_width: int = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaMuon:
+    """Of `adamuon`; see `hope_jax.optim.muon.scale_by_adamuon`.
+
+    Attributes:
+      sign: orthogonalise the signs of the memory, or the memory itself.
+    """
+
+    sign: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class M3:
+    """Of `m3`; see `hope_jax.optim.m3.scale_by_m3`.
+
+    Attributes:
+      periods: steps between two moves of each scale's memory, the first of them 1.
+      alpha: weights of all scales but the first, or one number for each.
+      decays: what each memory keeps when it moves; none for `b1` and then 0.9.
+      variant: how their sum is scaled.
+      spread: take the factors of slow memories at several steps.
+    """
+
+    periods: tuple[int, ...] = (1, 10)
+    alpha: float | tuple[float, ...] = 0.3
+    decays: tuple[float, ...] | None = None
+    variant: m3.Variant = "adamuon"
+    spread: bool = False
