@@ -35,7 +35,7 @@ _SET = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_string("data", None, "Text file, folder or glob; sets data.path.")
 _RESUME = flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint.")
 _DESCRIBE = flags.DEFINE_bool(
-    "describe", False, "Print the config, the parameter count and the levels, and exit."
+    "describe", False, "Print the config, the levels and how parameters move, and exit."
 )
 
 
@@ -93,12 +93,15 @@ def _describe(config) -> str:
     from hope_jax.core import config as config_lib
     from hope_jax.core import system
     from hope_jax.models import lm
+    from hope_jax.train import loop
 
     return "\n".join(
         [
             json.dumps(config_lib.to_json(config), indent=2),
             f"\n{lm.count_parameters(config.model):,} parameters\n",
-            str(system.describe(lm.system(config.model))),
+            system.describe(lm.system(config.model)),
+            "\nThe outer optimizer:\n",
+            loop.describe(config),
         ]
     )
 

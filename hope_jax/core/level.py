@@ -237,7 +237,15 @@ class HopeUpdate(NamedTuple):
     gradient: PyTree
 
 
-def hope_update(x: PyTree, slow: Slow, fast: Fast) -> HopeUpdate:
+Differentiate = Callable[
+    [Callable[[PyTree], tuple[Array, PyTree]], PyTree],
+    tuple[tuple[Array, PyTree], PyTree, PyTree],
+]
+
+
+def hope_update(
+    x: PyTree, slow: Slow, fast: Fast, *, differentiate: Differentiate | None = None
+) -> HopeUpdate:
     """The whole idea in one function: one item of context, seen by every clock.
 
     Read the context through the fast levels, which move as they read it; score the
@@ -248,6 +256,10 @@ def hope_update(x: PyTree, slow: Slow, fast: Fast) -> HopeUpdate:
       x: one item of the slow level's context, for example a batch of sequences.
       slow: the slow level and where it stands.
       fast: the faster levels, started from the slow parameters or carried on.
+      differentiate: `(f, params) -> (f(params), gradient, inputs)` for an `f` that
+        gives the loss and what else there is. By default `jax.value_and_grad` and the
+        slow level's own `inputs`, if it has them; those of a whole network are found
+        in one backward pass (`hope_jax.optim.capture.value_and_dgd_gradients`).
 
     Returns:
       Both levels after the item, the loss, the reads and the slow gradient.
@@ -258,10 +270,13 @@ def hope_update(x: PyTree, slow: Slow, fast: Fast) -> HopeUpdate:
         return slow.level.objective(params, (x, read)), (read, moved)
 
     point = slow.state.params if slow.state.anchor is None else slow.state.anchor
-    (loss, (read, moved)), gradient = jax.value_and_grad(outer, has_aux=True)(point)
-    inputs = None
-    if slow.level.inputs is not None:
-        inputs = slow.level.inputs(point, (x, read))
+    if differentiate is not None:
+        (loss, (read, moved)), gradient, inputs = differentiate(outer, point)
+    else:
+        (loss, (read, moved)), gradient = jax.value_and_grad(outer, has_aux=True)(point)
+        inputs = None
+        if slow.level.inputs is not None:
+            inputs = slow.level.inputs(point, (x, read))
     state = receive(slow.level, slow.state, gradient, inputs)
     return HopeUpdate(
         slow=slow._replace(state=state),

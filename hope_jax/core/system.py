@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import graphlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -513,14 +513,19 @@ def describe(system: System) -> str:
     |-------|--------|------------|------------|------------|------|-------|
     | 1     | memory | every item | 65.5K      | ½‖Mk - v‖² | GD   |       |
     """
-    table = [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *rows(system)]
-    table = [{c: row[c].replace("|", "\\|") for c in _COLUMNS} for row in table]
-    widths = {c: max(len(row[c]) for row in table) for c in _COLUMNS}
+    return markdown(_COLUMNS, rows(system))
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> str:
+    """A Markdown table whose cells are aligned."""
+    table = [dict(zip(columns, columns, strict=True)), *rows]
+    table = [{c: row[c].replace("|", "\\|") for c in columns} for row in table]
+    widths = {c: max(len(row[c]) for row in table) for c in columns}
     lines = [
-        "| " + " | ".join(row[c].ljust(widths[c]) for c in _COLUMNS) + " |"
+        "| " + " | ".join(row[c].ljust(widths[c]) for c in columns) + " |"
         for row in table
     ]
-    rule = "|" + "|".join("-" * (widths[c] + 2) for c in _COLUMNS) + "|"
+    rule = "|" + "|".join("-" * (widths[c] + 2) for c in columns) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 

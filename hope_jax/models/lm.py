@@ -115,7 +115,12 @@ def build(config: ModelConfig, key: Array) -> tuple[nnx.GraphDef, nnx.State]:
 
 def abstract(config: ModelConfig) -> nnx.State:
     """Shapes and dtypes of the parameters, without making them."""
-    return jax.eval_shape(lambda key: build(config, key)[1], jax.random.key(0))
+    return abstract_model(config)[1]
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """`build` with shapes and dtypes in place of parameters."""
+    return jax.eval_shape(lambda key: build(config, key), jax.random.key(0))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Bool, PyTree
 
 from hope_jax.optim import adaptive, deep, generalised, groups, m3, muon
+from hope_jax.optim import dgd as dgd_lib
 from hope_jax.optim import momentum as momentum_lib
 
 
@@ -40,10 +41,13 @@ class Rule(NamedTuple):
     Attributes:
       make: the transformation that settings describe.
       matrices: whether it moves matrices alone; all else then moves by adamw.
+      inputs: whether it needs what these were multiplied with, as `update`'s argument
+        `inputs`. It then moves the matrices of which there are any.
     """
 
     make: Callable[[Settings], optax.GradientTransformation]
     matrices: bool = False
+    inputs: bool = False
 
 
 def _decayed(direction: optax.GradientTransformation, s: Settings):
@@ -102,6 +106,16 @@ def _m3(s: Settings) -> optax.GradientTransformation:
         mesh=s.mesh,
     )
     return _decayed(direction, s)
+
+
+def _dgd(s: Settings) -> optax.GradientTransformation:
+    rule = dgd_lib.dgd(
+        s.rate,
+        explicit=s.options.explicit,
+        retention=s.options.retention,
+        input_axis=-2,
+    )
+    return _stepping(rule, s)
 
 
 def _momentum(s: Settings) -> optax.GradientTransformation:
@@ -192,6 +206,7 @@ RULES: dict[str, Rule] = {
     "muon": Rule(_muon, matrices=True),
     "adamuon": Rule(_adamuon, matrices=True),
     "m3": Rule(_m3, matrices=True),
+    "dgd": Rule(_dgd, matrices=True, inputs=True),
     "momentum": Rule(_momentum),
     "delta_momentum": Rule(_delta_momentum),
     "preconditioned_momentum": Rule(_preconditioned_momentum),
@@ -224,22 +239,32 @@ def rules_of(config: Any) -> dict[groups.Kind, str]:
       config: see `build`.
 
     Raises:
-      ValueError: names an unknown rule, one for matrices that was given vectors, or
-        options that no rule reads.
+      ValueError: names an unknown rule, one for matrices that was given vectors,
+        options that no rule reads, or a weight decay for "adam".
     """
     _check_name("name", config.name)
+    if config.name == "adam" and config.weight_decay:
+        raise ValueError(
+            f"adam has no weight decay, got weight_decay={config.weight_decay}; set it "
+            "to 0 or use adamw."
+        )
     default = "adamw" if RULES[config.name].matrices else config.name
     names = {"matrices": config.name}
     for kind in ("embeddings", "convolutions", "others"):
         name = getattr(config, kind)
         if name is not None:
             _check_name(kind, name)
-        names[kind] = default if name is None else name
-    if RULES[names["others"]].matrices:
-        raise ValueError(
-            f"others={config.others!r} moves matrices alone, and biases, scales and "
-            "rates are none."
-        )
+        names[kind] = name = default if name is None else name
+        if RULES[name].inputs:
+            raise ValueError(
+                f"{kind}={name!r}: {name} moves matrices whose inputs are known, so it "
+                "can only be the name of the whole optimizer."
+            )
+        if RULES[name].matrices and kind == "others":
+            raise ValueError(
+                f"others={name!r}: {name} moves matrices, and biases, scales and rates "
+                "are none."
+            )
     for name in set(RULES) - set(names.values()):
         options = getattr(config, name, None)
         if options is not None and options != type(options)():
@@ -248,6 +273,24 @@ def rules_of(config: Any) -> dict[groups.Kind, str]:
                 f"by {', '.join(dict.fromkeys(names.values()))}."
             )
     return names
+
+
+def needs_inputs(config: Any) -> bool:
+    """Whether the optimizer of a config needs the inputs of matrices (see `build`)."""
+    return any(RULES[name].inputs for name in rules_of(config).values())
+
+
+def describe(
+    config: Any, params: PyTree, periods: PyTree, layers: PyTree[Bool] | None = None
+) -> str:
+    """Which parameters `build` gives which rule on which clock, as a Markdown table.
+
+    Args:
+      config, periods, layers: of `build`.
+      params: arrays or shapes.
+    """
+    names = groups.names_of(params, rules_of(config), layers=layers)
+    return groups.describe(groups.summary(params, names, periods))
 
 
 def _check_name(field: str, name: str) -> None:
@@ -262,7 +305,12 @@ def _check_name(field: str, name: str) -> None:
 
 
 def build(
-    config: Any, *, total_steps: int, periods: PyTree, mesh: Mesh | None = None
+    config: Any,
+    *,
+    total_steps: int,
+    periods: PyTree,
+    layers: PyTree[Bool] | None = None,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that a config describes.
 
@@ -276,19 +324,25 @@ def build(
       config: `hope_jax.train.config.OptimizerConfig`, or what has its fields.
       total_steps: at which the schedule ends.
       periods: ints, a tree like the parameters: each moves every so many steps.
+      layers: bools, a tree like the parameters: the matrices y = x W whose inputs
+        `update` is given. For rules that need them (`needs_inputs`), and for no others;
+        matrices without inputs move by the rule of `others`.
       mesh: of the devices of a data-parallel program, so that each orthogonalises some
         of the matrices and not all of them.
 
     Raises:
-      ValueError: unknown name, a rule that does not suit its parameters, options that
-        no rule reads, or a weight decay for "adam".
+      ValueError: a config that `rules_of` refuses, or no `layers` where they are
+        needed.
     """
     names = rules_of(config)
-    if config.name == "adam" and config.weight_decay:
+    if needs_inputs(config) and layers is None:
         raise ValueError(
-            f"adam has no weight decay, got weight_decay={config.weight_decay}; set it "
-            "to 0 or use adamw."
+            f"{config.name} needs layers, the matrices whose inputs `update` is given: "
+            "those of a model are hope_jax.models.capture.dense_kernels(graphdef, "
+            "params)."
         )
+    if not needs_inputs(config):
+        layers = None
     rate = schedule(
         config.learning_rate, config.warmup_steps, total_steps, config.final_fraction
     )
@@ -312,9 +366,10 @@ def build(
         clip = optax.identity()
         if config.clip_norm is not None:
             clip = optax.clip_by_global_norm(config.clip_norm)
-        return optax.chain(clip, groups.by_kind(made, names))
+        return optax.chain(clip, groups.by_name(made, choose))
 
-    return _promoting(groups.on_clocks(rule, periods))
+    choose = functools.partial(groups.names_of, names=names, layers=layers)
+    return _promoting(groups.on_clocks(rule, periods, layers=layers))
 
 
 def _promoting(

@@ -5,15 +5,19 @@ ordinary parameter whose optimizer moves every P steps, on the gradients of all 
 """
 
 import collections
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
+
+from hope_jax.core.system import human, markdown
+from hope_jax.optim.capture import full_precision
 
 Kind = Literal["matrices", "embeddings", "convolutions", "others"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _MATRICES = frozenset({"kernel", "embedding"})
 
@@ -25,11 +29,13 @@ class OnClockState(NamedTuple):
       count: int32 scalar, gradients taken in since the last move.
       gradient: their sum.
       inner: the state of the rule.
+      inputs: the sum of those of the matrices, if the rule is given any.
     """
 
     count: Int[Array, ""]
     gradient: PyTree
     inner: PyTree
+    inputs: PyTree = ()
 
 
 def on_clock(
@@ -37,6 +43,7 @@ def on_clock(
     period: int,
     *,
     reduce: Literal["mean", "sum"] = "mean",
+    layers: PyTree[Bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, moving on every `period`-th step only, by the gradients of all of them.
 
@@ -50,9 +57,14 @@ def on_clock(
       inner: the rule.
       period: steps between two moves, at least 1.
       reduce: what the rule is given, the mean or the sum of the gradients.
+      layers: which leaves are matrices y = x W of whose inputs `update` is given the
+        Gram matrices (`hope_jax.optim.capture`), as the argument `inputs`. These are
+        then reduced like the gradients: with both, a rule moves as by one step on the
+        batches of the whole period.
 
     Raises:
-      ValueError: `period` below 1 or not whole, or an unknown `reduce`.
+      ValueError: `period` below 1 or not whole, an unknown `reduce`, or no `inputs`
+        for `layers`.
 
     >>> rule = on_clock(optax.sgd(1.0), period=2, reduce="sum")
     >>> state = rule.init(jnp.zeros(()))
@@ -76,19 +88,35 @@ def on_clock(
             count=jnp.zeros((), jnp.int32),
             gradient=jax.tree.map(jnp.zeros_like, params),
             inner=inner.init(params),
+            inputs=() if layers is None else _no_inputs(params, layers),
         )
+
+    def reduced(total):
+        return jax.tree.map(lambda g: g * scale, total)
 
     def update(updates, state, params=None, **extra):
         gradient = jax.tree.map(jnp.add, state.gradient, updates)
         count = state.count + 1
+        inputs = state.inputs
+        if layers is not None:
+            if extra.get("inputs") is None:
+                raise ValueError(
+                    "layers names matrices whose inputs are needed: update(grads, "
+                    "state, params, inputs=...), as capture.dgd_gradients gives them."
+                )
+            given = _where_not_masked(lambda _, x: x, updates, extra["inputs"])
+            inputs = jax.tree.map(jnp.add, inputs, given)
 
         def move():
-            reduced = jax.tree.map(lambda g: g * scale, gradient)
-            moved, opt = inner.update(reduced, state.inner, params, **extra)
-            return moved, OnClockState(jnp.zeros_like(count), _zeros(gradient), opt)
+            given = {} if layers is None else {"inputs": reduced(inputs)}
+            moved, opt = inner.update(
+                reduced(gradient), state.inner, params, **extra | given
+            )
+            fresh = jnp.zeros_like(count), _zeros(gradient), opt, _zeros(inputs)
+            return moved, OnClockState(*fresh)
 
         def stay():
-            return _zeros(updates), OnClockState(count, gradient, state.inner)
+            return _zeros(updates), OnClockState(count, gradient, state.inner, inputs)
 
         return jax.lax.cond(count == period, move, stay)
 
@@ -100,16 +128,17 @@ def on_clocks(
     periods: PyTree,
     *,
     reduce: Literal["mean", "sum"] = "mean",
+    layers: PyTree[Bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rule for each group of parameters of one period.
 
     Args:
       rule: `period -> transformation` of the group that moves every `period` steps.
       periods: ints, a tree like the parameters.
-      reduce: see `on_clock`.
+      reduce, layers: see `on_clock`.
     """
     distinct = sorted(set(jax.tree.leaves(periods)))
-    gated = {p: on_clock(rule(p), p, reduce=reduce) for p in distinct}
+    gated = {p: on_clock(rule(p), p, reduce=reduce, layers=layers) for p in distinct}
     if len(distinct) == 1:
         return gated[distinct[0]]
     # Labels are text because they become names in a checkpoint.
@@ -164,25 +193,43 @@ def kind(path: tuple, leaf: Any) -> Kind:
     return "convolutions" if convolves else "matrices"
 
 
-def kinds(params: PyTree) -> PyTree[Kind]:
-    """The kind of every leaf of `params`."""
-    return jax.tree_util.tree_map_with_path(kind, params)
-
-
-def by_kind(
-    rules: Mapping[str, optax.GradientTransformation], names: Mapping[Kind, str]
-) -> optax.GradientTransformationExtraArgs:
-    """A rule for each kind of parameters.
+def names_of(
+    params: PyTree, names: Mapping[Kind, str], *, layers: PyTree[Bool] | None = None
+) -> PyTree[str]:
+    """Which rule moves each leaf.
 
     Args:
-      rules: by name; each has one state for all that it moves.
-      names: which of them moves each kind.
+      params: arrays or shapes; of what `optax.partition` masks, nothing is said.
+      names: the rule of each kind.
+      layers: if given, which matrices move by the rule of matrices; the rest of them
+        move by the rule of `others`.
     """
-    if len(set(names.values())) == 1:
-        return optax.with_extra_args_support(rules[names["matrices"]])
+
+    def name(path, leaf, chosen=True):
+        if _is_masked(leaf):
+            return leaf
+        found = kind(path, leaf)
+        return names["others" if found == "matrices" and not chosen else found]
+
+    rest = () if layers is None else (layers,)
+    return jax.tree_util.tree_map_with_path(name, params, *rest, is_leaf=_is_masked)
+
+
+def by_name(
+    rules: Mapping[str, optax.GradientTransformation],
+    names: Callable[[PyTree], PyTree[str]],
+) -> optax.GradientTransformationExtraArgs:
+    """Several rules, each with one state for all that it moves.
+
+    Args:
+      rules: by name. Those that move nothing have no state.
+      names: `params -> names`, which of them moves each leaf; `names_of`, for example.
+    """
+    if len(rules) == 1:
+        return optax.with_extra_args_support(*rules.values())
 
     def partition(tree):
-        labels = jax.tree.map(lambda k: names[k], kinds(tree))
+        labels = names(tree)
         present = sorted(set(jax.tree.leaves(labels)))
         return optax.partition({name: rules[name] for name in present}, labels)
 
@@ -217,14 +264,87 @@ def muon_dimensions(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def summary(periods: PyTree, params: PyTree) -> dict[int, int]:
-    """Parameters that move on each period, for a line of a log."""
-    counts: collections.Counter[int] = collections.Counter()
-    leaves = zip(jax.tree.leaves(periods), jax.tree.leaves(params), strict=True)
-    for period, leaf in leaves:
-        counts[period] += leaf.size
-    return dict(sorted(counts.items()))
+class Group(NamedTuple):
+    """Parameters of one kind that one rule moves on one clock.
+
+    Attributes:
+      kind: matrices, embeddings, convolutions or others.
+      rule: the name of what moves them.
+      period: steps between two moves.
+      parameters: how many numbers they are.
+    """
+
+    kind: Kind
+    rule: str
+    period: int
+    parameters: int
+
+
+def summary(params: PyTree, names: PyTree[str], periods: PyTree) -> list[Group]:
+    """Which parameters get which rule on which clock; fast clocks first.
+
+    Args:
+      params: arrays or shapes.
+      names: the rule of each leaf (`names_of`).
+      periods: after how many steps each moves.
+    """
+    sizes: collections.Counter[tuple] = collections.Counter()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), name, period in zip(
+        leaves, jax.tree.leaves(names), jax.tree.leaves(periods), strict=True
+    ):
+        sizes[period, KINDS.index(kind(path, leaf)), name] += leaf.size
+    return [
+        Group(KINDS[index], name, period, sizes[period, index, name])
+        for period, index, name in sorted(sizes)
+    ]
+
+
+def describe(groups: Iterable[Group]) -> str:
+    """A Markdown table of `groups`.
+
+    >>> print(describe([Group("matrices", "m3", 4, 65_536)]))
+    | moves         | by | on            | parameters |
+    |---------------|----|---------------|------------|
+    | matrices      | m3 | every 4 steps | 65.5K      |
+    """
+    rows = [
+        {
+            "moves": group.kind,
+            "by": group.rule,
+            "on": "every step" if group.period == 1 else f"every {group.period} steps",
+            "parameters": human(group.parameters),
+        }
+        for group in groups
+    ]
+    return markdown(("moves", "by", "on", "parameters"), rows)
 
 
 def _zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _where_not_masked(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
+    """Maps leaves with those of `rest`, which `optax.partition` has not masked."""
+    return jax.tree.map(
+        lambda leaf, *more: leaf if _is_masked(leaf) else function(leaf, *more),
+        tree,
+        *rest,
+        is_leaf=_is_masked,
+    )
+
+
+def _no_inputs(params: PyTree, layers: PyTree[Bool]) -> PyTree:
+    """Gram matrices of no inputs, and None for what multiplies nothing."""
+
+    def zeros(leaf, chosen):
+        if not chosen:
+            return None
+        shape = (*leaf.shape[:-1], leaf.shape[-2])
+        return jnp.zeros(shape, full_precision(leaf.dtype))
+
+    return _where_not_masked(zeros, params, layers)

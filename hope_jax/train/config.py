@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from hope_jax import optim
 from hope_jax.data.text import Undecodable
 from hope_jax.models import lm
 from hope_jax.optim import options
@@ -72,6 +73,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
 
+    dgd: options.DGD = options.DGD()
     adamuon: options.AdaMuon = options.AdaMuon()
     m3: options.M3 = options.M3()
     delta_momentum: options.DeltaMomentum = options.DeltaMomentum()
@@ -83,6 +85,7 @@ class OptimizerConfig:
     adagrad_memory: options.AdaGradMemory = options.AdaGradMemory()
 
     def __post_init__(self):
+        optim.rules_of(self)
         _at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
         for name in ("final_fraction", "b1", "b2"):
             value = getattr(self, name)

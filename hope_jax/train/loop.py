@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from flax import nnx
+from jaxtyping import PyTree
 from rich import progress
 
 from hope_jax import optim
 from hope_jax.core import config as config_lib
 from hope_jax.data import stream, text, tokenizer
 from hope_jax.models import lm
+from hope_jax.models.capture import dense_kernels
 from hope_jax.train import checkpoint, sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
@@ -75,6 +78,18 @@ class Source(NamedTuple):
     validation_bytes_per_token: float
 
 
+class Groups(NamedTuple):
+    """How the optimizer of a run tells parameters apart; trees like these.
+
+    Attributes:
+      periods: ints, after how many steps each moves.
+      layers: bools, the matrices whose inputs it needs; None if it needs none.
+    """
+
+    periods: PyTree
+    layers: PyTree | None
+
+
 def train(
     config: RunConfig, workdir: str | os.PathLike, *, resume: bool = False
 ) -> Outcome:
@@ -118,7 +133,7 @@ def train(
         iterator, fingerprint = _data(config, source)
         stack.callback(iterator.close)
 
-        graphdef, state, tx = _model(config, mesh)
+        graphdef, state, tx, layers = _model(config, mesh)
         _say(
             f"{lm.count_parameters(config.model):,} parameters on "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -137,7 +152,9 @@ def train(
         elif resume:
             _say(f"no checkpoint in {workdir} yet: starting at step 0")
 
-        step = sharding.jit_step(step_lib.make_step(graphdef, lm.apply, tx), mesh)
+        step = sharding.jit_step(
+            step_lib.make_step(graphdef, lm.apply, tx, layers), mesh
+        )
         validate = _validation(graphdef, config, source, mesh)
         log = MetricLog(workdir, done)
         stack.callback(log.close)
@@ -256,17 +273,36 @@ def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dic
     return iter(stream.batches(source.rows, settings)), fingerprint
 
 
+def groups(config: RunConfig, graphdef: nnx.GraphDef, params: PyTree) -> Groups:
+    """How the optimizer of a run tells parameters apart; `params` may be shapes."""
+    layers = None
+    if optim.needs_inputs(config.optimizer):
+        layers = dense_kernels(graphdef, params)
+    return Groups(lm.periods(config.model, params, config.train.seq_len), layers)
+
+
+def describe(config: RunConfig) -> str:
+    """The groups of a run's optimizer as a table, without making the model."""
+    graphdef, params = lm.abstract_model(config.model)
+    return optim.describe(
+        config.optimizer, params, **groups(config, graphdef, params)._asdict()
+    )
+
+
 def _model(config: RunConfig, mesh: jax.sharding.Mesh):
-    """The static half of the model, the state before the first step, the optimizer."""
+    """The static half of the model, the state before the first step, the optimizer and
+    the matrices whose inputs it needs, if any."""
     parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
     graphdef, params = lm.build(config.model, parameters_key)
+    moved = groups(config, graphdef, params)
     tx = optim.build(
         config.optimizer,
         total_steps=config.train.steps,
-        periods=lm.periods(config.model, params, config.train.seq_len),
+        **moved._asdict(),
+        mesh=mesh if mesh.size > 1 else None,
     )
     state = state_lib.create(params, tx, run_key)
-    return graphdef, sharding.replicate(state, mesh), tx
+    return graphdef, sharding.replicate(state, mesh), tx, moved.layers
 
 
 def _validation_rows(

@@ -127,8 +127,21 @@ def test_nothing_of_an_off_step_comes_through():
     np.testing.assert_allclose(updates, 0.0, atol=1e-6)  # log of the mean, 1
 
 
+def no_inputs(params):
+    """Which leaves are matrices, and Gram matrices for them that hold no inputs."""
+
+    def gram(leaf, chosen):
+        return jnp.zeros((*leaf.shape[:-1], leaf.shape[-2])) if chosen else None
+
+    layers = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: groups.kind(path, leaf) == "matrices", params
+    )
+    return layers, jax.tree.map(gram, params, layers)
+
+
 RATES = {
     "sgd": 0.3,
+    "dgd": 0.3,
     "adafactor": 0.3,
     "deep_momentum": 0.3,
     "gradient_memory": 0.3,
@@ -155,12 +168,15 @@ def test_every_rule_compiles_once_and_converges(key, name):
     periods = jax.tree.map(lambda p: 3 if p.ndim == 3 else 1, params)
     rate = RATES.get(name, 0.1)
     config = settings(name=name, learning_rate=rate, final_fraction=0.02, b1=0.8)
-    tx = optim.build(config, total_steps=300, periods=periods)
+    layers, inputs = no_inputs(params)
+    tx = optim.build(config, total_steps=300, periods=periods, layers=layers)
 
     @jax.jit
     def step(params, state):
         gradient = jax.tree.map(lambda p: p - 0.5, params)
-        updates, state = tx.update(gradient, state, params, context=gradient)
+        updates, state = tx.update(
+            gradient, state, params, context=gradient, inputs=inputs
+        )
         return optax.apply_updates(params, updates), state
 
     with jax.numpy_dtype_promotion("strict"):
@@ -205,13 +221,16 @@ def test_only_matrices_decay(name):
         },
         "token": {"embedding": jnp.ones((5, 3))},
     }
+    layers, inputs = no_inputs(params)
     tx = optim.build(
         settings(name=name, weight_decay=0.5),
         total_steps=2,
         periods=optim.one_clock(params),
+        layers=layers,
     )
     still = jax.tree.map(jnp.zeros_like, params)
-    _, moved, _ = run(tx, params, [still])
+    updates, _ = jax.jit(tx.update)(still, tx.init(params), params, inputs=inputs)
+    moved = optax.apply_updates(params, updates)
     decayed = jax.tree.map(lambda p: bool((p < 1).all()), moved)
     assert decayed == {
         "layers": {
