@@ -6,8 +6,9 @@ equations 58 to 60).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,29 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from hope_jax.core.clock import Clock
-from hope_jax.core.level import Level
+from hope_jax.core.level import Level, LevelState, tick
+from hope_jax.core.transfer import attend, dot_product, regress
+from hope_jax.kernels.chunk import MemoryState, begin_memory, piece
 from hope_jax.memory import compose, features, retention
 from hope_jax.memory.compose import MemoryConfig, Tokens
 from hope_jax.optim.from_level import from_level
-from hope_jax.optim.leaves import as_rows, as_type, check_fraction, rate_at, unit_rows
+from hope_jax.optim.leaves import (
+    as_rows,
+    as_type,
+    check_fraction,
+    rate_at,
+    unit,
+    unit_rows,
+)
+
+Rows = Literal["mean", "sequence"]
 
 
 def gradient_level(
     learning_rate: float,
     config: MemoryConfig,
     *,
+    rows: Rows | None = None,
     inner_rate: float | None = None,
     retention: float = 0.9,
     inertia: float = 0.9,
@@ -33,88 +46,94 @@ def gradient_level(
 ) -> Level:
     """Any memory of `hope_jax.memory` as a level whose items are gradients.
 
-    The memory m maps a direction of the row space of a leaf to another. At each
-    gradient g, with rows gᵣ = ‖gᵣ‖ kᵣ, it takes one step of its own rule on
-
-        mean over r of ℓ(m(kᵣ), vᵣ),   vᵣ = the direction of the r-th row of target(g)
-
-    for the bias ℓ of `config`, and the weights move by `−η ‖gᵣ‖ m(kᵣ)`, row by row
+    The memory m maps a direction of the row space of a leaf to another. A gradient g
+    has rows gᵣ = ‖gᵣ‖ kᵣ, from which m learns to say vᵣ, the direction of the r-th row
+    of target(g). Then every row asks it, and the weights move by `−η ‖gᵣ‖ m(kᵣ)`
     (equations 36, 40, 41 and 60 of arXiv:2512.24695: keys and values are given by the
     level below). The paper's values are −g; here the sign is outside, so that a
     residual memory, x + f(x), begins as gradient descent. Rows that are zero teach
     nothing and do not move. The memory sees directions alone: it is the same for
     gradients of any size, and the update is as large as they are.
 
-    One item is one gradient, however many rows it has: `config.chunk` counts gradients.
+    How the rows of one gradient teach, for ℓ the bias of `config`:
+
+    - `mean`: all at once. One gradient is one item, on which the memory takes one step
+      of its rule, on the mean over r of ℓ(m(kᵣ), vᵣ); the order of rows is of no
+      matter. `config.chunk` counts gradients.
+    - `sequence`: one after another. Each row is a token, read as the memory is defined
+      (`core.level.unroll` of `memory.compose.memory_level`, computed by
+      `kernels.chunk`): any memory can. `config.chunk` counts rows, from one gradient to
+      the next. Where gradients are anchored, as many rows are learned in parallel as
+      divide both the chunk and the rows of the leaf; where they are exact, a chunk.
+
+    A leaf of one row is the same in both. A Hebbian memory (`dot`, no delta term) adds
+    up what it is given: in a sequence its updates grow with the number of rows.
+
     `from_level(gradient_level(0.1, config), gradient_start(config))` is an optimizer,
     the one that `from_memory` makes.
 
     Args:
       learning_rate: η.
-      config: the four choices, with `window=1` and `steps=1`; all rules and retentions
-        but those that solve for one key at a time (`implicit`, `newton`, `oja`) and
-        `channel`.
+      config: the four choices. `read` says which memory is asked: the one after the
+        gradient (`post`), before it (`pre`) or before the last `chunk` of gradients
+        began (`anchor`).
+      rows: as above. None is `mean` where that is defined and else `sequence`: a memory
+        that solves for one key at a time (`implicit`, `newton`, `oja`), looks back at
+        tokens (`window > 1`) or takes several steps at each has no mean over rows.
       inner_rate: of the memory's rule; None is half the bound that `GateConfig` keeps:
-        `½ / chunk` where gradients are anchored, else ½, times `1 − inertia`.
+        `½ / (chunk · window)` where gradients are anchored, else ½, times
+        `1 − inertia`.
       retention: how much of the memory is kept at each gradient, where `config` has a
-        retention.
-      inertia: momentum of the memory's rule, where it has one.
+        retention; R rows in sequence keep its R-th root each.
+      inertia: momentum of the memory's rule, where it has one; from item to item, that
+        is from gradient to gradient, or from row to row.
       target: `g -> ĝ`, what a gradient should be mapped to: the coordinates of equation
         40, such as `jnp.sign`; None is g itself.
 
     Raises:
-      ValueError: a config that solves for one key at a time, or fractions out of range.
+      ValueError: `mean` of a memory that has none, or fractions out of range.
     """
-    refused = {
-        "rule": ("implicit", "newton"),
-        "retention": ("oja", "channel"),
-    }
-    for name, values in refused.items():
-        if getattr(config, name) in values:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} solves for one key at a time, and a "
-                f"gradient has a key for each of its rows; other than {values} will do."
-            )
-    for name in ("window", "steps"):
-        if getattr(config, name) != 1:
-            raise ValueError(
-                f"{name} must be 1 for a memory of gradients, got "
-                f"{getattr(config, name)}: an item is one gradient, with all its rows."
-            )
+    if config is None:
+        raise ValueError(
+            "config is None: a non-parametric memory has no choices. Use "
+            "from_level(attention_level(...), context=...)."
+        )
+    rows = _mode(config, rows)
     check_fraction("retention", retention)
     check_fraction("inertia", inertia)
     kept = 1.0 if config.retention == "none" else retention
     carried = inertia if config.inertia else 0.0
+    anchored = config.chunk if config.gradient == "anchored" else 1
     if inner_rate is None:
-        anchored = config.chunk if config.gradient == "anchored" else 1
-        inner_rate = 0.5 / anchored * (1.0 - carried)
+        inner_rate = 0.5 / (anchored * config.window) * (1.0 - carried)
+    single = dataclasses.replace(config, window=1, steps=1)
 
     def memory(gradient):
-        return compose.memory_level(config, as_rows(gradient).shape[-1])
+        return compose.memory_level(single, as_rows(gradient).shape[-1])
 
     def keys(gradient):
-        unit, norm, weight = unit_rows(gradient.astype(jnp.float32))
+        directions, norm, weight = unit_rows(gradient.astype(jnp.float32))
         coefficients = features.coefficients(config.features, config.degree)
-        mapped = features.features(config.features, config.degree, unit, coefficients)
-        return mapped, norm, weight
+        mapped = features.features(
+            config.features, config.degree, directions, coefficients
+        )
+        return jnp.where(norm > 0, mapped, 0.0), norm, weight
 
-    def rates(shape=()):
+    def rates(shape=(), span=1):
         return {
             "eta": jnp.full(shape, inner_rate, jnp.float32),
-            "alpha": jnp.full(shape, kept, jnp.float32),
+            "alpha": jnp.full(shape, jnp.float32(kept) ** (1.0 / span), jnp.float32),
             "theta": jnp.full(shape, carried, jnp.float32),
         }
 
-    def tokens(gradient):
+    def tokens(gradient, span=1):
         k, _, weight = keys(gradient)
-        image = gradient if target is None else target(gradient)
-        if image.shape != gradient.shape:
-            raise ValueError(
-                f"target made shape {image.shape} of a gradient of shape "
-                f"{gradient.shape}: it must keep the shape."
-            )
-        v = unit_rows(image.astype(jnp.float32))[0]
-        return Tokens(k=k, v=v, q=k, **rates(weight.shape)), weight
+        v = _values(gradient, target)
+        return Tokens(k=k, v=v, q=k, **rates(weight.shape, span)), weight
+
+    def sequence(gradient):
+        read, weight = tokens(gradient, span=max(1, as_rows(gradient).shape[0]))
+        return read._replace(eta=jnp.where(weight > 0, read.eta, 0.0))
 
     def objective(weights, gradient):
         items, weight = tokens(gradient)
@@ -131,16 +150,97 @@ def gradient_level(
         function = compose.build_architecture(config, as_rows(gradient).shape[-1])
         return function.inputs(weights, keys(gradient)[0])
 
-    anchor = config.chunk if config.gradient == "anchored" else 1
+    if rows == "sequence":
+        return Level(
+            init=_widthless,
+            read=read,
+            objective=objective,
+            flow=_in_turn(config, sequence),
+            clock=Clock(anchor=anchored if config.read == "anchor" else 1),
+            read_at=config.read,
+        )
     return Level(
         init=_widthless,
         read=read,
         objective=objective,
-        flow=_flow_of_rows(config, tokens, Tokens((), (), (), **rates())),
-        clock=Clock(anchor=anchor),
+        flow=_all_at_once(config, tokens, Tokens((), (), (), **rates())),
+        clock=Clock(anchor=anchored),
         read_at=config.read,
         inputs=None if config.dgd == "none" else inputs,
     )
+
+
+def _mode(config: MemoryConfig, rows: Rows | None) -> Rows:
+    if rows not in (None, "mean", "sequence"):
+        raise ValueError(f"rows must be 'mean', 'sequence' or None, got {rows!r}.")
+    without_mean = {
+        "rule": config.rule in ("implicit", "newton"),
+        "retention": config.retention == "oja",
+        "window": config.window > 1,
+        "steps": config.steps > 1,
+    }
+    found = [
+        f"{name}={getattr(config, name)!r}"
+        for name, present in without_mean.items()
+        if present
+    ]
+    if rows == "mean" and found:
+        raise ValueError(
+            f"rows='mean' has the memory take one step for all rows of a gradient, and "
+            f"{', '.join(found)} reads one key after another: use rows='sequence'."
+        )
+    return rows or ("sequence" if found else "mean")
+
+
+def _values(gradient, target):
+    """The directions of the rows of target(g)."""
+    image = gradient if target is None else target(gradient)
+    if image.shape != gradient.shape:
+        raise ValueError(
+            f"target made shape {image.shape} of a gradient of shape "
+            f"{gradient.shape}: it must keep the shape."
+        )
+    return unit_rows(image.astype(jnp.float32))[0]
+
+
+def attention_level(
+    learning_rate: float,
+    *,
+    score: Callable[[Array, Array], Array] = dot_product,
+    target: Callable[[Array], Array] | None = None,
+) -> Level:
+    """The non-parametric end of `gradient_level`: softmax attention over past rows.
+
+        m(q) = Σᵢ s(kᵢ, q) vᵢ / Σⱼ s(kⱼ, q),   W ← W − η ‖gᵣ‖ m(kᵣ)
+
+    Equation 62 of arXiv:2512.24695, and 63 over a window. It has no state but its
+    context, so `from_level(attention_level(0.1), context=8)` says how much of that is
+    kept: all rows of the last 8 gradients, the one at hand included. A leaf of R rows
+    compares R with 8 R of them at every step, which suits small matrices.
+
+    Args:
+      learning_rate: η.
+      score: `(k_i, q) -> log s(k_i, q)`, of rows in unit mean square: without it,
+        s = exp(√C cos) for rows of width C.
+      target: what rows are mapped to, as in `gradient_level`.
+    """
+    solve = regress(score)
+
+    def read(past, mask, gradient):
+        directions, norm, _ = unit_rows(gradient.astype(jnp.float32))
+        width = directions.shape[-1]
+        keys = jax.vmap(lambda g: unit_rows(g.astype(jnp.float32))[0])(past)
+        keys = keys.reshape(-1, width)
+        values = jax.vmap(lambda g: _values(g, target))(past).reshape(-1, width)
+        seen = jnp.repeat(mask, len(directions)) & jnp.any(keys != 0, axis=-1)
+        context = (width**0.5 * keys, values, None)
+        recalled = jax.vmap(lambda q: solve(context, seen, (None, None, q)))(
+            width**0.5 * directions
+        )
+        moved = jnp.where(norm > 0, -learning_rate * norm * recalled, 0.0)
+        return moved.reshape(gradient.shape)
+
+    return attend(read)
 
 
 def gradient_start(config: MemoryConfig, seed: int = 0) -> Callable[[Array], PyTree]:
@@ -167,6 +267,7 @@ def from_memory(
     learning_rate: optax.ScalarOrSchedule,
     config: MemoryConfig,
     *,
+    rows: Rows | None = None,
     inner_rate: float | None = None,
     retention: float = 0.9,
     inertia: float = 0.9,
@@ -181,8 +282,9 @@ def from_memory(
 
     Args:
       learning_rate: η, a number or a schedule.
-      config: the memory.
-      inner_rate: see `gradient_level`, as for the next three.
+      config: the memory; `memory.named.get(name).memory` is a published one.
+      rows: see `gradient_level`, as for the next four.
+      inner_rate: of the memory's rule.
       retention: kept at each gradient.
       inertia: of the memory's own rule.
       target: what a gradient should be mapped to.
@@ -191,6 +293,7 @@ def from_memory(
     level = gradient_level(
         1.0,
         config,
+        rows=rows,
         inner_rate=inner_rate,
         retention=retention,
         inertia=inertia,
@@ -201,7 +304,66 @@ def from_memory(
     return optax.chain(from_level(level, gradient_start(config, seed)), rate)
 
 
-def _flow_of_rows(config, tokens, rates) -> optax.GradientTransformationExtraArgs:
+class Reading(NamedTuple):
+    """Where a memory that reads rows in turn stands between two gradients.
+
+    Attributes:
+      memory: all of it but the weights, which are the level's parameters.
+      count: how many rows of the chunk at hand it has read.
+    """
+
+    memory: MemoryState
+    count: Int[Array, ""]
+
+
+def _in_turn(config, sequence) -> optax.GradientTransformationExtraArgs:
+    """Learns the rows of an item one after another; the gradient is not read."""
+
+    def init(weights):
+        memory = begin_memory(config, weights)
+        # A mirror retention maps its start; these weights are mapped already.
+        return Reading(
+            memory._replace(
+                weights=None,
+                anchor=None if memory.anchor is None else weights,
+                rule=memory.rule and compose.build_flow(config).init(weights),
+            ),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def learn(state, tokens):
+        memory, _ = piece(config, state.memory, tokens, reads=False)
+        count = (state.count + len(tokens.eta)) % config.chunk
+        if memory.anchor is not None:
+            anchor = jax.tree.map(
+                lambda new, old: jnp.where(count == 0, new, old),
+                memory.weights,
+                memory.anchor,
+            )
+            memory = memory._replace(anchor=anchor)
+        return Reading(memory, count), None
+
+    def update(updates, state, params, *, context, **extra):
+        del updates, extra
+        tokens = sequence(context)
+        rows = len(tokens.eta)
+        whole = math.gcd if config.gradient == "anchored" else min
+        size = max(1, whole(rows, config.chunk))
+        full = rows // size * size
+        pieces = jax.tree.map(
+            lambda x: x[:full].reshape(-1, size, *x.shape[1:]), tokens
+        )
+        state = Reading(state.memory._replace(weights=params), state.count)
+        state, _ = jax.lax.scan(learn, state, pieces)
+        if full < rows:
+            state, _ = learn(state, jax.tree.map(lambda x: x[full:], tokens))
+        moved = jax.tree.map(jnp.subtract, state.memory.weights, params)
+        return moved, state._replace(memory=state.memory._replace(weights=None))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _all_at_once(config, tokens, rates) -> optax.GradientTransformationExtraArgs:
     """The rule, delta term and retention of `config` for an item of several keys."""
     plain = dataclasses.replace(config, retention="none", dgd="none", recall="before")
     steps = [compose.build_flow(plain)]
@@ -242,10 +404,17 @@ def _erase_rows(config, tokens) -> optax.GradientTransformationExtraArgs:
 
 
 class GGDState(NamedTuple):
-    """How many steps were taken, and the state of each matrix's rule."""
+    """Where the matrices stand, as memories.
+
+    Attributes:
+      count: how many steps were taken.
+      flow: the state of each matrix's rule.
+      recent: the pairs (x, u) that the next window of each matrix sees, oldest first.
+    """
 
     count: Int[Array, ""]
     flow: PyTree
+    recent: PyTree
 
 
 _PROXIMAL = MemoryConfig(
@@ -279,10 +448,12 @@ def ggd(
 
     Args:
       learning_rate: η, a number or a schedule.
-      config: a matrix memory: `architecture="linear"` with `features="none"`, `norm`
-        off, `window=1`, `steps=1`, and `chunk=1` or `gradient="exact"`.
-      retention: α, how much of the weights is kept at each step, where `config` has a
-        retention.
+      config: any bias, retention and rule of a matrix memory that is the layer itself:
+        `architecture="linear"` with `features="none"` and `norm` off. The gradient is
+        taken at the weights of now: `chunk=1` or `gradient="exact"`. With `steps` the
+        argmin is approached in so many steps; a `window` is of the last tokens' pairs.
+      retention: α, how much of the weights (or their dual image) is kept at each step,
+        where `config` has a retention.
       inertia: momentum of the rule, where it has one.
       input_axis: the axis of a matrix along which it multiplies its input: -1 for
         y = W x, -2 for y = x W (Flax kernels).
@@ -295,8 +466,6 @@ def ggd(
         "architecture": "linear",
         "features": "none",
         "norm": False,
-        "window": 1,
-        "steps": 1,
     }
     if config.gradient == "anchored":
         wanted["chunk"] = 1
@@ -324,37 +493,53 @@ def ggd(
 
     def begin(weight):
         if weight.ndim < 2:
-            return ()
+            return (), ()
         w = turned(weight)
-        one = lambda w: level(w).flow.init({"w": w})  # noqa: E731
+        rows, columns = w.shape[-2:]
+
+        def one(w):
+            return level(w).flow.init({"w": w}), (
+                jnp.zeros((config.window - 1, columns), jnp.float32),
+                jnp.zeros((config.window - 1, rows), jnp.float32),
+            )
+
         for _ in range(w.ndim - 2):
             one = jax.vmap(one)
-        return one(w)
+        flow, recent = one(w)
+        return flow, recent if config.window > 1 else ()
 
     def init(params):
-        return GGDState(jnp.zeros((), jnp.int32), jax.tree.map(begin, params))
+        leaves, structure = jax.tree.flatten(params)
+        flows, recent = zip(*map(begin, leaves), strict=True) if leaves else ((), ())
+        count = jnp.zeros((), jnp.int32)
+        return GGDState(count, structure.unflatten(flows), structure.unflatten(recent))
 
-    def learn(gradient, weight, x, flow, rate):
-        size = jnp.maximum(jnp.vdot(x, x), jnp.finfo(x.dtype).tiny)
+    def learn(gradient, weight, x, flow, recent, rate):
+        along, size = unit(x, -1)
+        u = -(gradient @ along) / jnp.maximum(size, jnp.finfo(x.dtype).tiny)
         token = Tokens(
             k=x,
-            v=-(gradient @ x) / size,
+            v=u,
             q=x,
             eta=as_type(rate, x),
             alpha=as_type(kept, x),
             theta=as_type(carried, x),
         )
-        memory, weights = level(weight), {"w": weight}
-        slope = jax.grad(memory.objective)(weights, token)
-        inputs = memory.inputs(weights, token)
-        moved, flow = memory.flow.update(
-            slope, flow, weights, context=token, inputs=inputs
-        )
-        return moved["w"], flow
+        token = jax.tree.map(lambda leaf: leaf[None], token)
+        items = compose.level_context(config, token, recent)
+        if config.window > 1:
+            newest = zip(recent, (token.k, token.v), strict=True)
+            recent = tuple(jnp.concatenate(pair)[1:] for pair in newest)
+        memory, count = level(weight), jnp.zeros((), jnp.int32)
+        standing = LevelState({"w": weight}, flow, None, None, count)
+        for i in range(config.steps):
+            item = jax.tree.map(lambda leaf: leaf[i], items)  # noqa: B023
+            standing, _ = tick(memory, standing, item)
+        return standing.params["w"] - weight, standing.opt, recent
 
-    def move(gradient, weight, x, flow, rate):
+    def move(gradient, weight, x, flow, recent, rate):
         if x is None:
-            return (-as_type(rate, gradient) * gradient), flow
+            return -as_type(rate, gradient) * gradient, flow, recent
         g, w = turned(gradient), turned(weight)
         if w.ndim < 2 or x.shape != w.shape[:-2] + w.shape[-1:]:
             raise ValueError(
@@ -365,8 +550,8 @@ def ggd(
         one = lambda *leaf: learn(*leaf, rate)  # noqa: E731
         for _ in range(w.ndim - 2):
             one = jax.vmap(one)
-        step, flow = one(g, w, x.astype(jnp.float32), flow)
-        return turned(step).astype(gradient.dtype), flow
+        step, flow, recent = one(g, w, x.astype(jnp.float32), flow, recent)
+        return turned(step).astype(gradient.dtype), flow, recent
 
     def update(updates, state, params=None, *, inputs=None, **extra):
         del extra
@@ -378,12 +563,11 @@ def ggd(
             )
         rate = rate_at(learning_rate, state.count)
         leaves, structure = jax.tree.flatten(updates)
-        trees = (params, inputs, state.flow)
+        trees = (params, inputs, state.flow, state.recent)
         rest = [structure.flatten_up_to(tree) for tree in trees]
         moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
-        steps, flows = zip(*moved, strict=True) if moved else ((), ())
-        return structure.unflatten(steps), GGDState(
-            optax.safe_increment(state.count), structure.unflatten(flows)
-        )
+        parts = zip(*moved, strict=True) if moved else ((), (), ())
+        steps, flow, recent = map(structure.unflatten, parts)
+        return steps, GGDState(optax.safe_increment(state.count), flow, recent)
 
     return optax.GradientTransformationExtraArgs(init, update)
