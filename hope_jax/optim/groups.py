@@ -95,15 +95,15 @@ def on_clock(
         return jax.tree.map(lambda g: g * scale, total)
 
     def update(updates, state, params=None, **extra):
+        if layers is not None and extra.get("inputs") is None:
+            raise ValueError(
+                "layers names matrices whose inputs are needed: update(grads, state, "
+                "params, inputs=...), as capture.dgd_gradients gives them."
+            )
         gradient = jax.tree.map(jnp.add, state.gradient, updates)
         count = state.count + 1
         inputs = state.inputs
         if layers is not None:
-            if extra.get("inputs") is None:
-                raise ValueError(
-                    "layers names matrices whose inputs are needed: update(grads, "
-                    "state, params, inputs=...), as capture.dgd_gradients gives them."
-                )
             given = _where_not_masked(lambda _, x: x, updates, extra["inputs"])
             inputs = jax.tree.map(jnp.add, inputs, given)
 

@@ -1,5 +1,7 @@
 """Optimizers by name and by clock: which parameters move when, and by what."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,10 @@ import pytest
 from flax import nnx
 
 from hope_jax import optim
+from hope_jax.core import config as config_lib
 from hope_jax.optim import groups
+from hope_jax.optim.dgd import dgd
+from hope_jax.optim.m3 import scale_by_m3
 from hope_jax.train.config import OptimizerConfig
 
 
@@ -211,6 +216,73 @@ def test_muon_takes_stacked_kernels_and_only_those(key):
     assert spread(updates[0]["conv_q"]["kernel"]) > 5
 
 
+def test_each_kind_has_the_rule_that_is_named_for_it(key):
+    """Beside M3: signs for the embedding, gradients for the convolution, Adam else."""
+    params = {
+        "layer": {"kernel": jnp.zeros((2, 4, 4)), "bias": jnp.zeros((2, 4))},
+        "conv_q": {"kernel": jnp.zeros((3, 4))},
+        "token": {"embedding": jnp.zeros((5, 4))},
+    }
+    config = settings(name="m3", embeddings="lion", convolutions="sgd")
+    periods = jax.tree.map(lambda _: 1, params)
+    tx = optim.build(config, total_steps=9, periods=periods)
+    (gradient,) = some_gradients(key, params, 1)
+    (updates,), _, state = run(tx, params, [gradient])
+
+    def expected(name, part, leaf):
+        direction = {"m3": scale_by_m3(decays=(0.9, 0.9)), "adam": optax.scale_by_adam}
+        rule = direction[name] if name == "m3" else direction[name](b1=0.9, b2=0.95)
+        g = gradient[part][leaf]
+        return -0.1 * rule.update(g, rule.init(params[part][leaf]))[0]
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    close(updates["layer"]["kernel"], expected("m3", "layer", "kernel"))
+    close(updates["layer"]["bias"], expected("adam", "layer", "bias"))
+    close(updates["conv_q"]["kernel"], -0.1 * gradient["conv_q"]["kernel"])
+    embedded = gradient["token"]["embedding"]
+    close(updates["token"]["embedding"], -0.1 * jnp.sign(embedded))
+
+    periods["layer"]["kernel"] = 4
+    table = optim.describe(config, params, periods)
+    rows = table.splitlines()[2:]
+    assert [tuple(c.strip() for c in row.split("|")[1:-1]) for row in rows] == [
+        ("embeddings", "lion", "every step", "20"),
+        ("convolutions", "sgd", "every step", "12"),
+        ("others", "adamw", "every step", "8"),
+        ("matrices", "m3", "every 4 steps", "32"),
+    ]
+
+
+def test_inputs_are_reduced_like_gradients(key):
+    """Two steps on halves of a batch are one on all of it, and masked leaves of other
+    groups are no trouble; saved and loaded in between."""
+    keys = jax.random.split(key, 4)
+    x = jax.random.normal(keys[0], (6, 3))
+    params = {name: {"kernel": jax.random.normal(keys[1], (3, 2))} for name in "ab"}
+    params["a"]["bias"] = jnp.zeros(2)
+    periods = {"a": {"kernel": 2, "bias": 2}, "b": {"kernel": 1}}
+    layers = {"a": {"kernel": True, "bias": False}, "b": {"kernel": True}}
+    config = settings(name="dgd", others="sgd")
+    tx = optim.build(config, total_steps=9, periods=periods, layers=layers)
+
+    def half(rows):
+        gram = rows.T @ rows / len(rows)
+        gradient = jax.tree.map(lambda p: p + rows[0, 0], params)
+        return gradient, jax.tree.map(lambda c: gram if c else None, layers)
+
+    (g1, x1), (g2, x2) = half(x[:3]), half(x[3:])
+    first, state = tx.update(g1, tx.init(params), params, inputs=x1)
+    assert not first["a"]["kernel"].any() and first["b"]["kernel"].any()
+    state = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)
+    second, _ = tx.update(g2, state, params, inputs=x2)
+    mean = jax.tree.map(lambda *g: sum(g) / 2, g1, g2)
+    rule = dgd(0.1, input_axis=-2)
+    w, g = params["a"]["kernel"], mean["a"]["kernel"]
+    whole, _ = rule.update(g, rule.init(w), w, inputs=x.T @ x / 6)
+    np.testing.assert_allclose(second["a"]["kernel"], whole, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(second["a"]["bias"], -0.1 * mean["a"]["bias"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", sorted(set(optim.RULES) - {"adam"}))
 def test_only_matrices_decay(name):
     params = {
@@ -273,6 +345,24 @@ def test_the_schedule_is_of_steps_on_every_clock():
                 settings(name="adam", weight_decay=0.1), total_steps=1, periods=1
             ),
             "adam has no weight decay, got weight_decay=0.1",
+        ),
+        (lambda: settings(embeddings="lian"), "'lian', which embeddings .*'lion'"),
+        (lambda: settings(others="m3"), "others='m3': m3 moves matrices, and biases"),
+        (
+            lambda: settings(embeddings="dgd"),
+            "embeddings='dgd': dgd .*inputs are known",
+        ),
+        (
+            lambda: config_lib.override(settings(), ["m3.alpha=0.5"]),
+            "m3 is set to .*alpha=0.5.* moves no parameters: these are moved by adamw",
+        ),
+        (
+            lambda: optim.build(settings(name="dgd"), total_steps=1, periods=1),
+            "dgd needs layers, .*dense_kernels",
+        ),
+        (
+            lambda: groups.on_clock(optax.sgd(1.0), 2, layers=True).update(1.0, None),
+            "layers names matrices .*inputs",
         ),
     ],
 )

@@ -6,9 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from hope_jax import optim
+from hope_jax.optim import options
 from hope_jax.train import sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
+from hope_jax.train.config import OptimizerConfig
 
 VOCAB = 5
 
@@ -108,6 +111,47 @@ def test_four_devices_equal_one(params, tokens, key):
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert jax.tree.leaves(four.params)[0].sharding.is_fully_replicated
+
+
+def test_devices_that_share_the_orthogonalisations_equal_one(tokens, key):
+    """M3 on a mesh: five matrices for four devices, in the middle of a period too."""
+    keys = jax.random.split(key, 6)
+    params = {
+        f"layer{i}": {"kernel": 0.3 * jax.random.normal(k, (VOCAB, VOCAB))}
+        for i, k in enumerate(keys[1:])
+    }
+    params["token"] = {"embedding": jax.random.normal(keys[0], (VOCAB, VOCAB))}
+
+    def deep(graphdef, params, tokens, state):
+        x = params["token"]["embedding"][tokens]
+        for i in range(5):
+            x = x + x @ params[f"layer{i}"]["kernel"]
+        return x, state
+
+    config = OptimizerConfig(
+        name="m3", learning_rate=0.05, warmup_steps=0, m3=options.M3(periods=(1, 2))
+    )
+    ends = []
+    for devices, spread in ((1, False), (4, True)):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        tx = optim.build(
+            config,
+            total_steps=9,
+            periods=optim.one_clock(params),
+            mesh=mesh if spread else None,
+        )
+        step = step_lib.make_step("static", deep, tx)
+        start = jax.tree.map(jnp.copy, params)  # the step donates them
+        state = sharding.replicate(state_lib.create(start, tx, jax.random.key(3)), mesh)
+        program = str(jax.make_jaxpr(step)(state, tokens))
+        assert ("sharding_constraint" in program) == spread
+        step = sharding.jit_step(step, mesh)
+        for i in range(3):
+            batch = sharding.shard_batch(np.roll(tokens, i, axis=0), mesh)
+            state, _ = step(state, batch)
+        ends.append(state.level)
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_a_batch_the_devices_cannot_share(tokens):
