@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Bool, PyTree
 
-from hope_jax.optim import adaptive, deep, generalised, groups, m3, muon
+from hope_jax.optim import adaptive, deep, generalised, groups, leaves, m3, muon
 from hope_jax.optim import dgd as dgd_lib
 from hope_jax.optim import momentum as momentum_lib
 
@@ -375,19 +375,25 @@ def build(
 def _promoting(
     tx: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` with JAX's standard type promotion inside, whatever is set outside.
+    """`tx` in float32 or wider, with JAX's standard type promotion inside.
 
-    Optax raises floats to the power of its integer counts, so a program that asks for
-    strict promotion, as our tests do, could not use it.
+    Optax keeps averages in the type of the parameters: in bfloat16 they stand still,
+    and in float16 an epsilon of 1e-8 is 0. It also raises floats to the power of its
+    integer counts, so a program that asks for strict promotion, as our tests do, could
+    not use it.
     """
+
+    def widened(tree):
+        return jax.tree.map(leaves.wide, tree)
 
     def init(params):
         with jax.numpy_dtype_promotion("standard"):
-            return tx.init(params)
+            return tx.init(widened(params))
 
     def update(updates, state, params=None, **extra):
         with jax.numpy_dtype_promotion("standard"):
-            return tx.update(updates, state, params, **extra)
+            moved, state = tx.update(widened(updates), state, widened(params), **extra)
+        return leaves.like(moved, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

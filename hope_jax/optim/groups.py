@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from hope_jax.core.system import human, markdown
 from hope_jax.optim.capture import full_precision
+from hope_jax.optim.leaves import like, zeros
 
 Kind = Literal["matrices", "embeddings", "convolutions", "others"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -27,7 +28,7 @@ class OnClockState(NamedTuple):
 
     Attributes:
       count: int32 scalar, gradients taken in since the last move.
-      gradient: their sum.
+      gradient: their sum, in float32 or wider.
       inner: the state of the rule.
       inputs: the sum of those of the matrices, if the rule is given any.
     """
@@ -86,7 +87,7 @@ def on_clock(
     def init(params):
         return OnClockState(
             count=jnp.zeros((), jnp.int32),
-            gradient=jax.tree.map(jnp.zeros_like, params),
+            gradient=zeros(params),
             inner=inner.init(params),
             inputs=() if layers is None else _no_inputs(params, layers),
         )
@@ -100,7 +101,9 @@ def on_clock(
                 "layers names matrices whose inputs are needed: update(grads, state, "
                 "params, inputs=...), as capture.dgd_gradients gives them."
             )
-        gradient = jax.tree.map(jnp.add, state.gradient, updates)
+        gradient = jax.tree.map(
+            lambda total, g: total + g.astype(total.dtype), state.gradient, updates
+        )
         count = state.count + 1
         inputs = state.inputs
         if layers is not None:
@@ -109,9 +112,8 @@ def on_clock(
 
         def move():
             given = {} if layers is None else {"inputs": reduced(inputs)}
-            moved, opt = inner.update(
-                reduced(gradient), state.inner, params, **extra | given
-            )
+            one = like(reduced(gradient), updates)
+            moved, opt = inner.update(one, state.inner, params, **extra | given)
             fresh = jnp.zeros_like(count), _zeros(gradient), opt, _zeros(inputs)
             return moved, OnClockState(*fresh)
 
