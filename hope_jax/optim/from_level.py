@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.level import Level, Seen, begin, tick
+from hope_jax.optim.leaves import wide
 
 
 class Remembered(NamedTuple):
@@ -35,7 +36,8 @@ def from_level(
       level: what to do with a stream of gradients. Items and reads have the shape of
         the leaf.
       start: `leaf -> params`, where the memory of a leaf starts: zeros like it. One of
-        another shape starts, for example, at `lambda leaf: level.init(key)`.
+        another shape starts, for example, at `lambda leaf: level.init(key)`. Leaves and
+        gradients come in float32 or wider, whatever the type of the parameters.
       context: of a non-parametric level, how many gradients back it sees, the one at
         hand included; other levels take none.
 
@@ -109,7 +111,7 @@ def from_level(
 
     def first(leaf):
         # astype: a weakly typed leaf would change type, and compile, at the first step.
-        leaf = leaf.astype(leaf.dtype)
+        leaf = wide(leaf.astype(leaf.dtype))
         if level.clock.parametric:
             return begin(level, start(leaf))
         past = jnp.zeros((context, *leaf.shape), leaf.dtype)
@@ -133,7 +135,7 @@ def from_level(
         states = structure.flatten_up_to(state)
         moved, reads = [], []
         for gradient, standing in zip(leaves, states, strict=True):
-            standing, read = move(gradient, standing)
+            standing, read = move(wide(gradient), standing)
             if jnp.shape(read) != gradient.shape:
                 raise ValueError(
                     f"level reads shape {jnp.shape(read)} for a gradient of shape "

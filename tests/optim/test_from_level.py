@@ -160,9 +160,28 @@ def test_it_learns(key):
         assert optax.tree.norm(at) < 0.01 * optax.tree.norm(params())
 
 
+def test_a_non_parametric_level_sees_the_last_gradients(key):
+    def total(gradients, mask, g):
+        return -jnp.sum(jnp.where(mask.reshape(-1, *[1] * g.ndim), gradients, 9.0), 0)
+
+    g = gradients(key, steps=5)
+    optimizer = from_level(attend(total), context=3)
+    state = optimizer.init(jax.tree.map(lambda leaf: leaf[0], g))
+    out = jax.lax.scan(lambda s, g: optimizer.update(g, s)[::-1], state, g)[1]
+    for name, leaf in g.items():
+        absent = 9.0 * jnp.array([2.0, 1.0, 0.0, 0.0, 0.0])
+        for t in range(5):
+            expected = -leaf[max(0, t - 2) : t + 1].sum(0) - absent[t]
+            np.testing.assert_allclose(out[name][t], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_levels_that_are_no_optimizers_are_refused():
     with pytest.raises(ValueError, match=r"non-parametric \(period 0\)"):
         from_level(attend())
+    with pytest.raises(ValueError, match=r"Give context, how many .* got 0"):
+        from_level(attend(), context=0)
+    with pytest.raises(ValueError, match=r"context \(3\) is for non-parametric"):
+        from_level(hebbian_level(0.1), context=3)
     level = hebbian_level(0.1)._replace(read=lambda m, g: jnp.sum(m))
     optimizer = from_level(level)
     with pytest.raises(ValueError, match=r"reads shape \(\) .* of shape \(2, 3\)"):

@@ -59,15 +59,11 @@ CHOICES = {
     "elastic net": {"retention": "elastic_net", "retention_scale": 1e-3},
     "norm clamp": {"retention": "norm_clamp", "retention_scale": 9.0},
     "huber": {"bias": "huber"},
-    "kl bias": {"bias": "kl", "retention": "none"},
-    "nesterov": {"rule": "nesterov"},
-    "muon": {"rule": "muon"},
+    "nesterov": {"rule": "nesterov", "retention": "none"},
     "adam": {"rule": "optax.adam", "dgd": "none"},
-    "gated": {"architecture": "gated_mlp"},
-    "deep": {"architecture": "deep_mlp", "depth": 3, "dgd": "input"},
-    "vector": {"architecture": "vector", "bias": "dot", "dgd": "none"},
+    "vector": {"architecture": "vector"},
     "after": {"recall": "after"},
-    "anchor": {"read": "anchor"},
+    "deep": {"architecture": "deep_mlp", "depth": 3, "expansion": 2, "dgd": "input"},
 }
 
 
@@ -75,10 +71,8 @@ def optimizer(name):
     """Every point of `memory.named`, and choices that none of them makes."""
     target = jnp.sign  # else a residual memory has nothing to learn
     if name in CHOICES:
-        config = MemoryConfig(
-            **{"expansion": 2, "chunk": 2, "rule": "gd"} | CHOICES[name]
-        )
-        return from_memory(0.1, config, target=target)
+        config = {"architecture": "linear", "rule": "gd", "chunk": 2} | CHOICES[name]
+        return from_memory(0.1, MemoryConfig(**config), target=target)
     config = named.get(name).memory
     if config is None:
         context = 3 if name == "sliding_window" else 20
@@ -148,12 +142,7 @@ IN_TURN = {
     "window, one row": (named.swla(4).memory, 1),
     "features and mirror": (
         MemoryConfig(
-            architecture="linear",
-            features="polynomial",
-            rule="momentum",
-            retention="kl",
-            dgd="none",
-            chunk=4,
+            expansion=2, features="polynomial", retention="bregman", dgd="none", chunk=4
         ),
         6,
     ),
@@ -237,8 +226,26 @@ def test_rows_that_are_zero_are_no_rows(key):
         close(out[:, 1], jnp.zeros((5, 2)))
 
 
+MUON = dict(architecture="linear", rule="muon", dgd="none", window=2, chunk=1)
+
+
+@pytest.mark.parametrize(
+    "at, config",
+    [(2, named.ojanet().memory), (0, MemoryConfig(features="polynomial", **MUON))],
+    ids=["oja", "window of features"],
+)
+def test_a_gradient_of_zero_teaches_nothing(key, at, config):
+    """Though its target is not zero, nor the features of a zero key."""
+    rule = from_memory(ETA, config, retention=1.0, target=lambda g: g + 1.0)
+    g = stream(key, (1, 3), steps=4)
+    out = updates(rule, jnp.insert(g, at, 0.0, axis=0))
+    close(out, jnp.insert(updates(rule, g), at, 0.0, axis=0))
+
+
 def test_attention_over_rows_by_hand(key):
     g = stream(key, (2, 3)).at[1, 0].set(0.0)
+    every = updates(from_level(attention_level(ETA), context=9), g)
+    close(every, unroll(attention_level(ETA), begin(attention_level(ETA), ()), g)[1])
     out = updates(from_level(attention_level(ETA), context=2), g)
     unit = np.asarray(unit_rows(g)[0]).reshape(5, 2, 3)
     for t, norms in enumerate(np.linalg.norm(g, axis=-1)):
@@ -361,12 +368,13 @@ def test_ggd_with_the_dot_product_is_gradient_descent(key):
     close(one_step(ggd(ETA, matrix(bias="dot")), w, x, g), -ETA * g)
 
 
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_ggd_with_l2_is_delta_gradient_descent(key, batch):
     w, x, _, g = layer(key, batch=batch)
-    close(one_step(ggd(ETA), w, x, g), one_step(dgd(ETA), w, x, g), 1e-4)
+    step = one_step(ggd(ETA), w, x, g)
+    close(step, one_step(dgd(ETA), w, x, g), 1e-4)
     turned = ggd(ETA, input_axis=-2)
-    close(one_step(turned, w.mT, x, g.mT), one_step(ggd(ETA), w, x, g).mT)
+    close(one_step(turned, w.mT, x, g.mT), step.mT)
 
 
 @pytest.mark.parametrize(
@@ -452,22 +460,26 @@ def test_ggd_with_every_bias_and_retention(key, name):
         assert after < before, one
 
 
-def bregman(w, start, beta=1.0):
-    """The divergence of the hypentropy, whose mirror `memory.retention` has."""
-    slope = jnp.arcsinh(start / beta)
-    potential = lambda w: w * jnp.arcsinh(w / beta) - jnp.sqrt(w**2 + beta**2)  # noqa: E731
-    return jnp.sum(potential(w) - potential(start) - slope * (w - start))
+def distance(w, start):
+    return 0.5 * np.sum((w - start) ** 2, axis=(-2, -1))
+
+
+def hypentropy(w, start):
+    """The divergence whose mirror is `retention.hypentropy`, of scale 1."""
+    potential = lambda w: w * np.arcsinh(w) - np.sqrt(w**2 + 1)  # noqa: E731
+    gap = potential(w) - potential(start) - np.arcsinh(start) * (w - start)
+    return np.sum(gap, axis=(-2, -1))
 
 
 DIVERGENCES = {
-    "none": lambda w, start: 0.5 * jnp.sum((w - start) ** 2),
-    "decay": lambda w, start: 0.5 * jnp.sum((w - ALPHA * start) ** 2),
-    "kl": lambda w, start: jnp.sum(w * jnp.log(w / start)),
-    "bregman": bregman,
+    "none": distance,
+    "decay": distance,
+    "kl": lambda w, start: np.sum(w * np.log(w / start), axis=(-2, -1)),
+    "bregman": hypentropy,
     "elastic_net": lambda w, start: (
-        0.5 * jnp.sum((w - ALPHA * start) ** 2) + 1e-2 * jnp.sum(jnp.abs(w))
+        distance(w, start) + 1e-2 * np.sum(np.abs(w), axis=(-2, -1))
     ),
-    "norm_clamp": lambda w, start: 0.5 * jnp.sum((w - ALPHA * start) ** 2),
+    "norm_clamp": distance,
 }
 
 
@@ -476,25 +488,27 @@ def test_a_step_is_the_minimum_of_definition_5(key, name):
     """argmin <grad l(W_t), W> + Ret(W, W_t) / eta: nothing near it is lower."""
     w, x, delta, g = layer(key)
     w = 2.0 * jax.nn.softmax(w) if name == "kl" else w
-    config = grid(name)["huber"]
-    forgets = name in ("decay", "elastic_net", "norm_clamp")
-    rule = ggd(ETA, config, retention=ALPHA if forgets else 1.0)
-    best = w + one_step(rule, w, x, g)
-    slope = jax.grad(lambda w: bias.huber(w @ x, -delta, 0.5))(w)
+    kept = 1.0 if name in ("none", "kl", "bregman") else ALPHA
+    rule = ggd(ETA, grid(name)["huber"], retention=kept)
+    best = np.asarray(w + one_step(rule, w, x, g))
+    w, x, delta = map(np.asarray, (w, x, delta))
+    slope = np.outer(np.clip(w @ x + delta, -0.5, 0.5), x)
 
     def objective(new):
-        return jnp.vdot(slope, new) + DIVERGENCES[name](new, w) / ETA
+        linear = np.sum(slope * new, axis=(-2, -1))
+        return linear + DIVERGENCES[name](new, kept * w) / ETA
 
-    near = best[None] + 0.05 * jax.random.normal(key, (400, *w.shape))
+    near = best + 0.05 * np.random.default_rng(0).normal(size=(400, *w.shape))
     if name == "kl":
-        near = jnp.maximum(near, 1e-3)
-        near = 2.0 * near / jnp.sum(near, axis=-1, keepdims=True)
-    if name == "norm_clamp":
-        np.testing.assert_allclose(jnp.linalg.norm(best), 1.5, rtol=1e-5)
-        near = jax.vmap(compose.projection(config))(near)
-    others = jax.jit(jax.vmap(objective))(near)
-    assert float(others.min()) >= float(objective(best)) - 1e-5
-    assert float(objective(w)) > float(objective(best)) + 1e-3 or name == "norm_clamp"
+        near = np.maximum(near, 1e-3)
+        near = 2.0 * near / np.sum(near, axis=-1, keepdims=True)
+    if name == "norm_clamp":  # within the ball, whose border is reached
+        np.testing.assert_allclose(np.linalg.norm(best), 1.5, rtol=1e-5)
+        size = np.linalg.norm(near, axis=(-2, -1), keepdims=True)
+        near = near * np.minimum(1.0, 1.5 / size)
+    else:
+        assert objective(w) > objective(best) + 1e-3
+    assert objective(near).min() >= objective(best) - 1e-5
 
 
 def test_more_steps_come_nearer_to_the_minimum(key):
