@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,18 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Bool, PyTree
 
-from hope_jax.optim import adaptive, deep, generalised, groups, leaves, m3, muon
+from hope_jax.core.level import Differentiate
+from hope_jax.optim import (
+    adaptive,
+    capture,
+    deep,
+    generalised,
+    groups,
+    leaves,
+    m3,
+    muon,
+    slopes,
+)
 from hope_jax.optim import dgd as dgd_lib
 from hope_jax.optim import momentum as momentum_lib
 
@@ -41,13 +52,15 @@ class Rule(NamedTuple):
     Attributes:
       make: the transformation that settings describe.
       matrices: whether it moves matrices alone; all else then moves by adamw.
-      inputs: whether it needs what these were multiplied with, as `update`'s argument
-        `inputs`. It then moves the matrices of which there are any.
+      inputs: what it needs to know of what matrices were multiplied with, if anything:
+        the `grams` of inputs, as `update`'s argument `inputs`, or `slopes` in place of
+        gradients (`hope_jax.optim.capture`). It then moves the matrices for which there
+        are any; see `differentiation`.
     """
 
     make: Callable[[Settings], optax.GradientTransformation]
     matrices: bool = False
-    inputs: bool = False
+    inputs: Literal["grams", "slopes"] | None = None
 
 
 def _decayed(direction: optax.GradientTransformation, s: Settings):
@@ -118,6 +131,17 @@ def _dgd(s: Settings) -> optax.GradientTransformation:
     return _stepping(rule, s)
 
 
+def _ggd(s: Settings) -> optax.GradientTransformation:
+    rule = slopes.descend_slopes(
+        s.rate,
+        s.options.memory,
+        retention=s.options.retention,
+        inertia=s.b1,
+        input_axis=-2,
+    )
+    return _stepping(rule, s)
+
+
 def _momentum(s: Settings) -> optax.GradientTransformation:
     return _stepping(momentum_lib.momentum(s.rate, decay=s.b1), s)
 
@@ -170,6 +194,7 @@ def _gradient_memory(s: Settings) -> optax.GradientTransformation:
     rule = generalised.from_memory(
         s.rate,
         o.memory,
+        rows=o.rows,
         inner_rate=o.inner_rate,
         retention=s.b1,
         inertia=o.inertia,
@@ -206,7 +231,8 @@ RULES: dict[str, Rule] = {
     "muon": Rule(_muon, matrices=True),
     "adamuon": Rule(_adamuon, matrices=True),
     "m3": Rule(_m3, matrices=True),
-    "dgd": Rule(_dgd, matrices=True, inputs=True),
+    "dgd": Rule(_dgd, matrices=True, inputs="grams"),
+    "ggd": Rule(_ggd, matrices=True, inputs="slopes"),
     "momentum": Rule(_momentum),
     "delta_momentum": Rule(_delta_momentum),
     "preconditioned_momentum": Rule(_preconditioned_momentum),
@@ -276,8 +302,44 @@ def rules_of(config: Any) -> dict[groups.Kind, str]:
 
 
 def needs_inputs(config: Any) -> bool:
-    """Whether the optimizer of a config needs the inputs of matrices (see `build`)."""
-    return any(RULES[name].inputs for name in rules_of(config).values())
+    """Whether the optimizer of a config needs to know what matrices multiply: `build`
+    then needs `layers`, and the step `differentiation`."""
+    return RULES[config.name].inputs is not None
+
+
+def differentiation(
+    config: Any, layers: PyTree[Bool] | None, tokens: int
+) -> Differentiate | None:
+    """How `hope_jax.core.level.hope_update` differentiates for a config's optimizer.
+
+    Args:
+      config, layers: of `build`.
+      tokens: how many the loss is a mean over.
+
+    Returns:
+      What gives gradients, or slopes in their place, and inputs in one backward pass;
+      None where the ordinary way will do.
+    """
+    if RULES[config.name].inputs is None:
+        return None
+    if RULES[config.name].inputs == "grams":
+        return functools.partial(
+            capture.value_and_dgd_gradients, layers=layers, has_aux=True
+        )
+    objective = slopes.objective(getattr(config, config.name).memory)
+
+    def differentiate(loss, params):
+        value, found = capture.value_and_slopes(
+            loss,
+            params,
+            objective=objective,
+            tokens=tokens,
+            layers=layers,
+            has_aux=True,
+        )
+        return value, found, None
+
+    return differentiate
 
 
 def describe(
@@ -324,9 +386,9 @@ def build(
       config: `hope_jax.train.config.OptimizerConfig`, or what has its fields.
       total_steps: at which the schedule ends.
       periods: ints, a tree like the parameters: each moves every so many steps.
-      layers: bools, a tree like the parameters: the matrices y = x W whose inputs
-        `update` is given. For rules that need them (`needs_inputs`), and for no others;
-        matrices without inputs move by the rule of `others`.
+      layers: bools, a tree like the parameters: the matrices y = x W whose inputs are
+        captured. For rules that need them (`needs_inputs`), not read for any other; the
+        rest of the matrices move by the rule of `others`.
       mesh: of the devices of a data-parallel program, so that each orthogonalises some
         of the matrices and not all of them.
 
@@ -337,7 +399,7 @@ def build(
     names = rules_of(config)
     if needs_inputs(config) and layers is None:
         raise ValueError(
-            f"{config.name} needs layers, the matrices whose inputs `update` is given: "
+            f"{config.name} needs layers, the matrices whose inputs are captured: "
             "those of a model are hope_jax.models.capture.dense_kernels(graphdef, "
             "params)."
         )
@@ -369,7 +431,8 @@ def build(
         return optax.chain(clip, groups.by_name(made, choose))
 
     choose = functools.partial(groups.names_of, names=names, layers=layers)
-    return _promoting(groups.on_clocks(rule, periods, layers=layers))
+    given = layers if RULES[config.name].inputs == "grams" else None
+    return _promoting(groups.on_clocks(rule, periods, layers=given))
 
 
 def _promoting(

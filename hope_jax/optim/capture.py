@@ -23,8 +23,8 @@ Layers = PyTree[Bool] | Callable[[PyTree], PyTree[Bool]]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("weight", "gram", "count", "rate"),
-    meta_fields=("input_axis",),
+    data_fields=("weight", "gram", "count", "rate", "slope"),
+    meta_fields=("input_axis", "objective", "tokens"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Captured:
@@ -39,13 +39,20 @@ class Captured:
       count: zeros `[...]`. Its gradient is the number of inputs.
       rate: `[...]` or None; η of the weights wₜ = 1 / (1 + η ‖xₜ‖²), else wₜ = 1.
       input_axis: the axis along which the matrix multiplies its inputs.
+      slope: zeros like the matrix, in place of the two above. Its gradient is that of
+        the objective's mean.
+      objective: `(y, u) -> scalar`, of each product and what it should have been.
+      tokens: how many the loss is a mean over.
     """
 
     weight: Array
-    gram: Array
-    count: Array
-    rate: Array | None
+    gram: Array | None = None
+    count: Array | None = None
+    rate: Array | None = None
     input_axis: int
+    slope: Array | None = None
+    objective: Callable | None = None
+    tokens: int = 1
 
     __array_ufunc__ = None  # so that NumPy leaves `array @ captured` to us
 
@@ -101,28 +108,39 @@ def dot(x: Float[Array, "*B I"], kernel: Array | Captured) -> Float[Array, "*B O
             f"{kernel.weight.shape}; leading axes belong to jax.lax.scan or jax.vmap."
         )
     x = jnp.asarray(x)
-    weight = kernel.weight if kernel.input_axis == -2 else kernel.weight.mT
-    probes = kernel.gram, kernel.count, kernel.rate
-    return _dot(kernel.gram.dtype.name, x, weight, probes)
+    weight, slope = kernel.weight, kernel.slope
+    if kernel.input_axis == -1:
+        weight, slope = weight.mT, None if slope is None else slope.mT
+    probe = kernel.gram if slope is None else slope
+    static = (probe.dtype.name, kernel.objective, kernel.tokens)
+    return _dot(static, x, weight, (kernel.gram, kernel.count, kernel.rate, slope))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(dtype, x, weight, probes):
-    del dtype, probes
+def _dot(static, x, weight, probes):
+    del static, probes
     return x @ weight
 
 
-def _forward(dtype, x, weight, probes):
+def _forward(static, x, weight, probes):
     # Itself, not `x @ weight`: where a gradient is taken inside of the loss, this is
     # what the gradient of the loss sees.
-    return _dot(dtype, x, weight, probes), (x, weight, probes[2])
+    return _dot(static, x, weight, probes), (x, weight, probes[2])
 
 
-def _backward(dtype, residuals, cotangent):
+def _backward(static, residuals, cotangent):
+    dtype, objective, tokens = static
     x, weight, rate = residuals
     x_bar = (cotangent @ weight.mT).astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     cotangent = cotangent.reshape(-1, cotangent.shape[-1])
+    if objective is not None:
+        weight_bar = (rows.T @ cotangent).astype(weight.dtype)
+        said = (rows @ weight).astype(dtype)
+        wanted = -cotangent.astype(dtype) * jnp.asarray(tokens, dtype)
+        error = jax.vmap(jax.grad(objective))(said, wanted) / tokens
+        slope = rows.T.astype(dtype) @ error
+        return x_bar, weight_bar, (None, None, None, slope)
     scaled = rows
     if rate is not None:
         wide = rows.astype(dtype)
@@ -134,7 +152,7 @@ def _backward(dtype, residuals, cotangent):
     ones = jnp.where(jnp.isnan(rows[:, 0]), 1.0, 1.0).astype(dtype)
     weight_bar = (scaled.T @ cotangent).astype(weight.dtype)
     no_rate = None if rate is None else jnp.zeros_like(rate)
-    return x_bar, weight_bar, (gram, jnp.sum(ones), no_rate)
+    return x_bar, weight_bar, (gram, jnp.sum(ones), no_rate, None)
 
 
 _dot.defvjp(_forward, _backward)
@@ -151,8 +169,11 @@ def capture(
     *,
     input_axis: int = -2,
     token_rate: float | Array | None = None,
+    objective: Callable | None = None,
+    tokens: int = 1,
 ) -> PyTree:
-    """`params` with matrices as `Captured` ones; see `dgd_gradients`."""
+    """`params` with matrices as `Captured` ones; see `dgd_gradients` and, for the last
+    two, `value_and_slopes`."""
     if input_axis not in (-1, -2):
         raise ValueError(
             f"input_axis must be -1 (y = W x) or -2 (y = x W), got {input_axis}."
@@ -170,6 +191,14 @@ def capture(
                 f"layers names a leaf of shape {jnp.shape(leaf)}, which is no matrix."
             )
         dtype = full_precision(leaf.dtype)
+        if objective is not None:
+            return Captured(
+                weight=leaf,
+                slope=jnp.zeros(leaf.shape, dtype),
+                input_axis=input_axis,
+                objective=objective,
+                tokens=tokens,
+            )
         lead, width = leaf.shape[:-2], leaf.shape[input_axis]
         rate = token_rate
         if rate is not None:
@@ -263,6 +292,50 @@ def dgd_gradients(
     """
     _, gradients, inputs = value_and_dgd_gradients(loss_fn, params, *args, **options)
     return gradients, inputs
+
+
+def value_and_slopes(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    objective: Callable[[Array, Array], Array],
+    tokens: int,
+    layers: Layers | None = None,
+    input_axis: int = -2,
+    has_aux: bool = False,
+) -> tuple[Any, PyTree]:
+    """Value, and what `hope_jax.optim.slopes.descend_slopes` takes as gradients.
+
+    The slope of a matrix is the gradient of the mean over tokens of ℓ(yₜ, uₜ), where yₜ
+    is a product with it and uₜ = −∇yLₜ what that should have been, a constant. It is
+    summed up in the backward pass, where both are at hand: nothing is kept for a token.
+
+    Args:
+      objective: ℓ, of two vectors; a function that is made once, for programs are kept
+        by it (`hope_jax.optim.slopes.objective`).
+      tokens: N, for a loss that is a mean over N tokens, L = Σ Lₜ / N; 1 for a sum.
+      loss_fn, params, args, layers, input_axis, has_aux: see `value_and_dgd_gradients`.
+
+    Returns:
+      `(loss, slopes)`, the first `(loss, aux)` with `has_aux`. Leaves that were not
+      captured have their gradients.
+
+    >>> params, x = jnp.ones((2, 1)), jnp.array([[1.0, 2.0], [3.0, 0.0]])
+    >>> def loss(w, x):
+    ...     return jnp.mean(x @ w)
+    >>> def dot(y, u):
+    ...     return -jnp.vdot(y, u)
+    >>> value_and_slopes(loss, params, x, objective=dot, tokens=2)[1].ravel().tolist()
+    [2.0, 1.0]
+    """
+    captured = capture(
+        params, layers, input_axis=input_axis, objective=objective, tokens=tokens
+    )
+    value, noted = jax.value_and_grad(loss_fn, has_aux=has_aux)(captured, *args)
+    slopes = _of_captured(
+        lambda w: w.slope.astype(w.weight.dtype), lambda leaf: leaf, noted
+    )
+    return value, slopes
 
 
 def _of_captured(captured: Callable, other: Callable, tree: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Literal
 
 from hope_jax.memory.compose import MemoryConfig
-from hope_jax.optim import adaptive, m3, momentum
+from hope_jax.optim import adaptive, generalised, m3, momentum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,27 @@ class DGD:
     """
 
     explicit: bool = False
+    retention: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GGD:
+    """Of `ggd`; see `hope_jax.optim.slopes.descend_slopes`.
+
+    Attributes:
+      memory: the bias, the rule and the retention; any of a matrix memory that need no
+        single key. By default explicit DGD. The momentum of a rule is `b1`.
+      retention: how much of a matrix is kept at each step, if there is a retention.
+    """
+
+    memory: MemoryConfig = MemoryConfig(
+        architecture="linear",
+        bias="l2",
+        rule="gd",
+        retention="none",
+        dgd="none",
+        chunk=1,
+    )
     retention: float = 1.0
 
 
@@ -84,7 +105,9 @@ class GradientMemory:
     """Of `gradient_memory`; see `hope_jax.optim.generalised.from_memory`.
 
     Attributes:
-      memory: which memory learns the gradients.
+      memory: which memory learns the gradients; `b1` is what its retention keeps.
+      rows: whether the rows of a gradient teach it at once or one after another; none
+        for at once where that is defined.
       inner_rate: of its rule; none for half of what is stable.
       inertia: momentum of its rule, where it has one.
     """
@@ -92,6 +115,7 @@ class GradientMemory:
     memory: MemoryConfig = MemoryConfig(
         architecture="linear", bias="l2", rule="gd", dgd="none", gradient="exact"
     )
+    rows: generalised.Rows | None = None
     inner_rate: float | None = None
     inertia: float = 0.9
 

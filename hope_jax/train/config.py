@@ -74,6 +74,7 @@ class OptimizerConfig:
     b2: float = 0.95
 
     dgd: options.DGD = options.DGD()
+    ggd: options.GGD = options.GGD()
     adamuon: options.AdaMuon = options.AdaMuon()
     m3: options.M3 = options.M3()
     delta_momentum: options.DeltaMomentum = options.DeltaMomentum()

@@ -6,6 +6,7 @@ A workdir holds one run:
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -83,7 +84,7 @@ class Groups(NamedTuple):
 
     Attributes:
       periods: ints, after how many steps each moves.
-      layers: bools, the matrices whose inputs it needs; None if it needs none.
+      layers: bools, the matrices whose inputs it needs to know; None if it needs none.
     """
 
     periods: PyTree
@@ -152,9 +153,13 @@ def train(
         elif resume:
             _say(f"no checkpoint in {workdir} yet: starting at step 0")
 
-        step = sharding.jit_step(
-            step_lib.make_step(graphdef, lm.apply, tx, layers), mesh
+        step = step_lib.make_step(
+            graphdef,
+            lm.apply,
+            tx,
+            functools.partial(optim.differentiation, config.optimizer, layers),
         )
+        step = sharding.jit_step(step, mesh)
         validate = _validation(graphdef, config, source, mesh)
         log = MetricLog(workdir, done)
         stack.callback(log.close)

@@ -1,16 +1,14 @@
 """One step of training, pure: the slow level moves by what the fast ones read."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from hope_jax.core.level import Fast, Slow, hope_update
-from hope_jax.optim.capture import value_and_dgd_gradients
+from hope_jax.core.level import Differentiate, Fast, Slow, hope_update
 from hope_jax.train.state import TrainState, outer_level
 
 Metrics = dict[str, Array]
@@ -35,7 +33,7 @@ def make_step(
     graphdef: Any,
     apply_fn: Apply,
     tx: optax.GradientTransformation,
-    layers: PyTree[Bool] | None = None,
+    differentiation: Callable[[int], Differentiate | None] = lambda tokens: None,
 ) -> Callable[[TrainState, Int[Array, "B T1"]], tuple[TrainState, Metrics]]:
     """The step of a language model: `(state, tokens) -> (state, metrics)`.
 
@@ -47,8 +45,8 @@ def make_step(
       graphdef: the static half of the model.
       apply_fn: `(graphdef, params, tokens[B, T]) -> (logits[B, T, N], state)`.
       tx: the slow level's optimizer.
-      layers: the matrices whose inputs are captured and given to `tx`, a tree of bools
-        like the parameters; None for an optimizer that needs none.
+      differentiation: `tokens -> differentiate` of `hope_update`, for an optimizer that
+        needs more than gradients (`hope_jax.optim.differentiation`).
 
     Returns:
       A pure function. Metrics are float32 scalars: `loss` in nats, `grad_norm`,
@@ -63,18 +61,13 @@ def make_step(
         return next_token_loss(logits, tokens)
 
     level = outer_level(tx, objective)
-    differentiate = None
-    if layers is not None:
-        differentiate = functools.partial(
-            value_and_dgd_gradients, layers=layers, has_aux=True
-        )
 
     def step(state: TrainState, tokens: Int[Array, "B T1"]):
         after = hope_update(
             tokens,
             Slow(level, state.level),
             Fast(live),
-            differentiate=differentiate,
+            differentiate=differentiation(tokens[:, 1:].size),
         )
         moved = after.slow.state
         change = jax.tree.map(jnp.subtract, moved.params, state.params)

@@ -1,0 +1,151 @@
+"""Generalised gradient descent of whole networks: all tokens of a batch at once.
+
+`hope_jax.optim.generalised.ggd` moves a matrix by one token. A network's matrix
+multiplies many, and what it should say of each is that token's own descent direction:
+
+    W ← argmin_W  mean over t of ℓ(W xₜ, uₜ) + Ret(W),   uₜ = −∇yLₜ
+
+(equations 59 and 60, arXiv:2512.24695). The slope of the mean at W is all that a rule
+of first order needs of it. `hope_jax.optim.capture.value_and_slopes` finds it for every
+matrix in the backward pass, exactly, token by token; here is the rule.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from hope_jax.memory import compose
+from hope_jax.memory.compose import MemoryConfig, Tokens
+from hope_jax.optim.leaves import as_type, check_fraction, rate_at, wide
+
+
+class SlopesState(NamedTuple):
+    """How many steps were taken, and the state of each matrix's rule and retention."""
+
+    count: Int[Array, ""]
+    flow: PyTree
+
+
+def descend_slopes(
+    learning_rate: optax.ScalarOrSchedule,
+    config: MemoryConfig,
+    *,
+    retention: float = 1.0,
+    inertia: float = 0.9,
+    input_axis: int = -1,
+) -> optax.GradientTransformationExtraArgs:
+    """The rule and the retention of a matrix memory, for slopes in place of gradients.
+
+    For `dot` slopes are gradients and, with `gd`, this is gradient descent; for `l2`
+    they are ∇W + W Σ xₜ xₜᵀ / N, and this is explicit DGD. An update has the scale
+    behaviour of the rule; slopes of robust biases are bounded whatever the loss is.
+
+    Args:
+      learning_rate: η, a number or a schedule.
+      config: a matrix memory: `architecture="linear"` without `features`, `norm` and
+        delta term (which is that of `l2`), `window=1`, `steps=1`, and rules and
+        retentions that need no single key. Its bias is that of the slopes; `chunk`
+        counts steps, for the retentions that project, and is 1 otherwise.
+      retention: α, how much of the weights (or their dual image) is kept at each step,
+        where `config` has a retention.
+      inertia: momentum of the rule, where it has one.
+      input_axis: -1 for y = W x, -2 for y = x W (Flax kernels).
+
+    Raises:
+      ValueError: another config, or fractions out of range.
+    """
+    check_config(config)
+    check_fraction("retention", retention)
+    check_fraction("inertia", inertia)
+    if input_axis not in (-1, -2):
+        raise ValueError(
+            f"input_axis must be -1 (y = W x) or -2 (y = x W), got {input_axis}."
+        )
+    flow = compose.build_flow(config)
+
+    def turned(leaf):
+        return wide(leaf.mT if input_axis == -2 else leaf)
+
+    def stacked(function, axes):
+        for _ in range(axes):
+            function = jax.vmap(function)
+        return function
+
+    def begin(weight):
+        if weight.ndim < 2:
+            return ()
+        return stacked(lambda w: flow.init({"w": w}), weight.ndim - 2)(turned(weight))
+
+    def init(params):
+        return SlopesState(jnp.zeros((), jnp.int32), jax.tree.map(begin, params))
+
+    def move(slope, weight, state, rate):
+        if slope.ndim < 2:
+            return -as_type(rate, slope) * slope, state
+        given = (rate, retention, inertia)
+        eta, alpha, theta = (as_type(value, wide(slope)) for value in given)
+        rates = Tokens(k=(), v=(), q=(), eta=eta, alpha=alpha, theta=theta)
+
+        def one(slope, weight, state):
+            moved, state = flow.update(
+                {"w": slope}, state, {"w": weight}, context=rates
+            )
+            return moved["w"], state
+
+        moved, state = stacked(one, slope.ndim - 2)(
+            turned(slope), turned(weight), state
+        )
+        moved = moved.mT if input_axis == -2 else moved
+        return moved.astype(slope.dtype), state
+
+    def update(updates, state, params=None, **extra):
+        del extra
+        if params is None:
+            raise ValueError(
+                "descend_slopes needs the parameters: update(slopes, state, params)."
+            )
+        rate = rate_at(learning_rate, state.count)
+        leaves, structure = jax.tree.flatten(updates)
+        rest = [structure.flatten_up_to(tree) for tree in (params, state.flow)]
+        moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
+        steps, flows = zip(*moved, strict=True) if moved else ((), ())
+        return structure.unflatten(steps), SlopesState(
+            optax.safe_increment(state.count), structure.unflatten(flows)
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def objective(config: MemoryConfig):
+    """`(y, u) -> ℓ` of one token, the bias of `config`, for `value_and_slopes`."""
+    check_config(config)
+    loss = compose.build_bias(config)
+    return lambda y, u: loss(y, u, jnp.asarray(config.threshold, y.dtype))
+
+
+def check_config(config: MemoryConfig) -> None:
+    """Refuses memories that are no matrix, or whose rule needs one key at a time."""
+    wanted = {
+        "architecture": ("linear",),
+        "features": ("none",),
+        "norm": (False,),
+        "window": (1,),
+        "steps": (1,),
+        "dgd": ("none",),
+    }
+    for name, values in wanted.items():
+        if getattr(config, name) not in values:
+            raise ValueError(
+                f"{name} must be {values[0]!r} for the weights of a layer as the "
+                f"memory of a batch; got {getattr(config, name)!r}."
+            )
+    single = {"rule": ("implicit", "newton"), "retention": ("oja", "channel")}
+    for name, values in single.items():
+        if getattr(config, name) in values:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} solves for one key at a time, and a "
+                "batch has many: optim.dgd is the implicit rule for l2."
+            )
