@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.optim import muon
+from hope_jax.optim.leaves import as_type, like, unit, wide, zeros
 
 Grafting = Literal["adam", "rms", "none"]
 
@@ -176,22 +177,22 @@ def scale_by_shampoo(
     def direct(memory, squares, grams, powers, count):
         mean = memory / _one_minus_power(b1, count, memory.dtype)
         debt = _weight(b2, count, memory.dtype)
-        unit = grams.size * jnp.sqrt(grams.trace / debt)
-        direction = _turn(mean / _safe(unit), powers)
+        root_of_trace = grams.size * jnp.sqrt(grams.trace / debt)
+        direction = _turn(mean / _safe(root_of_trace), powers)
         if grafting == "none":
             return direction
-        direction = direction / _safe(_largest(direction))
-        direction = direction / _safe(_norm(direction))
+        direction, _ = unit(direction, (-2, -1))
         if grafting == "rms":
             return muon.RMS * math.sqrt(math.prod(mean.shape[-2:])) * direction
-        return _norm(_over(mean, squares / jnp.sqrt(debt))) * direction
+        _, norm = unit(_over(mean, squares / jnp.sqrt(debt)), (-2, -1))
+        return norm * direction
 
     def init(params):
         muon.check_matrices(params)
         grams, bare = _begin(params, max_size)
-        squares = muon.zeros(params) if grafting == "adam" else ()
+        squares = zeros(params) if grafting == "adam" else ()
         return ShampooState(
-            jnp.zeros((), jnp.int32), muon.zeros(params), squares, grams, bare
+            jnp.zeros((), jnp.int32), zeros(params), squares, grams, bare
         )
 
     def update(updates, state, params=None, **extra):
@@ -214,7 +215,7 @@ def scale_by_shampoo(
             direct(*leaf, count)
             for leaf in zip(memory, squares, grams, powers, strict=True)
         ]
-        return muon.like(structure.unflatten(directions), updates), ShampooState(
+        return like(structure.unflatten(directions), updates), ShampooState(
             count,
             structure.unflatten(memory),
             structure.unflatten(squares) if grafting == "adam" else (),
@@ -311,11 +312,10 @@ def scale_by_soap(
     def direct(memory, root, bases, count):
         mean = memory / _one_minus_power(b1, count, memory.dtype)
         root = root / jnp.sqrt(_one_minus_power(b2, count, memory.dtype))
-        below = root + jnp.asarray(eps, root.dtype)
+        below = root + as_type(eps, root)
         if jax.tree.leaves(bases):  # along axes that no gradient had: rounding errors
-            largest = _safe(_largest(root))
-            errors = 4 * jnp.finfo(root.dtype).eps * _norm(root / largest) * largest
-            below = jnp.where(root > errors, below, 0)
+            _, norm = unit(root, (-2, -1))
+            below = jnp.where(root > 4 * jnp.finfo(root.dtype).eps * norm, below, 0)
         return _turn(_over(_turn(mean, bases, back=True), below), bases)
 
     def init(params):
@@ -323,8 +323,8 @@ def scale_by_soap(
         grams, bare = _begin(params, max_size)
         return SoapState(
             jnp.zeros((), jnp.int32),
-            muon.zeros(params),
-            muon.zeros(params),
+            zeros(params),
+            zeros(params),
             grams,
             bare,
         )
@@ -354,7 +354,7 @@ def scale_by_soap(
             root,
             first,
         )
-        return muon.like(structure.unflatten(directions), updates), SoapState(
+        return like(structure.unflatten(directions), updates), SoapState(
             optax.safe_increment(state.count),
             *(structure.unflatten(x) for x in (memory, root, grams, bases)),
         )
@@ -447,7 +447,7 @@ def inverse_root(
     n, dtype = matrices.shape[-1], matrices.dtype
     eye = jnp.eye(n, dtype=dtype)[None]
     norm = _norm(matrices)
-    a = jnp.where(norm > 0, matrices + jnp.asarray(eps, dtype) * norm * eye, eye)
+    a = jnp.where(norm > 0, matrices + as_type(eps, norm) * norm * eye, eye)
     scale = (1 + power) / (2 * _norm(a))
 
     def newton(_, carry):
@@ -474,7 +474,7 @@ def power_iteration(
     """
     dtype = matrices.dtype
     norm = _norm(matrices)
-    shift = jnp.maximum(jnp.asarray(shift, dtype), 8 * jnp.finfo(dtype).eps)
+    shift = jnp.maximum(as_type(shift, norm), 8 * jnp.finfo(dtype).eps)
     shift = jnp.where(norm > 0, shift * norm, 1)
     image = _product(matrices, bases)
     order = jnp.argsort(-jnp.sum(bases * image, axis=-2), axis=-1)
@@ -516,7 +516,7 @@ def _begin(params: PyTree, max_size: int) -> tuple[PyTree, PyTree]:
 
     def grams(leaf):
         *stack, rows, columns = leaf.shape
-        dtype = muon.wide(leaf).dtype
+        dtype = wide(leaf).dtype
 
         def side(n):
             return jnp.zeros((*stack, n, n), dtype) if n <= max_size else ()
@@ -541,7 +541,7 @@ def _gather(structure, grams: PyTree, gradient: list, decay) -> list[Grams]:
     """
 
     def gather(old, g):
-        keep = jnp.asarray(decay, g.dtype)
+        keep = as_type(decay, g)
         weight = jnp.where(keep < 1, 1 - keep, 1)
         faded = jnp.sqrt(keep) * old.size
         size = jnp.maximum(faded, _largest(g))
@@ -568,7 +568,7 @@ def _root_mean_square(structure, root: PyTree, gradient: list, decay) -> list[Ar
     """√V from √V: squares of gradients of 1e20 would overflow. A sum for decay 1."""
 
     def learn(r, g):
-        keep = jnp.asarray(decay, g.dtype)
+        keep = as_type(decay, g)
         weight = jnp.where(keep < 1, 1 - keep, 1)
         return jnp.hypot(jnp.sqrt(keep) * r, jnp.sqrt(weight) * g)
 
@@ -641,7 +641,7 @@ def _of_trace_one(grams: Grams) -> Sides:
 
 def _flat(updates: PyTree) -> tuple[list[Array], Any]:
     leaves, structure = jax.tree.flatten(updates)
-    return [muon.wide(leaf) for leaf in leaves], structure
+    return [wide(leaf) for leaf in leaves], structure
 
 
 def _product(a: Array, b: Array) -> Array:
