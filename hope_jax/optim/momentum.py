@@ -102,16 +102,17 @@ def delta_momentum(
     decay: float = 0.9,
     form: Form = "element",
     stability: Stability = "proximal",
+    precondition: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum by the delta rule: what it forgets depends on the gradient.
 
-        element:  mᵢ₊₁ = mᵢ (α − η gᵢ²) − η gᵢ         (descends ½ (m g + 1)²)
-        matrix:   mᵢ₊₁ = mᵢ (α I − η gᵢᵀ gᵢ) − η gᵢ    (descends ½ ‖m gᵀ + I‖²)
+        element:  mᵢ₊₁ = mᵢ (α − η gᵢ²) − η P gᵢ         (descends ½ (m g + P)²)
+        matrix:   mᵢ₊₁ = mᵢ (α I − η gᵢᵀ gᵢ) − η P gᵢ    (descends ½ ‖m gᵀ + P‖²)
 
-    These are equations 48-49 with P = I, with the step size on the decay and the minus
-    sign that the print lacks (arXiv:2512.24695). As printed the memory blows up where
+    These are equations 48-49, with the step size on the decay and the minus sign that
+    the print lacks (arXiv:2512.24695). As printed the memory blows up where
     η g² > α + 1; `stability` says what is done about that. Large gradients therefore
-    count less than in momentum: for η g² ≫ 1 the proximal memory is −1/g, whatever η.
+    count less than in momentum: for η g² ≫ 1 the proximal memory is −P/g, whatever η.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -122,6 +123,9 @@ def delta_momentum(
         step: element by element αm(1 − η'g²) − η'g with η' = η / (1 + η g²), which
         cannot blow up. `clip` forgets with η at most α/g² (matrix: α/‖g‖²).
         `literal` takes the step as it is. Only `literal` can overflow.
+      precondition: P, a tree like the parameters of numbers, of arrays of a leaf's own
+        shape (`element`), or of square matrices that multiply its rows from the left
+        (`matrix`); None, for a leaf or for all, is 1.
     """
     check_fraction("decay", decay)
     if form not in ("element", "matrix"):
@@ -131,38 +135,56 @@ def delta_momentum(
             f"stability must be 'proximal', 'clip' or 'literal', got {stability!r}."
         )
 
-    def element(memory, gradient, rate):
+    def scaled(p, gradient):
+        if p is None:
+            return gradient
+        p = as_type(p, gradient)
+        if p.shape not in ((), gradient.shape):
+            raise ValueError(
+                f"precondition has shape {p.shape} for a gradient of shape "
+                f"{gradient.shape}: with form='element' it must be a number or have "
+                "that shape."
+            )
+        return p * gradient
+
+    def element(memory, gradient, rate, p=None):
         alpha = as_type(decay, memory)
         if stability == "literal":
-            return (alpha - rate * gradient**2) * memory - rate * gradient
+            written = rate * scaled(p, gradient)
+            return (alpha - rate * gradient**2) * memory - written
         forgotten = (jnp.sqrt(rate) * gradient) ** 2  # 0 at rate 0, however large g
         if stability == "proximal":
-            return (alpha * memory - rate * gradient) / (1 + forgotten)
-        return (alpha - jnp.minimum(forgotten, alpha)) * memory - rate * gradient
+            written = rate * scaled(p, gradient)
+            return (alpha * memory - written) / (1 + forgotten)
+        written = rate * scaled(p, gradient)
+        return (alpha - jnp.minimum(forgotten, alpha)) * memory - written
 
-    def matrix(memory, gradient, rate):
+    def matrix(memory, gradient, rate, p=None):
         alpha = as_type(decay, memory)
         g, m = as_matrix(gradient), as_matrix(memory)
         if stability == "proximal":
-            m = _proximal(m, g, alpha, rate)
+            kept, written = _proximal(m, g, rate)
+            m = alpha * kept - _multiply(p, written)
         elif stability == "clip":
             direction, size = unit(g, (-2, -1))
             forgotten = jnp.minimum((jnp.sqrt(rate) * size) ** 2, alpha)
-            m = alpha * m - forgotten * (m @ direction.mT) @ direction - rate * g
+            m = alpha * m - forgotten * (m @ direction.mT) @ direction
+            m = m - rate * _multiply(p, g)
         else:
-            m = alpha * m - rate * (m @ g.mT) @ g - rate * g
+            m = alpha * m - rate * (m @ g.mT) @ g - rate * _multiply(p, g)
         return m.reshape(gradient.shape)
 
-    return _with_memory(element if form == "element" else matrix, learning_rate)
+    step = element if form == "element" else matrix
+    return _with_memory(step, learning_rate, precondition=precondition)
 
 
 def _proximal(
-    m: Float[Array, "*batch R C"], g: Float[Array, "*batch R C"], alpha, rate
-) -> Float[Array, "*batch R C"]:
-    """(α m − η g) (I + η gᵀ g)⁻¹, solved in the smaller of the two widths.
+    m: Float[Array, "*batch R C"], g: Float[Array, "*batch R C"], rate
+) -> tuple[Float[Array, "*batch R C"], Float[Array, "*batch R C"]]:
+    """m (I + η gᵀ g)⁻¹ and η g (I + η gᵀ g)⁻¹, solved in the smaller of the two widths.
 
-    With h = √η g this is α m − (α m) hᵀ S − √η S for S = (I + h hᵀ)⁻¹ h, and h is
-    scaled down first, so that no product overflows.
+    With h = √η g they are m − m hᵀ S and √η S for S = (I + h hᵀ)⁻¹ h, and h is scaled
+    down first, so that no product overflows.
     """
     h = jnp.sqrt(rate) * g
     scale = jnp.maximum(1.0, jnp.max(jnp.abs(h), axis=(-2, -1), keepdims=True))
@@ -177,7 +199,7 @@ def _proximal(
         solved = jnp.linalg.solve(inner, h.mT).mT
     else:
         solved = jnp.linalg.solve(inner, h)
-    return alpha * (m - (m @ h.mT) @ solved) - jnp.sqrt(rate) / scale * solved
+    return m - (m @ h.mT) @ solved, jnp.sqrt(rate) / scale * solved
 
 
 def _plus_identity(square, amount):
@@ -317,13 +339,8 @@ def preconditioner(p, name="precondition") -> optax.GradientTransformationExtraA
             out = jax.tree.map(p, updates)
         else:
             leaves, structure = jax.tree.flatten(updates)
-            try:
-                factors = structure.flatten_up_to(p)
-            except ValueError as error:
-                raise ValueError(
-                    f"{name} must be a function, an optax transformation or a tree "
-                    f"like the parameters: {error}"
-                ) from error
+            kinds = f"{name} must be a function, an optax transformation or"
+            factors = _factors(p, structure, kinds)
             out = structure.unflatten(map(_multiply, factors, leaves))
         for before, after in zip(*map(jax.tree.leaves, (updates, out)), strict=True):
             if before.shape != after.shape:
@@ -371,10 +388,10 @@ def _after(signal, rule) -> optax.GradientTransformationExtraArgs:
 
 
 def _with_memory(
-    step, learning_rate, read=lambda memory, rate: memory
+    step, learning_rate, read=lambda memory, rate: memory, precondition=None
 ) -> optax.GradientTransformationExtraArgs:
     """Carries `step(memory, gradient, rate) -> memory` for each leaf, and `read`s the
-    update from it."""
+    update from it; where there is a `precondition`, a leaf's own comes last."""
 
     def init(params):
         return MomentumState(zeros(params), jnp.zeros((), jnp.int32))
@@ -383,17 +400,29 @@ def _with_memory(
         del params, extra
         rate = rate_at(learning_rate, state.count)
 
-        def move(gradient, memory):
-            return step(memory, wide(gradient), as_type(rate, memory))
+        def move(gradient, memory, *factor):
+            return step(memory, wide(gradient), as_type(rate, memory), *factor)
 
         def give(memory, gradient):
             return read(memory, as_type(rate, memory)).astype(gradient.dtype)
 
-        memory = jax.tree.map(move, updates, state.memory)
+        factors = ()
+        if precondition is not None:
+            structure = jax.tree.structure(updates)
+            leaves = _factors(precondition, structure, "precondition must be")
+            factors = (structure.unflatten(leaves),)
+        memory = jax.tree.map(move, updates, state.memory, *factors)
         updates = jax.tree.map(give, memory, updates)
         return updates, MomentumState(memory, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _factors(p, structure, must_be) -> list:
+    try:
+        return structure.flatten_up_to(p)
+    except ValueError as error:
+        raise ValueError(f"{must_be} a tree like the parameters: {error}") from error
 
 
 def _forgetting(learning_rate, decay) -> optax.GradientTransformation:

@@ -90,6 +90,42 @@ def test_the_matrix_form_against_a_direct_solve(key, shape):
         )
 
 
+@pytest.mark.parametrize("stability", ["proximal", "clip", "literal"])
+def test_delta_momentum_with_a_preconditioner(key, stability):
+    """Equations 48 and 49 with P: it writes P g where it wrote g."""
+    g = jax.random.normal(key, (3, 2))
+    m = jnp.flip(g)
+    p = jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 0.5], [0.0, 0.0, 1.0]])
+
+    def after(form, precondition):
+        rule = delta_momentum(
+            ETA,
+            decay=ALPHA,
+            form=form,
+            stability=stability,
+            precondition={"w": precondition},
+        )
+        state = rule.init({"w": m})._replace(memory={"w": m})
+        return rule.update({"w": g}, state)[0]["w"]
+
+    square = g.T @ g
+    if stability == "proximal":
+        inverse = jnp.linalg.inv(jnp.eye(2) + ETA * square)
+        expected = (ALPHA * m - ETA * p @ g) @ inverse
+        pointwise = (ALPHA * m - ETA * 2.0 * g) / (1 + ETA * g**2)
+    else:
+        eta = jnp.minimum(ETA, ALPHA / jnp.sum(g**2)) if stability == "clip" else ETA
+        expected = m @ (ALPHA * jnp.eye(2) - eta * square) - ETA * p @ g
+        eta = jnp.minimum(ETA, ALPHA / g**2) if stability == "clip" else ETA
+        pointwise = m * (ALPHA - eta * g**2) - ETA * 2.0 * g
+    np.testing.assert_allclose(after("matrix", p), expected, rtol=1e-4, atol=1e-5)
+    for two in (2.0, jnp.full((3, 2), 2.0)):
+        np.testing.assert_allclose(
+            after("element", two), pointwise, rtol=1e-4, atol=1e-5
+        )
+    np.testing.assert_array_equal(after("matrix", None), after("matrix", 1.0))
+
+
 @pytest.mark.parametrize("form", ["element", "matrix"])
 def test_only_the_literal_form_blows_up(key, form):
     stream = 10.0 * jax.random.normal(key, (60, 3, 2))
@@ -144,5 +180,14 @@ def test_choices_that_are_none_are_refused():
             rule(0.1, decay=1.5)
     with pytest.raises(ValueError, match="form must be .* got 'row'"):
         delta_momentum(0.1, form="row")
+    w = {"w": jnp.ones((3, 2))}
+    for form, p, reason in (
+        ("element", {"w": jnp.eye(3)}, "must be a number or have that shape"),
+        ("matrix", {"w": jnp.eye(2)}, r"square matrix \(3, 3\)"),
+        ("matrix", {"v": None}, "precondition must be a tree like the parameters"),
+    ):
+        rule = delta_momentum(0.1, form=form, precondition=p)
+        with pytest.raises(ValueError, match=reason):
+            rule.update(w, rule.init(w))
     with pytest.raises(ValueError, match="stability must be .* got 'none'"):
         delta_momentum(0.1, stability="none")
