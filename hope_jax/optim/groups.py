@@ -253,19 +253,6 @@ def last_two_axes(params: PyTree) -> PyTree[optax.contrib.MuonDimensionNumbers]:
     )
 
 
-def muon_dimensions(params: PyTree) -> PyTree:
-    """`optax.contrib.MuonDimensionNumbers` of every leaf, or None where Adam moves it.
-
-    Optax's own default takes every array of two axes: it would give stacked kernels to
-    Adam and stacked biases to Muon.
-    """
-
-    def dimensions(path, leaf):
-        return last_two_axes(leaf) if kind(path, leaf) == "matrices" else None
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
-
-
 class Group(NamedTuple):
     """Parameters of one kind that one rule moves on one clock.
 

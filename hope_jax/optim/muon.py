@@ -5,6 +5,7 @@ A matrix is the last two axes of a leaf, whatever is stacked before them.
 """
 
 import collections
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -192,21 +193,12 @@ def for_matrices(
 ) -> optax.GradientTransformationExtraArgs:
     """`rule` for the matrices of a model, `others` for all else.
 
-    `groups.muon_dimensions` says which are: kernels, also stacked ones, but neither
-    embeddings nor convolutions.
+    `groups.kind` says which are: kernels, also stacked ones, but neither embeddings nor
+    convolutions. `groups.by_name` takes more rules than two.
     """
-
-    def is_leaf(node):
-        return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
-
-    def labels(params):
-        return jax.tree.map(
-            lambda dimensions: "others" if dimensions is None else "matrices",
-            groups.muon_dimensions(params),
-            is_leaf=is_leaf,
-        )
-
-    return optax.partition({"matrices": rule, "others": others}, labels)
+    names = dict.fromkeys(groups.KINDS, "others") | {"matrices": "matrices"}
+    rules = {"matrices": rule, "others": others}
+    return groups.by_name(rules, functools.partial(groups.names_of, names=names))
 
 
 def with_adamw(

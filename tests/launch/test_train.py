@@ -107,6 +107,7 @@ def test_describe_prints_and_exits(tmp_path):
     assert config["model"]["d_model"] == 32
     assert " parameters\n" in out
     assert "| level " in out
+    assert "| matrices   | adamw | every 3 steps" in out
 
 
 @pytest.mark.parametrize(

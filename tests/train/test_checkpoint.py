@@ -16,6 +16,7 @@ from hope_jax.core import config as config_lib
 from hope_jax.data import stream
 from hope_jax.data.tokenizer import ByteTokenizer
 from hope_jax.models import lm
+from hope_jax.models.capture import dense_kernels
 from hope_jax.optim import groups
 from hope_jax.train import checkpoint, sharding
 from hope_jax.train import state as state_lib
@@ -38,13 +39,16 @@ def some_iterator():
 
 @pytest.fixture(scope="module")
 def state():
-    """The real parameters, on two clocks and inside a period."""
-    _, params = lm.build(CONFIG.model, jax.random.key(1))
+    """The real parameters, on two clocks and inside a period, inputs captured too."""
+    graphdef, params = lm.build(CONFIG.model, jax.random.key(1))
+    layers = dense_kernels(graphdef, params)
     names = iter(range(10_000))
     periods = jax.tree.map(lambda _: 1 + 2 * (next(names) % 2), params)
-    tx = groups.on_clocks(lambda period: optax.trace(0.9), periods)
+    tx = groups.on_clocks(lambda period: optax.trace(0.9), periods, layers=layers)
     state = state_lib.create(params, tx, jax.random.key(7))
-    _, opt = tx.update(jax.tree.map(jnp.ones_like, params), state.level.opt, params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    inputs = jax.tree.map(lambda p, c: p @ p.mT if c else None, ones, layers)
+    _, opt = tx.update(ones, state.level.opt, params, inputs=inputs)
     level = state.level._replace(opt=opt, count=jnp.asarray(20, jnp.int32))
     return sharding.replicate(state._replace(level=level), sharding.make_mesh())
 
