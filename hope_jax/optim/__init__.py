@@ -21,6 +21,7 @@ from hope_jax.optim import (
     leaves,
     m3,
     muon,
+    shampoo,
     slopes,
 )
 from hope_jax.optim import dgd as dgd_lib
@@ -116,6 +117,33 @@ def _m3(s: Settings) -> optax.GradientTransformation:
         variant=o.variant,
         beta2=s.b2,
         spread=o.spread,
+        mesh=s.mesh,
+    )
+    return _decayed(direction, s)
+
+
+def _shampoo(s: Settings) -> optax.GradientTransformation:
+    o = s.options
+    direction = shampoo.scale_by_shampoo(
+        b1=s.b1,
+        b2=s.b2,
+        frequency=o.frequency,
+        root=o.root,
+        grafting=o.grafting,
+        max_size=o.max_size,
+        mesh=s.mesh,
+    )
+    return _decayed(direction, s)
+
+
+def _soap(s: Settings) -> optax.GradientTransformation:
+    o = s.options
+    direction = shampoo.scale_by_soap(
+        b1=s.b1,
+        b2=s.b2,
+        shampoo_beta=o.shampoo_beta,
+        frequency=o.frequency,
+        max_size=o.max_size,
         mesh=s.mesh,
     )
     return _decayed(direction, s)
@@ -231,6 +259,8 @@ RULES: dict[str, Rule] = {
     "muon": Rule(_muon, matrices=True),
     "adamuon": Rule(_adamuon, matrices=True),
     "m3": Rule(_m3, matrices=True),
+    "shampoo": Rule(_shampoo, matrices=True),
+    "soap": Rule(_soap, matrices=True),
     "dgd": Rule(_dgd, matrices=True, inputs="grams"),
     "ggd": Rule(_ggd, matrices=True, inputs="slopes"),
     "momentum": Rule(_momentum),

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Literal
 
 from hope_jax.memory.compose import MemoryConfig
-from hope_jax.optim import adaptive, generalised, m3, momentum
+from hope_jax.optim import adaptive, generalised, m3, momentum, shampoo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,3 +178,35 @@ class M3:
     decays: tuple[float, ...] | None = None
     variant: m3.Variant = "adamuon"
     spread: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shampoo:
+    """Of `shampoo`; see `hope_jax.optim.shampoo.scale_by_shampoo`.
+
+    Attributes:
+      frequency: steps between two takings of the inverse roots.
+      root: of the two sides' matrices.
+      grafting: where the size of a step comes from.
+      max_size: of a side with a matrix of its own.
+    """
+
+    frequency: int = 10
+    root: Literal[2, 4] = 4
+    grafting: shampoo.Grafting = "adam"
+    max_size: int = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Soap:
+    """Of `soap`; see `hope_jax.optim.shampoo.scale_by_soap`.
+
+    Attributes:
+      frequency: steps between two turns of the bases.
+      shampoo_beta: what the matrices of the two sides keep at each step.
+      max_size: of a side with a basis of its own.
+    """
+
+    frequency: int = 10
+    shampoo_beta: float = 0.95
+    max_size: int = 2048

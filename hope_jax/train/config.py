@@ -77,6 +77,8 @@ class OptimizerConfig:
     ggd: options.GGD = options.GGD()
     adamuon: options.AdaMuon = options.AdaMuon()
     m3: options.M3 = options.M3()
+    shampoo: options.Shampoo = options.Shampoo()
+    soap: options.Soap = options.Soap()
     delta_momentum: options.DeltaMomentum = options.DeltaMomentum()
     feature_map_momentum: options.FeatureMapMomentum = options.FeatureMapMomentum()
     nonlinear_momentum: options.NonlinearMomentum = options.NonlinearMomentum()

@@ -150,6 +150,7 @@ RATES = {
     "adafactor": 0.3,
     "deep_momentum": 0.3,
     "gradient_memory": 0.3,
+    "soap": 0.2,
     "nonlinear_momentum": 0.2,
     "muon": 0.4,
     "adamuon": 0.4,
