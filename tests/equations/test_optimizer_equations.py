@@ -1,10 +1,12 @@
 """One test an equation of arXiv:2512.24695: momenta and preconditioners as memories.
 
 Backpropagation (29-31), momentum (32-37), preconditioning (38-41), the memory that
-forgets nothing it should avoid (45), more expressive momentum (46-52), and Appendix B,
-Adam and AdaGrad (100-111). Each names what implements it in a line
-`Implements: module.function`.
+forgets nothing it should avoid (45), more expressive momentum (46-52), generalised
+gradient descent (59-60), and Appendix B, Adam and AdaGrad (100-111). Each names what
+implements it in a line `Implements: module.function`.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import pytest
 from hope_jax.core.level import Level, begin, tick
 from hope_jax.kernels.newton_schulz import orthogonalise
 from hope_jax.memory.architecture import mlp
-from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
 from hope_jax.optim.adaptive import adagrad_memory, adam_memory
 from hope_jax.optim.deep import deep_momentum
 from hope_jax.optim.from_level import from_level
@@ -127,7 +129,7 @@ def test_equation_31_which_is_a_proximal_step_of_each_layer(key):
     )
     rule = ggd(ETA, config)
     gradient = {n: jnp.outer(delta[n], inputs[n]) for n in weights}
-    step, _ = rule.update(gradient, rule.init(weights), weights, inputs=inputs)
+    step, _ = jax.jit(rule.update)(gradient, rule.init(weights), weights, inputs=inputs)
 
     def objective(w):
         linear = sum(jnp.vdot(w[n] @ inputs[n], delta[n]) for n in w)
@@ -213,11 +215,14 @@ def test_equation_36_and_the_memory_may_be_asked_with_the_gradient(key):
     config = MemoryConfig(architecture="mlp", expansion=2, rule="gd", chunk=1)
     g = normal(key, 3, 2, 3)
     level = gradient_level(ETA, config)
-    state, out = begin(level, gradient_start(config)(g[0])), None
-    for t in range(3):
-        state, _ = tick(level, state, g[t])
-        out = level.read(state.params, g[t])
-    close(updates(from_memory(ETA, config), g)[-1], out)
+
+    @jax.jit
+    def both(g):
+        state = begin(level, gradient_start(config)(g[0]))
+        state, _ = jax.lax.scan(lambda s, g: tick(level, s, g), state, g)
+        return level.read(state.params, g[-1]), updates(from_memory(ETA, config), g)[-1]
+
+    close(*both(g))
 
 
 def test_equation_37_the_memory_descends_an_objective_of_its_own(key):
@@ -354,37 +359,40 @@ def test_equation_47_preconditioned_momentum(key):
 
 
 def test_equation_48_delta_momentum_regresses(key):
-    """Its objective is |m g^T - P|^2 with the target P = -I that descends.
+    """Its objective is |m g^T + P|^2: the target is -P, with the sign that descends.
 
     Implements: hope_jax.optim.momentum.delta_momentum
     """
-    m, g, _ = some_memory(key)
+    m, g, p = some_memory(key)
+    rule = functools.partial(delta_momentum, ETA, form="matrix", precondition=p)
 
     def objective(m):
-        return 0.5 * jnp.sum((m @ g.T + jnp.eye(2)) ** 2)
+        return 0.5 * jnp.sum((m @ g.T + p) ** 2)
 
-    literal = delta_momentum(ETA, decay=1.0, form="matrix", stability="literal")
-    close(standing_at(literal, m, g), m - ETA * jax.grad(objective)(m))
+    literal = standing_at(rule(decay=1.0, stability="literal"), m, g)
+    close(literal, m - ETA * jax.grad(objective)(m))
 
     def proximal(new):
         return objective(new) + jnp.sum((new - ALPHA * m) ** 2) / (2 * ETA)
 
-    exact = standing_at(delta_momentum(ETA, decay=ALPHA, form="matrix"), m, g)
-    close(jax.grad(proximal)(exact), jnp.zeros_like(m), atol=1e-4)
+    slope = jax.grad(proximal)(standing_at(rule(decay=ALPHA), m, g))
+    close(slope, jnp.zeros_like(m), atol=1e-4)
 
 
 def test_equation_49_delta_momentum_is_the_delta_rule(key):
-    """m (alpha I - eta g^T g) - eta g; element by element m (alpha - eta g^2) - eta g.
+    """m (alpha I - eta g^T g) - eta P g; by the element m (alpha - eta g^2) - eta p g.
 
-    The print lacks the step size on the decay and has g g^T. For one row it is the
-    delta rule with key g and value -1: what m says about g is corrected.
+    The print lacks the step size on the decay and has g g^T. For one row and P = 1 it
+    is the delta rule with key g and value -1: what m says about g is corrected.
 
     Implements: hope_jax.optim.momentum.delta_momentum
     """
-    m, g, _ = some_memory(key)
-    matrix = delta_momentum(ETA, decay=ALPHA, form="matrix", stability="literal")
+    m, g, p = some_memory(key)
+    matrix = delta_momentum(
+        ETA, decay=ALPHA, form="matrix", stability="literal", precondition=p
+    )
     kept = ALPHA * jnp.eye(3) - ETA * g.T @ g
-    close(standing_at(matrix, m, g), m @ kept - ETA * g)
+    close(standing_at(matrix, m, g), m @ kept - ETA * p @ g)
     element = delta_momentum(ETA, decay=ALPHA, stability="literal")
     close(standing_at(element, m, g), m * (ALPHA - ETA * g**2) - ETA * g)
 
@@ -447,6 +455,69 @@ def test_equation_52_non_linear_outputs(key):
     close(updates(printed, g), jnp.tanh(ETA * m))
     muon = updates(nonlinear_momentum(ETA, decay=ALPHA), g)
     close(muon, ETA * orthogonalise(m), 1e-3, 1e-4)
+
+
+# Generalised gradient descent.
+
+
+def test_equation_59_generalised_gradient_descent(key):
+    """argmin l(W; x, u) + Ret(W, W_t), for any l and Ret: its gradient there is zero.
+
+    Here l2 with |W - W_t|^2 / 2 eta, solved exactly; and, l being linearised at W_t, a
+    distance to alpha W_t, and the relative entropy of rows on a simplex.
+
+    Implements: hope_jax.optim.generalised.ggd
+    """
+    x, u = normal(key, 3, at=1), normal(key, 2, at=2)
+    start = jax.nn.softmax(normal(key, 2, 3))
+
+    def after(**choices):
+        config = MemoryConfig(architecture="linear", dgd="none", chunk=1, **choices)
+        rule = ggd(ETA, config, retention=ALPHA if config.retention == "decay" else 1.0)
+        gradient, state = jnp.outer(-u, x), rule.init(start)
+        return start + rule.update(gradient, state, start, inputs=x)[0]
+
+    def l2(w):
+        return 0.5 * jnp.sum((w @ x - u) ** 2)
+
+    def distance(w, start):
+        return jnp.sum((w - start) ** 2) / (2 * ETA)
+
+    solved = after(rule="implicit", retention="none")
+    slope = jax.grad(lambda w: l2(w) + distance(w, start))(solved)
+    close(slope, jnp.zeros_like(start))
+
+    linear, decayed = jax.grad(l2)(start), after(rule="gd", retention="decay")
+    slope = linear + jax.grad(distance)(decayed, ALPHA * start)
+    close(slope, jnp.zeros_like(start))
+
+    on_simplex = after(rule="gd", retention="kl")
+    close(jnp.sum(on_simplex, axis=1), jnp.ones(2))
+    slope = linear + (jnp.log(on_simplex / start) + 1) / ETA
+    close(slope, jnp.broadcast_to(slope[:, :1], (2, 3)), atol=1e-4)  # along the simplex
+
+
+def test_equation_60_whose_values_the_weights_make_themselves(key):
+    """u_t = f_{W_t}(x_t) = -grad_y L(W_t; x_t): the step is one token of the memory.
+
+    Implements: hope_jax.optim.generalised.ggd
+    """
+    config = MemoryConfig(
+        architecture="linear", bias="huber", rule="gd", dgd="none", chunk=1
+    )
+    level = memory_level(config, 3)
+    w, rule = normal(key, 3, 3), ggd(ETA, config, retention=ALPHA)
+    state, memory = rule.init(w), begin(level, {"w": w})
+    for t in range(3):
+        x = normal(key, 3, at=1 + t)
+        value = -jax.grad(loss)(w @ x)
+        rates = {"eta": jnp.float32(ETA), "alpha": jnp.float32(ALPHA)}
+        token = Tokens(k=x, v=value, q=x, theta=jnp.float32(0.0), **rates)
+        memory, _ = tick(level, memory, token)
+        gradient = jax.grad(lambda w, x=x: loss(w @ x))(w)
+        step, state = rule.update(gradient, state, w, inputs=x)
+        w = w + step
+        close(w, memory.params["w"])
 
 
 # Appendix B. 100 to 105 are certain; how 106 to 111 are split is not.
