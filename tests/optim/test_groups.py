@@ -255,16 +255,17 @@ def test_each_kind_has_the_rule_that_is_named_for_it(key):
 
 
 def test_inputs_are_reduced_like_gradients(key):
-    """Two steps on halves of a batch are one on all of it, and masked leaves of other
-    groups are no trouble; saved and loaded in between."""
+    """Two steps on halves of a batch are one on all of it, in every period; saved and
+    loaded in between. Matrices without inputs move like all that is no matrix."""
     keys = jax.random.split(key, 4)
     x = jax.random.normal(keys[0], (6, 3))
-    params = {name: {"kernel": jax.random.normal(keys[1], (3, 2))} for name in "ab"}
+    params = {name: {"kernel": jax.random.normal(keys[1], (3, 2))} for name in "abc"}
     params["a"]["bias"] = jnp.zeros(2)
-    periods = {"a": {"kernel": 2, "bias": 2}, "b": {"kernel": 1}}
-    layers = {"a": {"kernel": True, "bias": False}, "b": {"kernel": True}}
-    config = settings(name="dgd", others="sgd")
+    periods = {"a": {"kernel": 2, "bias": 2}, "b": {"kernel": 1}, "c": {"kernel": 2}}
+    layers = jax.tree.map(lambda p: p.ndim == 2, params) | {"c": {"kernel": False}}
+    config = settings(name="dgd", others="lion")
     tx = optim.build(config, total_steps=9, periods=periods, layers=layers)
+    update = jax.jit(tx.update)
 
     def half(rows):
         gram = rows.T @ rows / len(rows)
@@ -272,16 +273,21 @@ def test_inputs_are_reduced_like_gradients(key):
         return gradient, jax.tree.map(lambda c: gram if c else None, layers)
 
     (g1, x1), (g2, x2) = half(x[:3]), half(x[3:])
-    first, state = tx.update(g1, tx.init(params), params, inputs=x1)
+    first, state = update(g1, tx.init(params), params, inputs=x1)
     assert not first["a"]["kernel"].any() and first["b"]["kernel"].any()
     state = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)
-    second, _ = tx.update(g2, state, params, inputs=x2)
+    second, state = update(g2, state, params, inputs=x2)
     mean = jax.tree.map(lambda *g: sum(g) / 2, g1, g2)
     rule = dgd(0.1, input_axis=-2)
     w, g = params["a"]["kernel"], mean["a"]["kernel"]
     whole, _ = rule.update(g, rule.init(w), w, inputs=x.T @ x / 6)
     np.testing.assert_allclose(second["a"]["kernel"], whole, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(second["a"]["bias"], -0.1 * mean["a"]["bias"], rtol=1e-5)
+    for part, leaf in (("a", "bias"), ("c", "kernel")):
+        signs = -0.1 * jnp.sign(mean[part][leaf])
+        np.testing.assert_allclose(second[part][leaf], signs, rtol=1e-6)
+    for gradient, inputs in ((g1, x1), (g2, x2)):
+        later, state = update(gradient, state, params, inputs=inputs)
+    np.testing.assert_allclose(later["a"]["kernel"], second["a"]["kernel"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(set(optim.RULES) - {"adam"}))

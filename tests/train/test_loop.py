@@ -113,6 +113,7 @@ def test_a_gradient_that_is_nan_is_not_saved_either(tmp_path, monkeypatch):
         def factor(count):
             return jnp.where(count == 2, jnp.float32(jnp.nan), jnp.float32(1.0))
 
+        assert named["mesh"].size == jax.device_count()  # the work is shared
         return optax.chain(made(*arguments, **named), optax.scale_by_schedule(factor))
 
     monkeypatch.setattr(loop.optim, "build", poisoned)
