@@ -26,9 +26,11 @@ from hope_jax.optim.leaves import (
     as_rows,
     as_type,
     check_fraction,
+    like,
     rate_at,
     unit,
     unit_rows,
+    wide,
 )
 
 Rows = Literal["mean", "sequence"]
@@ -299,9 +301,20 @@ def from_memory(
         inertia=inertia,
         target=target,
     )
+    rule = optax.chain(
+        from_level(level, gradient_start(config, seed)),
+        optax.scale_by_schedule(lambda count: rate_at(learning_rate, count)),
+    )
 
-    rate = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
-    return optax.chain(from_level(level, gradient_start(config, seed)), rate)
+    def init(params):
+        return rule.init(jax.tree.map(wide, params))
+
+    def update(updates, state, params=None, **extra):
+        del params, extra
+        moved, state = rule.update(jax.tree.map(wide, updates), state)
+        return like(moved, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Reading(NamedTuple):
