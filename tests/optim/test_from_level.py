@@ -41,7 +41,8 @@ def updates(optimizer, stream, start=None):
         return (state, optax.apply_updates(at, update)), update
 
     start = params() if start is None else start
-    return jax.lax.scan(step, (optimizer.init(start), start), stream)[1]
+    carry = optimizer.init(start), start
+    return jax.jit(lambda g: jax.lax.scan(step, carry, g)[1])(stream)
 
 
 def same(ours, theirs, stream, rtol=1e-4):
@@ -128,16 +129,8 @@ def test_it_joins_chains_masks_and_extra_arguments(key):
     np.testing.assert_allclose(update["b"], 2.0 * gradient["b"], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        from_level(hebbian_level(0.1)),
-        from_level(delta_level(0.1)._replace(clock=Clock(period=3))),
-        momentum(lambda count: 0.1 / (1.0 + count.astype(jnp.float32))),
-        delta_momentum(0.1, form="matrix"),
-    ],
-)
-def test_a_second_step_does_not_compile_again(key, optimizer):
+def test_a_second_step_of_a_slow_level_does_not_compile_again():
+    optimizer = from_level(delta_level(0.1)._replace(clock=Clock(period=3)))
     step = jax.jit(optimizer.update)
     state = optimizer.init(params())
     for gradient in (params(), jax.tree.map(jnp.sin, params())):
@@ -146,28 +139,12 @@ def test_a_second_step_does_not_compile_again(key, optimizer):
     assert jax.tree.structure(update) == jax.tree.structure(params())
 
 
-def test_it_learns(key):
-    """All of them go down a bowl."""
-    for optimizer in (
-        from_level(hebbian_level(0.1, decay=0.5)),
-        from_level(delta_level(0.1, decay=0.5)),
-    ):
-        at = params()
-        state = optimizer.init(at)
-        for _ in range(60):
-            update, state = optimizer.update(at, state, at)
-            at = optax.apply_updates(at, update)
-        assert optax.tree.norm(at) < 0.01 * optax.tree.norm(params())
-
-
 def test_a_non_parametric_level_sees_the_last_gradients(key):
     def total(gradients, mask, g):
         return -jnp.sum(jnp.where(mask.reshape(-1, *[1] * g.ndim), gradients, 9.0), 0)
 
     g = gradients(key, steps=5)
-    optimizer = from_level(attend(total), context=3)
-    state = optimizer.init(jax.tree.map(lambda leaf: leaf[0], g))
-    out = jax.lax.scan(lambda s, g: optimizer.update(g, s)[::-1], state, g)[1]
+    out = updates(from_level(attend(total), context=3), g)
     for name, leaf in g.items():
         absent = 9.0 * jnp.array([2.0, 1.0, 0.0, 0.0, 0.0])
         for t in range(5):

@@ -20,17 +20,6 @@ from hope_jax.optim.momentum import (
 
 ETA, ALPHA = 0.3, 0.9
 
-RULES = {
-    "momentum": lambda: momentum(0.1),
-    "delta": lambda: delta_momentum(0.1),
-    "delta clip": lambda: delta_momentum(0.1, stability="clip"),
-    "delta matrix": lambda: delta_momentum(0.1, form="matrix"),
-    "delta matrix clip": lambda: delta_momentum(0.1, form="matrix", stability="clip"),
-    "preconditioned": lambda: preconditioned_momentum(0.1, lambda g: 2.0 * g),
-    "features": lambda: feature_map_momentum(0.1, jnp.tanh),
-    "nonlinear": lambda: nonlinear_momentum(0.05, decay=0.5),
-}
-
 
 def params():
     return {
@@ -190,67 +179,6 @@ def test_what_the_last_gradients_weigh(lags, share):
     recent = -updates(rule, gradients)[-1]
     every = -updates(rule, jnp.ones(400))[-1]
     np.testing.assert_allclose(recent / every, share, atol=6e-4 if lags < 9 else 6e-5)
-
-
-# What all of them promise.
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_they_are_finite_and_learn_and_compile_once(name):
-    rule = RULES[name]()
-    step = jax.jit(rule.update)
-    for scale in (1e-20, 1e20, 0.0):
-        g = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params())
-        state = rule.init(params())
-        for _ in range(3):
-            update, state = step(g, state, params())
-            assert all(
-                np.isfinite(leaf).all() for leaf in jax.tree.leaves((update, state))
-            )
-    close(update, jax.tree.map(jnp.zeros_like, params()))
-    at = params()
-    state = rule.init(at)
-    for _ in range(80):
-        update, state = step(at, state, at)
-        at = optax.apply_updates(at, update)
-    assert optax.tree.norm(at) < 0.2 * optax.tree.norm(params())
-    assert step._cache_size() == 1
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_they_keep_types_and_join_chains(name):
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
-    rule = optax.chain(
-        optax.scale(2.0),
-        optax.masked(RULES[name](), {"w": True, "b": False, "s": True}),
-    )
-    update, state = rule.update(half, rule.init(half), half, value=1.0)
-    assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(update))
-    close(update["b"].astype(jnp.float32), 2.0 * params()["b"], 1e-2)
-    floats = [s for s in jax.tree.leaves(state) if jnp.issubdtype(s.dtype, jnp.inexact)]
-    assert all(s.dtype == jnp.float32 for s in floats)
-
-
-@pytest.mark.parametrize(
-    "make, static",
-    [
-        (momentum, ()),
-        (delta_momentum, ()),
-        (nonlinear_momentum, ()),
-        (preconditioned_momentum, ("precondition",)),
-    ],
-)
-def test_rates_can_be_injected(make, static):
-    extra = {preconditioned_momentum: {"precondition": jnp.sign}}.get(make, {})
-    with jax.numpy_dtype_promotion("standard"):
-        rule = optax.inject_hyperparams(make, static_args=static)(
-            learning_rate=0.1, **extra
-        )
-        state = rule.init(params())
-        state.hyperparams["learning_rate"] = jnp.array(0.2)
-        update, _ = jax.jit(rule.update)(params(), state, params())
-    plain = make(0.2, **extra)
-    close(update, plain.update(params(), plain.init(params()), params())[0])
 
 
 def test_choices_that_are_none_are_refused():
