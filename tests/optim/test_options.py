@@ -1,0 +1,105 @@
+"""What optimizers by name may be told: every field of every one changes the program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hope_jax import optim
+from hope_jax.core import config as config_lib
+from hope_jax.train.config import OptimizerConfig
+
+# For each field another value than its default, and what must be set to see it.
+CHANGES = {
+    "dgd.explicit": ["true"],
+    "dgd.retention": ["0.5"],
+    "ggd.memory": [None, "ggd.memory.bias=dot", "ggd.memory.rule=nesterov"],
+    "ggd.retention": ["0.5", "ggd.memory.retention=decay"],
+    "adamuon.sign": ["false"],
+    "m3.periods": ["1,5"],
+    "m3.alpha": ["0.2"],
+    "m3.decays": ["0.8,0.7"],
+    "m3.variant": ["two_scale"],
+    "m3.spread": ["true"],
+    "shampoo.frequency": ["5"],
+    "shampoo.root": ["2"],
+    "shampoo.grafting": ["rms"],
+    "shampoo.max_size": ["3"],
+    "soap.frequency": ["5"],
+    "soap.shampoo_beta": ["0.5"],
+    "soap.max_size": ["3"],
+    "delta_momentum.form": ["matrix"],
+    "delta_momentum.stability": ["clip"],
+    "feature_map_momentum.feature_map": ["tanh"],
+    "nonlinear_momentum.literal": ["true"],
+    "deep_momentum.inner_rate": ["0.2"],
+    "deep_momentum.objective": ["dot"],
+    "deep_momentum.target": ["ones"],
+    "deep_momentum.hidden": ["5"],
+    "gradient_memory.memory": [None, "gradient_memory.memory.bias=dot"],
+    "gradient_memory.rows": ["sequence"],
+    "gradient_memory.inner_rate": ["0.1"],
+    "gradient_memory.inertia": ["0.5", "gradient_memory.memory.rule=momentum"],
+    "adam_memory.ridge": ["0.1"],
+    "adam_memory.target": ["square"],
+    "adam_memory.literal": ["true"],
+    "adagrad_memory.form": ["outer"],
+    "adagrad_memory.ridge": ["0.1"],
+    "adagrad_memory.max_width": ["3", "adagrad_memory.form=outer"],
+}
+
+
+def program(name, *settings):
+    """All that a step of a config computes, and the state it computes it from.
+
+    For `ggd` the slope of a product belongs to it; see `optim.differentiation`.
+    """
+    config = config_lib.override(OptimizerConfig(), [f"name={name}", *settings])
+    params = {name: {"kernel": jnp.ones((4, 6), jnp.float32)} for name in "ab"}
+    layers = jax.tree.map(lambda _: True, params)
+    tx = optim.build(
+        config, total_steps=9, periods=optim.one_clock(params), layers=layers
+    )
+
+    def loss(params):
+        x = jnp.ones((1, 4))
+        return jnp.sum(x @ params["a"]["kernel"] + x @ params["b"]["kernel"]), None
+
+    differentiate = optim.differentiation(config, layers, tokens=1)
+
+    def step(params, state):
+        gradients, inputs = params, None
+        if differentiate is not None:
+            _, gradients, inputs = differentiate(loss, params)
+        return tx.update(gradients, state, params, inputs=inputs)
+
+    with jax.numpy_dtype_promotion("standard"):
+        try:
+            state = tx.init(params)
+        except ValueError as error:
+            return str(error)
+        return str(jax.make_jaxpr(step)(params, state))
+
+
+def test_every_option_is_tried_here():
+    options = {
+        f"{name}.{field.name}"
+        for name in optim.RULES
+        if hasattr(OptimizerConfig(), name)
+        for field in dataclasses.fields(getattr(OptimizerConfig(), name))
+    }
+    assert options == set(CHANGES)
+
+
+@pytest.mark.parametrize("option", CHANGES)
+def test_every_option_does_something(option):
+    name = option.partition(".")[0]
+    value, *before = CHANGES[option]
+    changes = [f"{option}={value}"]
+    if value is None:  # a config inside: its fields instead
+        before, changes = [], before
+    plain = program(name, *before)
+    assert plain == program(name, *before)
+    for change in changes:
+        assert program(name, *before, change) != plain
