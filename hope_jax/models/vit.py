@@ -169,7 +169,7 @@ class Norm(nnx.LayerNorm):
 class VisionTransformer(nnx.Module):
     """Images to logits; `blocks` is one `Block` whose parameters lead with layers, L.
 
-    Logits are 0 at the start.
+    Logits are small at the start, not 0: every layer learns from the first step on.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -188,7 +188,7 @@ class VisionTransformer(nnx.Module):
         )(keys)
         self.blocks = nnx.merge(graphdef, stacked)
         self.norm = Norm(config, rngs=rngs)
-        self.head = _dense(width, config.classes, jnp.float32, rngs, scale=0.0)
+        self.head = _dense(width, config.classes, jnp.float32, rngs, scale=0.1)
 
     def __call__(self, images: Float[Array, "B S S C"]) -> Float[Array, "B N"]:
         """Pixels in [0, 1] to logits."""
@@ -263,7 +263,5 @@ def apply(
 
 def _dense(d_in: int, d_out: int, dtype, rngs: nnx.Rngs, scale: float = 1.0) -> Dense:
     """A projection with a bias, `scale / sqrt(d_in)` at the start."""
-    init = nnx.initializers.zeros
-    if scale:
-        init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
+    init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
     return Dense(d_in, d_out, kernel_init=init, dtype=dtype, rngs=rngs)

@@ -71,9 +71,9 @@ def test_sizes_are_those_of_the_paper():
     assert vit.get("s16", classes=10_450).classes == 10_450
 
 
-def test_logits_are_zero_at_the_start_and_finite_after():
+def test_logits_are_small_at_the_start():
     graphdef, params = vit.build(TINY, jax.random.key(0))
-    np.testing.assert_array_equal(reader()(params, pictures()), np.zeros((3, 5)))
+    assert 0 < np.abs(reader()(params, pictures())).max() < 0.5
     logits = reader()(model()[1], pictures())
     assert logits.shape == (3, 5) and logits.dtype == jnp.float32
     assert np.isfinite(logits).all() and np.std(logits) > 0.01
