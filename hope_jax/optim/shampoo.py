@@ -5,8 +5,9 @@ approximations of the preconditioner that it derives as a memory of gradients, t
 of H = Σ vec(g) vec(g)ᵀ; `adagrad_memory(form="outer")` has one side of it.
 
 A matrix is the last two axes of a leaf, whatever is stacked before them. All is made of
-matrix products: LAPACK's `eigh` and `qr` dead-lock virtual CPU devices (seen for sides
-of 256), and on accelerators they take the matrices of a batch one after another.
+matrix products: LAPACK's `eigh` and `qr`, called by several virtual CPU devices at once,
+did not come back within minutes (sides of 256), and on accelerators they take the
+matrices of a batch one after another.
 """
 
 import collections
