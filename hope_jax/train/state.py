@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
@@ -32,7 +33,10 @@ class TrainState(NamedTuple):
 
 def create(params: PyTree, tx: optax.GradientTransformation, key: Array) -> TrainState:
     """The state before the first step."""
-    return TrainState(begin(outer_level(tx), params), key)
+    level = begin(outer_level(tx), params)
+    # A rule may start several parts of its state as one array, but a buffer can be
+    # donated only once.
+    return TrainState(level._replace(opt=jax.tree.map(jnp.copy, level.opt)), key)
 
 
 def abstract(params: PyTree, tx: optax.GradientTransformation) -> TrainState:

@@ -154,6 +154,24 @@ def test_devices_that_share_the_orthogonalisations_equal_one(tokens, key):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_parts_of_a_state_that_start_as_one_array(params, tokens, key):
+    """They are donated as two."""
+
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        return {"here": zero, "there": zero}
+
+    tx = optax.chain(
+        optax.GradientTransformation(init, lambda g, state, p: (g, state)),
+        optax.scale(-0.1),
+    )
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step = sharding.jit_step(step_lib.make_step("static", apply_fn, tx), mesh)
+    state = sharding.replicate(state_lib.create(params, tx, key), mesh)
+    state, _ = step(state, sharding.shard_batch(tokens, mesh))
+    assert state.step == 1
+
+
 def test_a_batch_the_devices_cannot_share(tokens):
     mesh = sharding.make_mesh()
     with pytest.raises(ValueError, match=r"batch \(6\) .* 4 devices; .* are 4 and 8"):
