@@ -1,0 +1,604 @@
+"""Figure 11: the optimizers of the paper on a vision transformer.
+
+Run:     python -m experiments.fig11_vit --out=DIR  (its picture goes to DIR)
+         Another image set, in the digits' small model: --data=FOLDER or
+         --data=tfds:NAME --data_dir=PREPARED. Figure 11's own, one seed, on an
+         accelerator: --scale=s16 or b16 --data=FOLDER (ImageNet-21K, sub-folders train,
+         valid and test), or a set of TFDS with --splits='train[:99%],train[99%:],test'.
+Smoke:   add --scale=smoke (few steps and rates, half a minute); a test runs it so.
+Expect:  the rules that orthogonalise (Muon, AdaMuon, M3) ahead of AdamW, momentum and
+         delta momentum alike behind, deep momentum last. M3 is not ahead of Muon.
+Cost:    12 minutes of 2 CPU cores.
+
+scikit-learn's digits, divided into train, valid and test for good. Every optimizer is
+tuned alike: each rate of one grid for all, with each weight decay, one run each on a
+tuning seed; the least cross-entropy on `valid` at the end of the run chooses. Numbers
+and curves are of other seeds (of weights and batches, the same for all optimizers) and
+of `test`, which tuning does not see. All have the same warm-up, cosine, clipping of the
+gradients' norm and decays (b1, b2); rules for matrices leave all else to AdamW.
+
+The paper says neither rates nor decays nor steps; it shows M3 below AdamW and Muon.
+`momentum` is here to tell what a delta rule or a network adds to it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from hope_jax import optim
+from hope_jax.data import images as images_lib
+from hope_jax.data.images import BatchConfig, Images
+from hope_jax.models import vit
+from hope_jax.optim import groups
+from hope_jax.plot import COLOURS
+from hope_jax.train.config import OptimizerConfig
+from hope_jax.train.metrics import write_result
+
+RESULTS = Path(__file__).parent / "results"
+NAME = "fig11_vit"
+OPTIMIZERS = (
+    "adamw",
+    "muon",
+    "adamuon",
+    "m3",
+    "momentum",
+    "delta_momentum",
+    "deep_momentum",
+)
+_TUNING_SEED = 1000
+_TIMED = 20  # steps at most
+_KEYS = ("image", "label")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is run.
+
+    Attributes:
+      model: the transformer; `classes` is set from the data.
+      steps, batch: of a run.
+      tuning_steps: of a run of tuning.
+      every: steps between two points of a curve; both counts of steps are multiples.
+      warmup: steps.
+      final_fraction: of the rate, where the cosine ends.
+      low, high, rates: the grid of learning rates, even in their logarithm.
+      weight_decays: the other side of the grid.
+      clip_norm: most norm of a gradient.
+      seeds: for the numbers; tuning has another.
+      target: cross-entropy on `test`, the steps to which are counted.
+      augment: random crops and mirroring, for photographs.
+      threads: optimizers that run at once.
+      split_batch: divide each batch among all devices.
+    """
+
+    model: vit.ViTConfig
+    steps: int = 300
+    batch: int = 64
+    tuning_steps: int = 300
+    every: int = 15
+    warmup: int = 20
+    final_fraction: float = 0.01
+    low: float = 1e-3
+    high: float = 10.0
+    rates: int = 9
+    weight_decays: tuple[float, ...] = (0.0, 0.1)
+    clip_norm: float = 1.0
+    seeds: int = 5
+    target: float = 0.25
+    augment: bool = False
+    threads: int = 2
+    split_batch: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "tuning_steps"):
+            if getattr(self, name) % self.every:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) must be a multiple of every "
+                    f"({self.every})."
+                )
+
+
+_PAPER = Settings(
+    model=vit.get("s16"),
+    steps=100_000,
+    batch=1024,
+    tuning_steps=10_000,
+    every=500,
+    warmup=5000,
+    low=3e-4,
+    high=3e-3,
+    rates=3,
+    weight_decays=(0.1,),
+    seeds=1,
+    target=4.0,
+    augment=True,
+    threads=1,
+    split_batch=True,
+)
+SETTINGS = {
+    "full": Settings(model=vit.get("digits")),
+    "smoke": Settings(
+        model=vit.get("digits", d_model=8, hidden=16, layers=1, heads=2, patch=4),
+        steps=20,
+        batch=16,
+        tuning_steps=20,
+        every=5,
+        warmup=2,
+        low=1e-3,
+        high=1e-1,
+        rates=2,
+        weight_decays=(0.0, 0.1),
+        seeds=2,
+        target=2.3,
+    ),
+    "s16": _PAPER,
+    "b16": dataclasses.replace(_PAPER, model=vit.get("b16")),
+}
+
+
+class Lane(NamedTuple):
+    """What runs of one optimizer differ in."""
+
+    rate: float
+    weight_decay: float
+    seed: int
+
+
+class Curves(NamedTuple):
+    """`[R, N]` each: runs, and a point every `Settings.every` steps.
+
+    Attributes:
+      train: cross-entropy of the batches since the last point.
+      held: cross-entropy on all of the held-out split.
+      accuracy: on the same.
+    """
+
+    train: np.ndarray
+    held: np.ndarray
+    accuracy: np.ndarray
+
+
+def optimizer(
+    name: str, rate, weight_decay, steps: int, settings: Settings
+) -> optax.GradientTransformationExtraArgs:
+    """`hope_jax.optim.build` with a rate and a decay that may be traced arrays."""
+    config = OptimizerConfig(name=name)
+    names = optim.rules_of(config)
+    shape = optim.schedule(1.0, settings.warmup, steps, settings.final_fraction)
+    known = optim.Settings(
+        rate=lambda count: rate * shape(count + 1),
+        weight_decay=weight_decay,
+        b1=config.b1,
+        b2=config.b2,
+    )
+    made = {
+        each: optim.RULES[each].make(
+            known._replace(options=getattr(config, each, None))
+        )
+        for each in dict.fromkeys(names.values())
+    }
+    choose = functools.partial(groups.names_of, names=names, layers=None)
+    clip = optax.clip_by_global_norm(settings.clip_norm)
+    return optax.chain(clip, groups.by_name(made, choose))
+
+
+class Program(NamedTuple):
+    """One optimizer, compiled once for all rates, decays and seeds.
+
+    Attributes:
+      begin: `lane -> (params, state)`.
+      advance: `(lane, carry, images [T, B, ...], labels) -> (carry, losses [T])`.
+    """
+
+    begin: Callable
+    advance: Callable
+
+
+def losses(model: vit.ViTConfig, params, images, labels):
+    """Cross-entropy and hit or miss of each image."""
+    logits = vit.apply(_graphdef(model), params, images)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return entropy, jnp.argmax(logits, axis=-1) == labels
+
+
+@functools.cache
+def _graphdef(model):
+    return vit.build(model, jax.random.key(0))[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def fresh(model: vit.ViTConfig, seed):
+    return vit.build(model, jax.random.key(seed))[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(model: vit.ViTConfig, params, images, labels, mask):
+    """Sums of cross-entropy and of hits."""
+    entropy, hits = losses(model, params, images, labels)
+    return jnp.sum(entropy, where=mask), jnp.sum(hits, where=mask)
+
+
+@functools.cache
+def program(name: str, steps: int, settings: Settings) -> Program:
+    model = settings.model
+
+    def rule(lane):
+        return optimizer(name, lane.rate, lane.weight_decay, steps, settings)
+
+    def advance(lane, carry, images, labels):
+        tx = rule(lane)
+
+        def step(carry, batch):
+            params, state = carry
+            loss, gradient = jax.value_and_grad(
+                lambda params: jnp.mean(losses(model, params, *batch)[0])
+            )(params)
+            updates, state = tx.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(step, carry, (images, labels))
+
+    first = jax.jit(lambda lane, params: rule(lane).init(params))
+
+    def begin(lane):
+        params = fresh(model, lane.seed)
+        return params, first(lane, params)
+
+    return Program(begin, jax.jit(advance, donate_argnums=1))
+
+
+class Data(NamedTuple):
+    """The three splits, and how each is read: small ones once, into memory."""
+
+    train: Images
+    valid: Images
+    test: Images
+
+
+def load(
+    settings: Settings,
+    data: str = "digits",
+    splits: Sequence[str] = ("train", "valid", "test"),
+    data_dir: str | None = None,
+) -> tuple[Data, Settings]:
+    """The images in the size of the model, and the settings with their classes."""
+    if len(splits) != 3:
+        raise ValueError(
+            f"splits must be three, to train, tune and test on; got {list(splits)}."
+        )
+    model = settings.model
+    shape = {"size": model.image, "channels": model.channels, "data_dir": data_dir}
+    found = Data(*(images_lib.load(data, split=s, **shape) for s in splits))
+    classes = len(found.train.classes)
+    model = dataclasses.replace(model, classes=classes)
+    return found, dataclasses.replace(settings, model=model)
+
+
+class Reader:
+    """Batches by seed, and held-out splits; kept where the images are in memory."""
+
+    def __init__(self, data: Data, settings: Settings):
+        self.data, self._settings = data, settings
+        self._kept: dict = {}
+
+    def parts(self, seed: int, steps: int) -> Iterator[tuple]:
+        """`(images [T, B, S, S, N], labels [T, B])`, T steps at a time."""
+        size = 1 if self.data.train.on_disk else self._settings.every
+        stream = self._stream(seed, steps)
+        for _ in range(steps // size):
+            batches = [next(stream) for _ in range(size)]
+            yield tuple(np.stack([b[key] for b in batches]) for key in _KEYS)
+
+    def held(self, images: Images):
+        batches = functools.partial(
+            images_lib.evaluation_batches, images, self._settings.batch
+        )
+        if images.on_disk:
+            return batches()
+        if images.name not in self._kept:
+            self._kept[images.name] = list(batches())
+        return self._kept[images.name]
+
+    def keep(self, seed: int, steps: int) -> None:
+        """Reads the batches of a seed, if they are to be kept."""
+        if not self.data.train.on_disk:
+            stream = self._batches(seed)
+            self._kept[seed] = [next(stream) for _ in range(steps)]
+
+    def _stream(self, seed, steps):
+        kept = self._kept.get(seed)
+        return self._batches(seed) if kept is None else iter(kept[:steps])
+
+    def _batches(self, seed):
+        s = self._settings
+        config = BatchConfig(batch=s.batch, seed=seed, augment=s.augment)
+        return iter(images_lib.batches(self.data.train, config))
+
+
+def train(
+    compiled: Program,
+    lanes: Sequence[Lane],
+    reader: Reader,
+    held: Images,
+    steps: int,
+    settings: Settings,
+) -> Curves:
+    """Runs every lane for `steps` steps."""
+    runs = [_run(compiled, lane, reader, held, steps, settings) for lane in lanes]
+    return Curves(*map(np.array, zip(*runs, strict=True)))
+
+
+def _run(compiled, lane, reader, held, steps, settings) -> Curves:
+    place, divide = _placement(settings)
+    carry = place(compiled.begin(lane))
+    points, since = [], []
+    for images, labels in reader.parts(lane.seed, steps):
+        carry, loss = compiled.advance(lane, carry, *divide(images, labels))
+        since += loss.tolist()
+        if len(since) == settings.every:
+            entropy = hits = count = 0
+            for batch in reader.held(held):
+                arrays = (batch[key] for key in (*_KEYS, "mask"))
+                sums = score(settings.model, carry[0], *arrays)
+                entropy, hits = entropy + float(sums[0]), hits + int(sums[1])
+                count += int(batch["mask"].sum())
+            points.append((np.mean(since), entropy / count, hits / count))
+            since = []
+    return Curves(*zip(*points, strict=True))
+
+
+def _placement(settings: Settings) -> tuple[Callable, Callable]:
+    """How weights and batches come onto the devices."""
+    if not settings.split_batch:
+        return lambda carry: carry, lambda *arrays: arrays
+    mesh = jax.make_mesh(
+        (math.gcd(jax.device_count(), settings.batch),),
+        ("batch",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    parts = jax.sharding.PartitionSpec(None, "batch")
+    parts = jax.sharding.NamedSharding(mesh, parts)
+    return (
+        lambda carry: jax.device_put(carry, everywhere),
+        lambda *arrays: jax.device_put(arrays, (parts,) * len(arrays)),
+    )
+
+
+class Outcome(NamedTuple):
+    """One optimizer.
+
+    Attributes:
+      rate, weight_decay: chosen.
+      edge: whether the rate is the first or the last of the grid.
+      valid: cross-entropy on `valid` of every rate and decay, `[rates, decays]`.
+      curves: of the seeds, on `test`.
+      step_ms: milliseconds of a step (`step_times`).
+    """
+
+    rate: float
+    weight_decay: float
+    edge: bool
+    valid: np.ndarray
+    curves: Curves
+    step_ms: float
+
+
+def grid(settings: Settings) -> list[Lane]:
+    """Every rate with every weight decay: the same for all optimizers."""
+    s = settings
+    rates = np.geomspace(s.low, s.high, s.rates).tolist()
+    return [Lane(r, d, _TUNING_SEED) for r in rates for d in s.weight_decays]
+
+
+def compare(
+    settings: Settings, data: Data, names: Sequence[str] | None = None
+) -> dict[str, Outcome]:
+    """Every optimizer, tuned and then run on the seeds."""
+    s, reader, names = settings, Reader(data, settings), names or OPTIMIZERS
+    tried = grid(s)
+    for seed in (_TUNING_SEED, *range(s.seeds)):
+        reader.keep(seed, max(s.steps, s.tuning_steps))  # before threads share it
+
+    def both(name):
+        # As Optax needs it; a thread does not inherit it.
+        with jax.numpy_dtype_promotion("standard"):
+            compiled = program(name, s.tuning_steps, s)
+            tuning = train(compiled, tried, reader, data.valid, s.tuning_steps, s)
+            valid = tuning.held[:, -1]
+            best = tried[int(np.argmin(np.where(np.isfinite(valid), valid, np.inf)))]
+            if s.steps != s.tuning_steps:
+                compiled = program(name, s.steps, s)
+            lanes = [best._replace(seed=seed) for seed in range(s.seeds)]
+            curves = train(compiled, lanes, reader, data.test, s.steps, s)
+            return compiled, best, valid, curves
+
+    with ThreadPoolExecutor(s.threads) as pool:
+        found = dict(zip(names, pool.map(both, names), strict=True))
+    times = step_times({name: f[:2] for name, f in found.items()}, reader, s)
+    return {
+        name: Outcome(
+            rate=best.rate,
+            weight_decay=best.weight_decay,
+            edge=s.rates > 1 and best.rate in (tried[0].rate, tried[-1].rate),
+            valid=valid.reshape(s.rates, -1),
+            curves=curves,
+            step_ms=times[name],
+        )
+        for name, (_, best, valid, curves) in found.items()
+    }
+
+
+def step_times(
+    compiled: dict[str, tuple[Program, Lane]], reader: Reader, settings: Settings
+) -> dict[str, float]:
+    """Milliseconds of a step: medians of rounds in which all take turns.
+
+    Of all cores' time on a CPU, which other programs share; by the clock elsewhere.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    place, divide = _placement(settings)
+    taken = {name: [] for name in compiled}
+    parts = [
+        divide(*part)
+        for part in reader.parts(_TUNING_SEED, min(settings.every, _TIMED))
+    ]
+    for _ in range(5):
+        for name, (each, lane) in compiled.items():
+            carry = jax.block_until_ready(place(each.begin(lane)))
+            start = clock()
+            for part in parts:
+                carry, loss = each.advance(lane, carry, *part)
+            jax.block_until_ready(loss)
+            taken[name].append(clock() - start)
+    steps = sum(part[0].shape[0] for part in parts)
+    return {name: 1e3 * float(np.median(t)) / steps for name, t in taken.items()}
+
+
+def steps_to(held: np.ndarray, target: float, every: int) -> np.ndarray:
+    """The first point of each row at or below `target`, in steps; inf if none.
+
+    >>> steps_to(np.array([[2.0, 0.9, 1.1], [2.0, 2.0, 2.0]]), 1.0, every=20).tolist()
+    [40.0, inf]
+    """
+    there = held <= target
+    return np.where(there.any(axis=1), every * (there.argmax(axis=1) + 1.0), np.inf)
+
+
+def summary(outcomes: dict[str, Outcome], settings: Settings) -> dict[str, float]:
+    """The numbers of the result file: means over seeds and spreads."""
+    numbers = {}
+    for name, outcome in outcomes.items():
+        c, got = outcome.curves, {}
+        for key, values in (
+            ("train_loss", c.train[:, -1]),
+            ("test_loss", c.held[:, -1]),
+            ("test_accuracy", c.accuracy[:, -1]),
+        ):
+            got[key], got[f"{key}_sd"] = values.mean(), values.std()
+        arrived = steps_to(c.held, settings.target, settings.every)
+        got["arrived"] = np.isfinite(arrived).sum()
+        if np.isfinite(arrived).all():
+            got["steps_to_target"] = arrived.mean()
+        got["least_test_loss"] = c.held.mean(axis=0).min()
+        got["valid_loss"] = np.min(
+            outcome.valid, where=~np.isnan(outcome.valid), initial=np.inf
+        )
+        got["rate"], got["weight_decay"] = outcome.rate, outcome.weight_decay
+        got["rate_at_edge"] = outcome.edge
+        got["step_ms"] = outcome.step_ms
+        got = {f"{name}_{key}": float(value) for key, value in got.items()}
+        numbers |= {key: v for key, v in got.items() if math.isfinite(v)}
+    return numbers
+
+
+def table(numbers: dict[str, float], names: Sequence[str], settings: Settings) -> str:
+    """The same numbers to read, the best on `test` first."""
+    s = settings
+    tried = s.rates * len(s.weight_decays)
+    lines = [
+        f"Means over {s.seeds} seeds (standard deviation) at step {s.steps}; {tried} "
+        f"runs of tuning each, {s.rates} rates from {s.low:g} to {s.high:g}.",
+        "",
+        "| optimizer | rate | decay | train loss | test loss | test accuracy | "
+        f"steps to {s.target:g} | ms a step |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+
+    def of(name, key):
+        return numbers.get(f"{name}_{key}", math.nan)
+
+    for name in sorted(names, key=lambda n: np.nan_to_num(of(n, "test_loss"), nan=9e9)):
+        get = functools.partial(of, name)
+        steps = get("steps_to_target")
+        arrived = f"{steps:.0f}" if math.isfinite(steps) else "not all"
+        lines.append(
+            f"| {name} | {get('rate'):.2g}{' (edge)' * bool(get('rate_at_edge'))} "
+            f"| {get('weight_decay'):g} "
+            f"| {get('train_loss'):.4f} ({get('train_loss_sd'):.4f}) "
+            f"| {get('test_loss'):.4f} ({get('test_loss_sd'):.4f}) "
+            f"| {get('test_accuracy'):.2%} ({get('test_accuracy_sd'):.2%}) "
+            f"| {arrived} | {get('step_ms'):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> Path:
+    """Train and test loss against steps, as in the paper: means, bands over seeds."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, kind, title in zip(
+        figure.subplots(1, 2), ("train", "held"), ("train", "test"), strict=True
+    ):
+        for i, (name, outcome) in enumerate(outcomes.items()):
+            values = getattr(outcome.curves, kind)
+            at = settings.every * np.arange(1, values.shape[1] + 1)
+            colour, style = COLOURS[i % len(COLOURS)], ("-", "--")[i // len(COLOURS)]
+            label = f"{name.replace('_', ' ')} {values[:, -1].mean():.2g}"
+            axes.semilogy(at, values.mean(axis=0), style, color=colour, label=label)
+            axes.fill_between(
+                at, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15
+            )
+        axes.set(xlabel="step", ylabel="cross-entropy", title=f"{title} loss")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8, title="at the end", title_fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    return file
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs all, prints the table, draws, writes the result; returns its metrics."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=tuple(SETTINGS), default="full")
+    parser.add_argument("--data", default="digits", help="digits, tfds:NAME, a folder")
+    parser.add_argument("--data_dir", help="where tfds:NAME was prepared")
+    parser.add_argument(
+        "--splits", default="train,valid,test", help="to train, tune and test on"
+    )
+    parser.add_argument("--out", default=f"runs/{NAME}", help="folder of the picture")
+    parser.add_argument(
+        "--results",
+        help="folder of the result file; --out by default of all but the full scale on "
+        "digits",
+    )
+    flags = parser.parse_args(arguments)
+    splits = flags.splits.split(",")
+    data, settings = load(SETTINGS[flags.scale], flags.data, splits, flags.data_dir)
+    print(*data, sep="\n")
+    outcomes = compare(settings, data)
+    numbers = summary(outcomes, settings)
+    print(table(numbers, tuple(outcomes), settings))
+    print(f"\npicture: {draw(Path(flags.out) / f'{NAME}.png', outcomes, settings)}")
+    results = flags.results
+    if results is None:
+        ours = flags.scale == "full" and flags.data == "digits"
+        results = os.fspath(RESULTS) if ours else flags.out
+    file = write_result(
+        results,
+        experiment=NAME,
+        row="all",
+        scale=flags.scale,
+        seed=0,
+        config={"data": flags.data, "splits": splits, **dataclasses.asdict(settings)},
+        metrics=numbers,
+    )
+    print(f"result:  {file}")
+    return numbers
+
+
+if __name__ == "__main__":
+    main()
