@@ -166,7 +166,8 @@ class M3:
     """Of `m3`; see `hope_jax.optim.m3.scale_by_m3`.
 
     Attributes:
-      periods: steps between two moves of each scale's memory, the first of them 1.
+      periods: steps between two moves of each scale's memory, the first of them 1; on a
+        slower clock, moves of the group.
       alpha: weights of all scales but the first, or one number for each.
       decays: what each memory keeps when it moves; none for `b1` and then 0.9.
       variant: how their sum is scaled.
