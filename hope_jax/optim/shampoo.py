@@ -5,8 +5,8 @@ approximations of the preconditioner that it derives as a memory of gradients, t
 of H = Σ vec(g) vec(g)ᵀ; `adagrad_memory(form="outer")` has one side of it.
 
 A matrix is the last two axes of a leaf, whatever is stacked before them. All is made of
-matrix products: LAPACK's `eigh` and `qr`, called by several virtual CPU devices at once,
-did not come back within minutes (sides of 256), and on accelerators they take the
+matrix products: calls of LAPACK's `eigh` and `qr` by several virtual CPU devices at
+once did not come back within minutes (sides of 256), and on accelerators they take the
 matrices of a batch one after another.
 """
 
@@ -619,11 +619,7 @@ def _together(
         ]
         if mesh is not None:
             over = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            pad = ((0, -ends[-1] % mesh.size), (0, 0), (0, 0))
-            batches = [
-                jax.lax.with_sharding_constraint(jnp.pad(batch, pad), over)
-                for batch in batches
-            ]
+            batches = [jax.lax.with_sharding_constraint(x, over) for x in batches]
         out = function(*batches)
         for place, stack, start in zip(group, stacks, ends[:-1], strict=True):
             end = start + math.prod(stack)
