@@ -1,8 +1,8 @@
 """Generalised momentum and gradient descent: any memory of `hope_jax.memory` may learn.
 
 In `from_memory` it learns gradients beside the weights (equations 35 to 37 of
-arXiv:2512.24695); in `ggd` the weights themselves are the memory (Definition 5,
-equations 58 to 60).
+arXiv:2512.24695), and `attention_level` is the non-parametric end of that. In `ggd` the
+weights themselves are the memory (Definition 5, equations 58 to 60).
 """
 
 import dataclasses
@@ -504,6 +504,9 @@ def ggd(
     def level(weight):
         return compose.memory_level(config, weight.shape[-2])
 
+    def is_masked(leaf):
+        return isinstance(leaf, optax.MaskedNode)
+
     def begin(weight):
         if weight.ndim < 2:
             return (), ()
@@ -551,6 +554,8 @@ def ggd(
         return standing.params["w"] - weight, standing.opt, recent
 
     def move(gradient, weight, x, flow, recent, rate):
+        if is_masked(gradient):
+            return gradient, flow, recent
         if x is None:
             return -as_type(rate, gradient) * gradient, flow, recent
         g, w = turned(gradient), turned(weight)
@@ -575,7 +580,8 @@ def ggd(
                 "params, inputs=...)."
             )
         rate = rate_at(learning_rate, state.count)
-        leaves, structure = jax.tree.flatten(updates)
+        # Inputs are not masked when `optax.masked` and `partition` mask the rest.
+        leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
         trees = (params, inputs, state.flow, state.recent)
         rest = [structure.flatten_up_to(tree) for tree in trees]
         moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hope_jax.core.level import begin, tick, unroll
@@ -323,6 +324,24 @@ def test_leaves_of_any_shape():
         close(move(at), jax.tree.map(lambda u, g: u.reshape(g.shape), move(flat), at))
 
 
+def test_rows_in_turn_keep_types_take_injected_rates_and_compile_once(key):
+    w = {"half": stream(key, (3,), 2).astype(jnp.bfloat16), "none": jnp.ones((0, 3))}
+    with jax.numpy_dtype_promotion("standard"):
+        rule = optax.inject_hyperparams(from_memory, static_args=("seed",))(
+            learning_rate=0.1, config=LONGHORN, retention=0.5
+        )
+        state = rule.init(w)
+        state.hyperparams["learning_rate"] = jnp.float32(0.2)
+        step = jax.jit(rule.update)
+        for _ in range(2):
+            update, state = step(w, state, w)
+    assert step._cache_size() == 1
+    assert jax.tree.map(jnp.dtype, update) == jax.tree.map(jnp.dtype, w)
+    half = w["half"].astype(jnp.float32)
+    plain = updates(from_memory(0.2, LONGHORN, retention=0.5), jnp.stack([half, half]))
+    close(update["half"].astype(jnp.float32), plain[-1], 1e-2)
+
+
 def test_what_is_no_memory_of_gradients_is_refused():
     for name in ("longhorn", "mesa", "ojanet", "swla", "delta_product"):
         with pytest.raises(ValueError, match="one key after another: use rows='seq"):
@@ -445,18 +464,17 @@ def test_ggd_with_every_bias_and_retention(key, name):
 
     @jax.jit
     def steps(w, x, delta, g):
-        eta = 0.002
         out = {}
         for one, config in grid(name).items():
             loss = functools.partial(compose.build_bias(config), threshold=0.5)
-            free = w + one_step(ggd(eta, config), w, x, g)
-            kept = w + one_step(ggd(eta, config, retention=ALPHA), w, x, g)
-            losses = loss(w @ x, -delta), loss(free @ x, -delta)
-            out[one] = kept, explicit(config, w, x, -delta, eta), losses
+            ours = w + one_step(ggd(0.002, config, retention=ALPHA), w, x, g)
+            still = explicit(config, w, x, -delta, 0.0)  # forgets, learns nothing
+            expected = explicit(config, w, x, -delta, 0.002)
+            out[one] = ours, expected, loss(ours @ x, -delta), loss(still @ x, -delta)
         return out
 
-    for one, (kept, expected, (before, after)) in steps(w, x, delta, g).items():
-        close(kept, expected, 1e-4, 1e-5)
+    for one, (ours, expected, after, before) in steps(w, x, delta, g).items():
+        close(ours, expected, 1e-4, 1e-5)
         assert after < before, one
 
 
@@ -525,11 +543,12 @@ def test_more_steps_come_nearer_to_the_minimum(key):
 
 def test_a_window_descends_the_pairs_of_the_last_tokens(key):
     rule = ggd(ETA, matrix(window=2))
+    update = jax.jit(rule.update)
     w, state, past = layer(key)[0], None, None
     for i in range(3):
         _, x, delta, g = layer(jax.random.fold_in(key, i))
         state = rule.init(w) if state is None else state
-        step, state = rule.update(g, state, w, inputs=x)
+        step, state = update(g, state, w, inputs=x)
         expected = -ETA * jnp.outer(w @ x + delta, x)
         if past is not None:
             expected -= ETA * jnp.outer(w @ past[0] + past[1], past[0])
