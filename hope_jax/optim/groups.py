@@ -293,9 +293,9 @@ def describe(groups: Iterable[Group]) -> str:
     """A Markdown table of `groups`.
 
     >>> print(describe([Group("matrices", "m3", 4, 65_536)]))
-    | moves         | by | on            | parameters |
-    |---------------|----|---------------|------------|
-    | matrices      | m3 | every 4 steps | 65.5K      |
+    | moves    | by | on            | parameters |
+    |----------|----|---------------|------------|
+    | matrices | m3 | every 4 steps | 65.5K      |
     """
     rows = [
         {
