@@ -1,0 +1,159 @@
+"""Noise in labels and gradients: what is drawn, tuned, and told apart."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+from experiments import noisy_gradients
+from experiments.noisy_gradients import Noise, Outcome, Scores, Settings
+from hope_jax.train.metrics import read_result
+
+
+@pytest.fixture(autouse=True)
+def _as_a_program():
+    """Optax raises floats to whole powers, which our tests' strict types forbid."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_a_smoke_run_writes_tables_a_picture_and_results(tmp_path, capsys, monkeypatch):
+    names = ("gradient_descent", "delta_momentum", "memory_huber")  # of 15: compiling
+    few = {name: noisy_gradients.RULES[name] for name in names}
+    monkeypatch.setattr(noisy_gradients, "RULES", few)
+    numbers = noisy_gradients.main(["--scale=smoke", f"--out={tmp_path}"])
+    said = capsys.readouterr().out
+    assert set(numbers) == set(noisy_gradients.NOISES)
+    for name in few:
+        lines = re.findall(rf"^\| {name} \|.*", said, re.MULTILINE)
+        assert len(lines) == len(numbers)
+    image = matplotlib.image.imread(tmp_path / f"{noisy_gradients.NAME}.png")
+    assert min(image.shape[:2]) > 200 and image[..., :3].std() > 0.01
+    files = (tmp_path / noisy_gradients.NAME).glob("*.json")
+    results = {result["row"]: result for result in map(read_result, files)}
+    assert {row: result["metrics"] for row, result in results.items()} == numbers
+    assert results["clean"]["scale"] == "smoke"
+    for measure in ("rate", "decay", "loss", "loss_sd", "accuracy", "accuracy_sd"):
+        assert f"delta_momentum_{measure}" in numbers["spikes-300"]
+
+
+def test_every_rule_tries_the_same_and_its_best_is_scored_on_other_seeds(monkeypatch):
+    settings = Settings(low=0.01, high=1.0, rates=3, decays=(0.5, 0.9), seeds=2)
+    noises = {"clean": Noise(), "labels-0.2": Noise(labels=0.2)}
+    tried = {"a": collections.Counter(), "b": collections.Counter()}
+    seeds = {"a": set(), "b": set()}
+
+    def fake(rule, digits, noise, settings, key):
+        name, rate, decay = rule
+
+        def note(rate, decay, key):
+            tried[name][round(float(rate), 4), round(float(decay), 4)] += 1
+            seeds[name].add((round(float(rate), 4), round(float(decay), 4), int(key)))
+
+        jax.debug.callback(note, rate, decay, jax.random.key_data(key)[-1])
+        # Best at 0.1 and 0.9, but with noisy labels at 1 and 0.5.
+        wanted = jnp.where(noise.labels > 0, 0.0, -1.0)
+        miss = jnp.abs(jnp.log10(rate) - wanted)
+        miss += jnp.abs(decay - jnp.where(noise.labels > 0, 0.5, 0.9))
+        return Scores(miss, 2.0 * rate, decay)
+
+    rules = {name: lambda r, d, name=name: (name, r, d) for name in tried}
+    monkeypatch.setattr(noisy_gradients, "RULES", rules)
+    monkeypatch.setattr(noisy_gradients, "NOISES", noises)
+    monkeypatch.setattr(noisy_gradients, "train", fake)
+    monkeypatch.setattr(noisy_gradients, "load", dict)
+    outcomes = noisy_gradients.compare(settings, report=lambda line: None)
+    jax.effects_barrier()
+
+    each = len(noises) * settings.seeds
+    expected = collections.Counter(
+        {(rate, decay): each for rate in (0.01, 0.1, 1.0) for decay in (0.5, 0.9)}
+    )
+    expected[0.1, 0.9] += settings.seeds  # the numbers, of other seeds
+    expected[1.0, 0.5] += settings.seeds
+    assert tried["a"] == tried["b"] == expected
+    assert seeds["a"] == seeds["b"]
+    assert len({key for rate, _, key in seeds["a"] if rate == 0.01}) == settings.seeds
+    chosen = {key for rate, decay, key in seeds["a"] if (rate, decay) == (1.0, 0.5)}
+    assert len(chosen) == 2 * settings.seeds
+    for name in tried:
+        clean, labels = outcomes[name, "clean"], outcomes[name, "labels-0.2"]
+        np.testing.assert_allclose((clean.rate, clean.decay), (0.1, 0.9), rtol=1e-6)
+        np.testing.assert_allclose((labels.rate, labels.decay), (1.0, 0.5), rtol=1e-6)
+        np.testing.assert_allclose(clean.scores.loss, [0.2, 0.2], rtol=1e-6)
+        np.testing.assert_allclose(labels.scores.loss, [2.0, 2.0], rtol=1e-6)
+
+
+def test_ties_are_of_differences_on_the_same_seed(monkeypatch):
+    losses = {
+        "best": [0.1, 0.5, 0.9],
+        "steadily_worse": [0.2, 0.6, 1.0],  # by 0.1 on every seed
+        "now_and_then_worse": [0.1, 0.5, 1.2],  # by 0.1 in the mean, spread 0.17
+    }
+    monkeypatch.setattr(noisy_gradients, "RULES", dict.fromkeys(losses))
+    outcomes = {
+        (name, "clean"): Outcome(0.1, 0.9, Scores(None, np.array(loss), np.ones(3)))
+        for name, loss in losses.items()
+    }
+    found = noisy_gradients.tied(outcomes, "clean")
+    assert found == ["best", "now_and_then_worse"]
+    numbers = noisy_gradients.summary(outcomes, "clean")
+    np.testing.assert_allclose(numbers["best_loss"], 0.5)
+    np.testing.assert_allclose(numbers["best_loss_sd"], 0.4)
+
+
+def test_replaced_labels_are_of_other_classes(key):
+    y = jnp.arange(10_000, dtype=jnp.int32) % 10
+    found = noisy_gradients.replace_labels(y, 0.2, key)
+    changed = np.asarray(found != y)
+    assert abs(changed.mean() - 0.2) < 0.02
+    assert found.min() == 0 and found.max() == 9
+    shift = np.bincount(np.asarray(found - y)[changed] % 10, minlength=10)
+    assert shift[0] == 0 and shift[1:].min() > 0.8 * shift[1:].mean()
+
+
+def test_noise_has_the_size_and_tails_it_is_said_to_have(key):
+    keys = jax.random.split(key, 400)
+    like = {"a": jnp.zeros((7, 3)), "b": jnp.zeros(4)}
+    draw = jax.jit(jax.vmap(noisy_gradients.draw, (None, None, 0)))
+
+    def drawn(**noise):
+        found = draw(Noise(**{k: jnp.float32(v) for k, v in noise.items()}), like, keys)
+        return np.concatenate([found["a"].reshape(400, -1), found["b"]], axis=1)
+
+    none = dict(labels=0.0, gaussian=0.0, student=0.0, spikes=0.0)
+    assert np.all(drawn(**none) == 0)
+    np.testing.assert_allclose(drawn(**none | {"gaussian": 3.0}).std(), 3.0, rtol=0.05)
+    student = np.abs(drawn(**none | {"student": 2.0}))
+    np.testing.assert_allclose(np.median(student), 2 * 0.8165, rtol=0.05)
+    np.testing.assert_allclose(np.quantile(student, 0.95), 2 * 4.303, rtol=0.1)
+    spikes = drawn(**none | {"spikes": 50.0})
+    struck = np.any(spikes != 0, axis=1)
+    assert 1 <= struck.sum() <= 20  # of 400 steps 8, and then every number
+    assert np.all(spikes[struck] != 0)
+    np.testing.assert_allclose(spikes[struck].std(), 50.0, rtol=0.3)
+
+
+def test_training_learns_and_what_diverges_counts_as_such(key):
+    digits = noisy_gradients.load()
+    sizes = {split: len(part.y) for split, part in digits.items()}
+    assert sum(sizes.values()) == 1797 and sizes["train"] > 1000
+    settings = Settings(hidden=16, steps=60)
+
+    @jax.jit
+    def scores(rate, labels, spikes):
+        noise = Noise(labels=labels, spikes=spikes)
+        return noisy_gradients.train(optax.sgd(rate), digits, noise, settings, key)
+
+    clean = scores(0.3, 0.0, 0.0)
+    assert clean.loss < 1.0 and clean.accuracy > 0.7
+    assert abs(clean.validation - clean.loss) < 0.3
+    assert scores(0.3, 0.5, 0.0).loss > clean.loss + 0.2
+    assert scores(0.3, 0.0, 300.0).loss > clean.loss + 0.2
+    for wild in (3e3, 1e30):
+        assert scores(wild, 0.0, 300.0).loss == noisy_gradients.DIVERGED
