@@ -1,6 +1,8 @@
 """What optimizers by name may be told: every field of every one changes the program."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,7 @@ CHANGES = {
 }
 
 
+@functools.cache
 def program(name, *settings):
     """All that a step of a config computes, and the state it computes it from.
 
@@ -79,7 +82,8 @@ def program(name, *settings):
             state = tx.init(params)
         except ValueError as error:
             return str(error)
-        return str(jax.make_jaxpr(step)(params, state))
+        text = str(jax.make_jaxpr(step)(params, state))
+    return re.sub("0x[0-9a-f]+", "", text)  # where a function is, not what it does
 
 
 def test_every_option_is_tried_here():
@@ -100,6 +104,5 @@ def test_every_option_does_something(option):
     if value is None:  # a config inside: its fields instead
         before, changes = [], before
     plain = program(name, *before)
-    assert plain == program(name, *before)
     for change in changes:
         assert program(name, *before, change) != plain
