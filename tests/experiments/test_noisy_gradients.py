@@ -111,7 +111,7 @@ def test_replaced_labels_are_of_other_classes(key):
     y = jnp.arange(10_000, dtype=jnp.int32) % 10
     found = noisy_gradients.replace_labels(y, 0.2, key)
     changed = np.asarray(found != y)
-    assert abs(changed.mean() - 0.2) < 0.02
+    assert abs(changed.mean() - 0.2) < 0.012
     assert found.min() == 0 and found.max() == 9
     shift = np.bincount(np.asarray(found - y)[changed] % 10, minlength=10)
     assert shift[0] == 0 and shift[1:].min() > 0.8 * shift[1:].mean()
