@@ -77,9 +77,17 @@ def override(config: C, settings: Iterable[str]) -> C:
 def differences(saved: Any, current: Any) -> list[str]:
     """What changed between two configs (or their JSON), one line for each field.
 
+    Saved JSON that lacks fields of the current config, as that of an earlier version
+    does, had their defaults.
+
     >>> differences({"model": {"d_model": 128}}, {"model": {"d_model": 256}})
     ['model.d_model: saved 128, now 256']
     """
+    if dataclasses.is_dataclass(current) and isinstance(saved, Mapping):
+        try:
+            saved = from_json(type(current), saved)
+        except ValueError:
+            pass  # it has fields that are no more: shown as they are
     before, after = (dict(_flat(to_json(c), "")) for c in (saved, current))
 
     def said(values, path):

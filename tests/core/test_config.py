@@ -163,6 +163,20 @@ def test_differences_name_each_field_with_both_values():
     ]
 
 
+def test_a_field_that_a_saved_config_lacks_had_its_default():
+    saved = config_lib.to_json(RUN)
+    del saved["model"]["window"], saved["seed"]
+    assert config_lib.differences(saved, RUN) == []
+    assert config_lib.differences(saved, dataclasses.replace(RUN, seed=1)) == [
+        "seed: saved 0, now 1"
+    ]
+
+
+def test_a_field_that_is_no_more_is_named():
+    saved = config_lib.to_json(RUN) | {"speed": 9}
+    assert config_lib.differences(saved, RUN) == ["speed: saved 9, now nothing"]
+
+
 def test_a_whole_float_is_no_difference_but_a_bool_is():
     whole = dataclasses.replace(RUN, model=_with_rate(2))
     read = config_lib.from_json(Run, config_lib.to_json(whole))
