@@ -10,24 +10,6 @@ from hope_jax.optim.adaptive import adagrad_memory, adam_memory
 
 ETA = 0.3
 
-RULES = {
-    "adam": lambda: adam_memory(0.1),
-    "adam square": lambda: adam_memory(0.1, target="square"),
-    "adam ridge": lambda: adam_memory(0.1, ridge=1e-4),
-    "adam literal": lambda: adam_memory(0.1, b1=1.0, b2=1.0, literal=True),
-    "adagrad": lambda: adagrad_memory(0.5),
-    "adagrad momentum": lambda: adagrad_memory(0.2, decay=0.5),
-    "adagrad outer": lambda: adagrad_memory(0.5, form="outer"),
-}
-
-
-def params():
-    return {
-        "w": jnp.linspace(-1.0, 2.0, 6).reshape(2, 3),
-        "b": jnp.array([0.5, -0.5]),
-        "s": jnp.array(1.5, jnp.float32),
-    }
-
 
 def close(a, b, rtol=1e-6, atol=1e-9):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
@@ -186,55 +168,6 @@ def test_along_axes_the_two_forms_agree(float64):
     )
     close(outer, element)
     assert float(jnp.abs(outer[0, 1])) == 0.0  # no gradient has been there
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_they_are_finite_and_learn_and_compile_once(name):
-    rule = RULES[name]()
-    step = jax.jit(rule.update)
-    for scale in (1e-20, 1e20, 0.0):
-        g = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params())
-        state = rule.init(params())
-        for _ in range(3):
-            update, state = step(g, state, params())
-            assert all(
-                np.isfinite(leaf).all() for leaf in jax.tree.leaves((update, state))
-            )
-    close(update, jax.tree.map(jnp.zeros_like, params()))
-    if name == "adam literal":  # sums forget no gradient: it never comes to rest
-        return
-    at = params()
-    state = rule.init(at)
-    for _ in range(100):
-        update, state = step(at, state, at)
-        at = optax.apply_updates(at, update)
-    assert optax.tree.norm(at) < 0.2 * optax.tree.norm(params())
-    assert step._cache_size() == 1
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_they_keep_types_and_join_chains(name):
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
-    rule = optax.chain(
-        optax.scale(2.0),
-        optax.masked(RULES[name](), {"w": True, "b": False, "s": True}),
-    )
-    update, state = rule.update(half, rule.init(half), half, value=1.0)
-    assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(update))
-    floats = [s for s in jax.tree.leaves(state) if jnp.issubdtype(s.dtype, jnp.inexact)]
-    assert all(s.dtype == jnp.float32 for s in floats)
-
-
-@pytest.mark.parametrize("make", [adam_memory, adagrad_memory])
-def test_rates_can_be_injected(make):
-    with jax.numpy_dtype_promotion("standard"):
-        rule = optax.inject_hyperparams(make)(learning_rate=0.1)
-        state = rule.init(params())
-        state.hyperparams["learning_rate"] = jnp.array(0.2)
-        update, _ = jax.jit(rule.update)(params(), state, params())
-    plain = make(0.2)
-    expected = plain.update(params(), plain.init(params()), params())[0]
-    close(update, expected, 1e-4, 1e-6)
 
 
 def test_choices_that_are_none_are_refused():

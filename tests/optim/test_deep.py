@@ -11,14 +11,6 @@ from hope_jax.optim.deep import DeepMemory, deep_momentum
 ETA = 0.3
 
 
-def params():
-    return {
-        "w": jnp.linspace(-1.0, 2.0, 6).reshape(2, 3),
-        "b": jnp.array([0.5, -0.5]),
-        "s": jnp.array(1.5, jnp.float32),
-    }
-
-
 def close(a, b, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
@@ -161,59 +153,6 @@ def test_the_update_is_of_degree_one(key, scale):
     g = stream(key, (3, 2))
     rule = deep_momentum(ETA, inner_rate=0.5)
     close(live(rule, scale * g)[1] / scale, live(rule, g)[1], 1e-4)
-
-
-RULES = {
-    "l2": lambda: deep_momentum(0.1),
-    "dot": lambda: deep_momentum(0.1, objective="dot"),
-    "huber": lambda: deep_momentum(0.1, objective="huber"),
-    "sign": lambda: deep_momentum(0.1, target=lambda g: g / (1.0 + jnp.abs(g))),
-    "rms": lambda: deep_momentum(0.03, target=optax.scale_by_rms()),
-}
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_they_are_finite_and_learn_and_compile_once(name):
-    rule = RULES[name]()
-    step = jax.jit(rule.update)
-    for scale in (1e-20, 1e20, 0.0):
-        g = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params())
-        state = rule.init(params())
-        for _ in range(3):
-            update, state = step(g, state, params())
-            assert all(
-                np.isfinite(leaf).all()
-                for leaf in jax.tree.leaves((update, state.memory))
-            )
-    close(update, jax.tree.map(jnp.zeros_like, params()))
-    at = params()
-    state = rule.init(at)
-    for _ in range(100):
-        update, state = step(at, state, at)
-        at = optax.apply_updates(at, update)
-    assert optax.tree.norm(at) < 0.2 * optax.tree.norm(params())
-    assert step._cache_size() == 1
-
-
-def test_types_chains_and_injected_rates():
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
-    rule = optax.chain(
-        optax.scale(2.0),
-        optax.masked(deep_momentum(0.1), {"w": True, "b": False, "s": True}),
-    )
-    update, state = rule.update(half, rule.init(half), half, value=1.0)
-    assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(update))
-    floats = [s for s in jax.tree.leaves(state) if jnp.issubdtype(s.dtype, jnp.inexact)]
-    assert all(s.dtype == jnp.float32 for s in floats)
-    with jax.numpy_dtype_promotion("standard"):
-        injected = optax.inject_hyperparams(
-            deep_momentum, static_args=("hidden", "seed")
-        )(learning_rate=0.1)
-        state = injected.init(params())
-        state.hyperparams["learning_rate"] = jnp.array(0.2)
-        update, _ = jax.jit(injected.update)(params(), state, params())
-    plain = deep_momentum(0.2)
-    close(update, plain.update(params(), plain.init(params()))[0])
 
 
 def test_choices_that_are_none_are_refused():

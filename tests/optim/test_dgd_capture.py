@@ -218,48 +218,6 @@ def test_bfloat16_adds_up_in_float32():
         assert update.dtype == jnp.bfloat16 and jnp.all(jnp.isfinite(update))
 
 
-def test_it_trains_a_network_and_compiles_once(key):
-    params, batch = network(key)
-    rule = optax.chain(optax.clip_by_global_norm(1.0), dgd(0.05, input_axis=-2))
-
-    @jax.jit
-    def step(params, state, batch):
-        value, gradients, inputs = value_and_dgd_gradients(squares, params, batch)
-        updates, state = rule.update(gradients, state, params, inputs=inputs)
-        return optax.apply_updates(params, updates), state, value
-
-    state, values = rule.init(params), []
-    for _ in range(60):
-        params, state, value = step(params, state, batch)
-        values.append(float(value))
-    assert values[-1] < 0.5 * values[0] and step._cache_size() == 1
-
-
-def test_it_is_masked_partitioned_and_injected(key):
-    params, batch = network(key)
-    gradients, inputs = dgd_gradients(squares, params, batch)
-    expected = one_step(dgd(ETA, input_axis=-2), params, gradients, inputs)
-    matrices = {"first": True, "bias": False, "second": True}
-    labels = {k: "dgd" if v else "sgd" for k, v in matrices.items()}
-    rules = {"dgd": dgd(ETA, input_axis=-2), "sgd": optax.sgd(ETA)}
-    injected = optax.inject_hyperparams(dgd, static_args=("input_axis",))
-    for rule in (
-        optax.partition(rules, labels),
-        optax.chain(
-            optax.masked(dgd(ETA, input_axis=-2), matrices),
-            optax.masked(optax.sgd(ETA), {k: not v for k, v in matrices.items()}),
-        ),
-        injected(learning_rate=ETA, input_axis=-2),
-    ):
-        with jax.numpy_dtype_promotion("standard"):
-            update = jax.jit(rule.update)
-            updates, _ = update(gradients, rule.init(params), params, inputs=inputs)
-        moved = optax.apply_updates(params, updates)
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-5), moved, expected
-        )
-
-
 def lm_loss(graphdef):
     def loss(params, tokens):
         logits, _ = lm.apply(graphdef, params, tokens[:, :-1])

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from hope_jax.optim.momentum import (
@@ -160,18 +159,6 @@ def test_the_memory_is_float32_whatever_the_parameters_are():
     for _ in range(200):
         _, state = rule.update(jnp.zeros_like(w), state)
     np.testing.assert_allclose(state.memory, -(0.999**200), rtol=1e-4)
-
-
-@pytest.mark.parametrize("form", ["element", "matrix"])
-def test_delta_momentum_learns(key, form):
-    rule = delta_momentum(0.1, form=form)
-    at = jax.random.normal(key, (3, 2))
-    state = rule.init(at)
-    begin = optax.tree.norm(at)
-    for _ in range(80):
-        update, state = rule.update(at, state, at)
-        at = at + update
-    assert optax.tree.norm(at) < 0.05 * begin
 
 
 def test_choices_that_are_none_are_refused():

@@ -128,23 +128,16 @@ def test_adamuon_by_hand(key, sign):
         np.testing.assert_allclose(update, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_adamuon_at_any_scale_and_type(key, dtype):
+def test_every_update_of_adamuon_has_the_size_of_adams(key):
     rule = scale_by_adamuon()
-    w = jnp.zeros((2, 4, 6), dtype)
-    state = rule.init(w)
-    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+    state = rule.init(jnp.zeros((2, 4, 6)))
     update = jax.jit(rule.update)
-    large = 1e4 if dtype == jnp.float16 else 1e20
     with jax.numpy_dtype_promotion("strict"):
-        for scale in (0.0, 1 / large, large, 1.0):
-            g = (scale * jax.random.normal(key, w.shape)).astype(dtype)
-            step, state = update(g, state, w, context=g)
-            assert step.dtype == dtype
-            expected = 0.2 if scale else 0.0
+        for scale in (0.0, 1e-20, 1e20, 1.0):
+            step, state = update(scale * jax.random.normal(key, (2, 4, 6)), state)
             for matrix in step:
-                np.testing.assert_allclose(rms(matrix), expected, rtol=2e-2)
-    assert update._cache_size() == 1
+                expected = 0.2 if scale else 0.0
+                np.testing.assert_allclose(rms(matrix), expected, rtol=1e-3)
 
 
 def test_adamuon_descends(key):
