@@ -173,12 +173,12 @@ def test_its_memory_is_the_level_that_it_names(key, name):
 
 def test_without_gates_that_move_the_recurrence_is_momentum(key):
     """Gates of 1/2 and 1/4 whatever comes: decayed means of the unit gradients."""
-    meta, g = init_learned(key, CONFIGS["recurrent"]), stream(key, ())
-    unit = -10.0 * live("recurrent", g, meta)[0]
-    m = np.zeros(2)
-    for u in unit:
-        m += np.array([1 / 2, 1 / 4]) * (u - m)
-    close(live("recurrent", g, meta)[1].memory, m)
+    meta, g = init_learned(key, CONFIGS["recurrent"]), stream(key)
+    updates, state = live("recurrent", g, meta)
+    m = np.zeros((4, 2))
+    for unit in np.asarray(-10.0 * updates):
+        m += np.array([1 / 2, 1 / 4]) * (unit[:, None] - m)
+    close(state.memory, m)
 
 
 # What they see -----------------------------------------------------------------------
@@ -194,22 +194,25 @@ def test_an_update_sees_all_gradients_before_it_and_none_after(key, name):
 
 def test_attention_forgets_what_is_older_than_its_window():
     """Gradients of one size, so that only signs can be remembered."""
-    g = jnp.array([1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
-    plain, state = live("attention", g)
-    assert state.memory.unit.shape == (3,)
-    other, _ = live("attention", g.at[1].set(-1.0))
-    changed = np.asarray(plain != other)
-    np.testing.assert_array_equal(changed, [False, True, True, True, False, False])
-    kept, _ = live("recurrent", g.at[1].set(-1.0))
-    assert np.all((kept != live("recurrent", g)[0])[1:])
+    signs = jnp.array([1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
+    g = signs[:, None] * jnp.ones((1, 4))
+    other = g.at[1].set(-1.0)
+    changed = {}
+    for name in CONFIGS:
+        meta = some_meta(CONFIGS[name])
+        updates = [live(name, stream, meta)[0] for stream in (g, other)]
+        changed[name] = np.asarray(updates[0] != updates[1]).all(1).tolist()
+    assert changed["attention"] == [False, True, True, True, False, False]
+    assert changed["recurrent"] == [False, True, True, True, True, True]
 
 
 @both
 def test_coordinates_are_alike_wherever_they_are(key, name):
     g = stream(key)
-    updates, _ = live(name, g)
+    updates, _ = live(name, g, some_meta(CONFIGS[name]))
     order = jnp.array([3, 0, 2, 1])
-    close(live(name, g[:, order])[0], updates[:, order])
+    turned, _ = live(name, g[:, order], some_meta(CONFIGS[name]))
+    close(turned, updates[:, order])
     split, _ = live(name, {"a": g[:, :2].reshape(6, 1, 2), "b": g[:, 2]})
     close(split["a"].reshape(6, 2), updates[:, :2])
     close(split["b"], updates[:, 2])
@@ -220,8 +223,9 @@ def test_coordinates_are_alike_wherever_they_are(key, name):
 def test_the_unit_of_gradients_does_not_matter_and_their_sign_turns_steps(
     key, name, scale
 ):
-    g = stream(key)
-    close(live(name, scale * g)[0], np.sign(scale) * live(name, g)[0], rtol=1e-4)
+    g, meta = stream(key), some_meta(CONFIGS[name])
+    scaled, plain = (live(name, x, meta)[0] for x in (scale * g, g))
+    close(scaled, np.sign(scale) * plain, rtol=1e-4)
 
 
 @both
@@ -428,34 +432,28 @@ def test_types_chains_partitions_and_injected_rates():
     chained = optax.chain(
         optax.scale(2.0), optax.masked(rule, {"w": True, "b": False, "s": True})
     )
-    labels = {"w": "learned", "b": "plain", "s": "learned"}
-    parts = optax.partition({"learned": rule, "plain": optax.identity()}, labels)
     expected, _ = jax.jit(rule.update)(half, rule.init(half))
-    for tx in (chained, parts):
-        update, state = jax.jit(tx.update)(half, tx.init(half), half, value=1.0)
-        assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(update))
-        leaves = [x for x in jax.tree.leaves(state) if x.ndim]
-        assert leaves and all(x.dtype == jnp.float32 for x in leaves)
-        close(update["w"].astype(jnp.float32), expected["w"].astype(jnp.float32), 1e-2)
-        assert np.all(update["b"] == (2 if tx is chained else 1) * half["b"])
+    update, state = jax.jit(chained.update)(half, chained.init(half), half, value=1.0)
+    assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(update))
+    leaves = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert leaves and all(x.dtype == jnp.float32 for x in leaves)
+    close(update["w"].astype(jnp.float32), expected["w"].astype(jnp.float32), 1e-2)
+    assert np.all(update["b"] == 2 * half["b"])
     meta, config = some_meta(CONFIGS["attention"]), CONFIGS["attention"]
     with jax.numpy_dtype_promotion("standard"):
         injected = optax.inject_hyperparams(learned)(meta, config, learning_rate=0.1)
         state = injected.init(params())
         state.hyperparams["learning_rate"] = jnp.array(0.2)
-        update, _ = jax.jit(injected.update)(params(), state, params())
-    plain, halving = (
-        rule_of("attention", rate)
-        for rate in (0.2, lambda count: jnp.where(count < 1, 0.2, 0.1))
-    )
-    twice = [[], []]
-    for out, rule in zip(twice, (plain, halving), strict=True):
-        step, state = jax.jit(rule.update), rule.init(params())
+        step = jax.jit(injected.update)
+        twice = []
         for _ in range(2):
-            moved, state = step(params(), state)
-            out.append(moved)
-    close(update, twice[0][0])
-    close(twice[1], [twice[0][0], jax.tree.map(lambda u: u / 2, twice[0][1])])
+            update, state = step(params(), state, params())
+            twice.append(update)
+    rule = rule_of("attention", lambda count: jnp.where(count < 1, 0.2, 0.1))
+    step, state = jax.jit(rule.update), rule.init(params())
+    for expected, rate in zip(twice, (0.2, 0.1), strict=True):
+        update, state = step(params(), state)
+        close(update, jax.tree.map(lambda u, r=rate: r / 0.2 * u, expected))
 
 
 def test_no_leaves_are_no_trouble():
