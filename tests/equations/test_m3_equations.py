@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from hope_jax.kernels.newton_schulz import CUBIC, MUON, orthogonalise
-from hope_jax.optim.m3 import scale_by_m3
+from hope_jax.optim.m3 import m3, scale_by_m3
 from hope_jax.optim.momentum import momentum
 from hope_jax.optim.muon import orthogonalise_tree
 
@@ -125,15 +125,38 @@ def test_equation_75_two_memories_of_gradients():
     update = jax.jit(rule.update)
     g = stream(3 * period + 1)
     state = rule.init(jnp.zeros(g.shape[1:]))
+    before = state.scales[1]
     m1 = m2 = np.zeros(g.shape[1:])
     for t in range(1, len(g)):
         _, state = update(jnp.asarray(g[t], jnp.float32), state)
         m1 = fast * m1 + (1 - fast) * g[t]
         if t % period == 0:
             m2 = slow * m2 + (1 - slow) * g[t - period + 1 : t + 1].mean(0)
+        else:  # to the last bit
+            np.testing.assert_array_equal(state.scales[1].memory, before.memory)
+            np.testing.assert_array_equal(state.scales[1].factor, before.factor)
+        before = state.scales[1]
         np.testing.assert_allclose(state.scales[0].memory, m1, atol=1e-5)
         np.testing.assert_allclose(state.scales[1].memory, m2, atol=1e-5)
         np.testing.assert_allclose(state.scales[1].factor, newton_schulz(m2), atol=1e-4)
+
+
+def test_equation_75_without_its_slow_memory_is_muon():
+    """With alpha = 0 and no second moment M3 is Muon, here at the scale of AdamW.
+
+    Implements: hope_jax.optim.m3.m3
+    """
+    ours = m3(1.0, alpha=0.0, decays=(0.9, 0.5), periods=(1, 2), variant="two_scale")
+    muon = optax.contrib.muon(1.0, beta=0.9, nesterov=False, consistent_rms=0.2)
+    g = [{"a": a, "b": a[:, :4]} for a in jnp.asarray(stream(4), jnp.float32)]
+    here, there = ours.init(g[0]), muon.init(g[0])
+    ours_step, muon_step = jax.jit(ours.update), jax.jit(muon.update)
+    for gradient in g[1:]:
+        update, here = ours_step(gradient, here, gradient)
+        expected, there = muon_step(gradient, there, gradient)
+        for name, u in update.items():
+            np.testing.assert_allclose(u, expected[name], atol=1e-4)
+            assert jnp.sqrt(jnp.mean(u**2)) > 0.1
 
 
 def test_equation_75_algorithm_1_literal():
