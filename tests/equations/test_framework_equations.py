@@ -171,6 +171,26 @@ def test_equation_13_the_inner_level_descends_its_own_objective(key):
     )
 
 
+@pytest.mark.parametrize(
+    "lags, share", [(6, 0.469), (7, 0.522), (43, 0.9892), (44, 0.9903)]
+)
+def test_section_4_3_how_far_back_momentum_looks(lags, share):
+    """For beta = 0.9 the last 6 (43) gradients are to weigh half (99%) of all.
+
+    These are the lags 0 to 6 (43): 7 and 44 gradients.
+    """
+    rule = momentum(0.1, decay=0.9)
+
+    def weigh(gradients):
+        def step(state, gradient):
+            return rule.update(gradient, state)[::-1]
+
+        return -jax.lax.scan(step, rule.init(gradients[0]), gradients)[1][-1]
+
+    recent, every = weigh(jnp.ones(400).at[:-lags].set(0.0)), weigh(jnp.ones(400))
+    np.testing.assert_allclose(recent / every, share, atol=6e-4 if lags < 9 else 6e-5)
+
+
 def projections(key):
     return jax.random.normal(key, (3, 2, 2)), jax.random.normal(key, (6, 2))
 

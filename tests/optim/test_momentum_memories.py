@@ -166,21 +166,6 @@ def test_delta_momentum_element_wise_at_the_ends_of_the_range():
     np.testing.assert_array_equal(update, 0.0)
 
 
-# The horizon of section 4.3.
-
-
-@pytest.mark.parametrize(
-    "lags, share", [(6, 0.469), (7, 0.522), (43, 0.9892), (44, 0.9903)]
-)
-def test_what_the_last_gradients_weigh(lags, share):
-    """The paper's "last 6 (43)" are the lags 0 to 6 (43): 7 and 44 gradients."""
-    rule = momentum(1.0 - ALPHA, decay=ALPHA)
-    gradients = jnp.ones(400).at[:-lags].set(0.0)
-    recent = -updates(rule, gradients)[-1]
-    every = -updates(rule, jnp.ones(400))[-1]
-    np.testing.assert_allclose(recent / every, share, atol=6e-4 if lags < 9 else 6e-5)
-
-
 def test_choices_that_are_none_are_refused():
     with pytest.raises(ValueError, match=r"shape \(3, 3\) for a gradient .* \(2, 3\)"):
         rule = preconditioned_momentum(ETA, jnp.eye(3))
