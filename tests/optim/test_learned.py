@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hope_jax.core.level import begin, unroll
 from hope_jax.optim.learned import (
@@ -301,13 +300,15 @@ def test_one_move_of_the_outer_level_by_hand():
     config, meta = CONFIGS["recurrent"], some_meta(CONFIGS["recurrent"], 0.2)
     (draw,) = jax.random.split(jax.random.split(jax.random.key(3))[1], 1)
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @jax.jit
     @jax.value_and_grad
     def score(meta, constant):
+        stop = optax.stateless(
+            lambda g, p: jnp.where(constant, jax.lax.stop_gradient(g), g)
+        )
+
         def loss(key):
-            rule = learned(meta, config, 0.1)
-            stop = optax.stateless(lambda g, p: jax.lax.stop_gradient(g))
-            rule = optax.chain(stop, rule) if constant else rule
+            rule = optax.chain(stop, learned(meta, config, 0.1))
             return jnp.log(solve(ravine(key), rule, 4, key)[1])
 
         return jnp.mean(jax.vmap(loss)(jax.random.split(draw, 3)))
@@ -368,92 +369,20 @@ def test_it_learns_to_solve_tasks_that_it_has_not_seen(key, name):
     assert trained.losses[-4:].mean() < trained.losses[:4].mean() - 1.0
 
 
-# How they fit in ---------------------------------------------------------------------
+# How they fit in; more in test_conformance.py ---------------------------------------
 
 
-def params():
-    return {
-        "w": jnp.linspace(-1.0, 2.0, 6).reshape(2, 3),
-        "b": jnp.array([0.5, -0.5]),
-        "s": jnp.array(1.5, jnp.float32),
-    }
+def test_a_schedule_is_asked_at_every_step(key):
+    g = stream(key)
+    rule = rule_of("recurrent", lambda count: jnp.where(count < 2, 0.1, 0.3))
 
+    @jax.jit
+    def scheduled(g):
+        step = lambda state, gradient: rule.update(gradient, state)[::-1]  # noqa: E731
+        return jax.lax.scan(step, rule.init(g[0]), g)[1]
 
-@both
-def test_it_descends_from_its_start_and_compiles_once(name):
-    rule = rule_of(name, 0.02, init_learned(jax.random.key(1), CONFIGS[name]))
-    step, at = jax.jit(rule.update), params()
-    state = rule.init(at)
-    for _ in range(200):
-        update, state = step(at, state, at)
-        at = optax.apply_updates(at, update)
-    assert optax.tree.norm(at) < 0.05 * optax.tree.norm(params())
-    assert step._cache_size() == 1
-
-
-@both
-def test_a_state_that_was_written_down_goes_on_to_the_bit(key, name):
-    g = {"w": stream(key, (2, 3)), "s": stream(key, ())}
-    rule = rule_of(name)
-    step = jax.jit(rule.update)
-
-    def on(state, times):
-        for t in times:
-            update, state = step(jax.tree.map(lambda x, t=t: x[t], g), state)
-        return update, state
-
-    state = rule.init(jax.tree.map(lambda x: x[0], g))
-    _, middle = on(state, range(3))
-    leaves, structure = jax.tree.flatten(middle)
-    written = [(np.asarray(x).tobytes(), x.dtype, x.shape) for x in leaves]
-    read = [np.frombuffer(b, d).reshape(s) for b, d, s in written]
-    restored = structure.unflatten(map(jnp.asarray, read))
-    same(on(restored, range(3, 6)), on(state, range(6)))
-
-
-@both
-def test_sharded_it_is_the_same(key, name):
-    mesh = Mesh(np.array(jax.devices()[:4]), ("d",), axis_types=(AxisType.Auto,))
-    across = NamedSharding(mesh, PartitionSpec("d"))
-    g, rule = stream(key, (8, 3), 2), rule_of(name)
-    step = jax.jit(rule.update)
-    alone, spread = rule.init(g[0]), rule.init(jax.device_put(g[0], across))
-    for gradient in g:
-        one, alone = step(gradient, alone)
-        two, spread = step(jax.device_put(gradient, across), spread)
-        close(one, two)
-    memory = jax.tree.leaves(spread.memory)[0]
-    assert memory.sharding.is_equivalent_to(across, memory.ndim)
-
-
-def test_types_chains_partitions_and_injected_rates():
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
-    rule = rule_of("recurrent")
-    chained = optax.chain(
-        optax.scale(2.0), optax.masked(rule, {"w": True, "b": False, "s": True})
-    )
-    expected, _ = jax.jit(rule.update)(half, rule.init(half))
-    update, state = jax.jit(chained.update)(half, chained.init(half), half, value=1.0)
-    assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(update))
-    leaves = [x for x in jax.tree.leaves(state) if x.ndim]
-    assert leaves and all(x.dtype == jnp.float32 for x in leaves)
-    close(update["w"].astype(jnp.float32), expected["w"].astype(jnp.float32), 1e-2)
-    assert np.all(update["b"] == 2 * half["b"])
-    meta, config = some_meta(CONFIGS["attention"]), CONFIGS["attention"]
-    with jax.numpy_dtype_promotion("standard"):
-        injected = optax.inject_hyperparams(learned)(meta, config, learning_rate=0.1)
-        state = injected.init(params())
-        state.hyperparams["learning_rate"] = jnp.array(0.2)
-        step = jax.jit(injected.update)
-        twice = []
-        for _ in range(2):
-            update, state = step(params(), state, params())
-            twice.append(update)
-    rule = rule_of("attention", lambda count: jnp.where(count < 1, 0.2, 0.1))
-    step, state = jax.jit(rule.update), rule.init(params())
-    for expected, rate in zip(twice, (0.2, 0.1), strict=True):
-        update, state = step(params(), state)
-        close(update, jax.tree.map(lambda u, r=rate: r / 0.2 * u, expected))
+    plain, _ = live("recurrent", g, some_meta(CONFIGS["recurrent"]))
+    close(scheduled(g), plain * jnp.array([[1.0], [1.0], *[[3.0]] * 4]))
 
 
 def test_no_leaves_are_no_trouble():
