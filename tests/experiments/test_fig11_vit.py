@@ -167,7 +167,9 @@ def test_a_lane_is_its_seed_and_rate():
     assert len({*found.held[:, -1].tolist()}) == 3
     assert compiled.advance._cache_size() == 1
     # The held-out loss is that of every image once.
-    params = compiled.begin(lanes[0])[0]
+    params, other, same = (compiled.begin(lane)[0] for lane in lanes)
+    kernels = [p["embed"]["kernel"][...] for p in (params, other, same)]
+    assert (kernels[0] == kernels[2]).all() and (kernels[0] != kernels[1]).any()
     whole = [data.test[i] for i in range(len(data.test))]
     labels = jnp.array([row["label"] for row in whole])
     pixels = jnp.stack([row["image"] for row in whole])
