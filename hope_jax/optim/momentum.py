@@ -82,7 +82,7 @@ def momentum(
 
     For a constant rate this is `optax.sgd(learning_rate, momentum=decay)`, whose trace
     is −m/η. With a schedule they differ: here each gradient keeps the rate at which it
-    was stored.
+    was stored. The update is of degree 1: gradients twice as large move twice as far.
 
     Args:
       learning_rate: η, a number or a schedule.
