@@ -532,7 +532,7 @@ def ggd(
 
     def learn(gradient, weight, x, flow, recent, rate):
         along, size = unit(x, -1)
-        u = -(gradient @ along) / jnp.maximum(size, jnp.finfo(x.dtype).tiny)
+        u = -(gradient @ along) / jnp.where(size > 0, size, 1)
         token = Tokens(
             k=x,
             v=u,

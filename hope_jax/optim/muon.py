@@ -231,7 +231,8 @@ def by_second_moment(
         o = o / (jnp.sqrt(v) + jnp.asarray(eps, o.dtype))
         norm = jnp.sqrt(jnp.sum(o**2, axis=(-2, -1), keepdims=True))
         to = RMS * math.sqrt(o.shape[-2] * o.shape[-1])
-        return to * o / jnp.maximum(norm, jnp.finfo(o.dtype).tiny)
+        # Not a floor of the least float: optimised division overflows there.
+        return to * o / jnp.where(norm > 0, norm, 1)
 
     second = jax.tree.map(lambda v, o: average(v, o**2, beta2), second, factors)
     return jax.tree.map(divide, factors, second), second

@@ -654,7 +654,7 @@ def _largest(x: Array) -> Array:
 
 
 def _safe(x: Array) -> Array:
-    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+    return jnp.where(x > 0, x, 1)
 
 
 def _over(above: Array, below: Array) -> Array:
