@@ -330,7 +330,7 @@ def some_tree(seed):
 
     return {
         "first": {"kernel": leaf(4, 8), "bias": leaf(8)},
-        "second": {"kernel": leaf(8, 4), "bias": leaf(4)},
+        "second": {"kernel": leaf(8, 4)},
         "scale": leaf(),
         "stack": {"kernel": leaf(2, 4, 8, dtype=jnp.bfloat16)},
         "small": {"kernel": leaf(4, 8, dtype=jnp.float16)},
@@ -603,9 +603,9 @@ def test_the_degree_in_the_size_of_gradients(name):
 
 
 def network(params, x):
-    first, second = params["first"], params["second"]
-    h = x @ first["kernel"] + first.get("bias", jnp.zeros(8))[None]
-    return jnp.tanh(h) @ second["kernel"] + second.get("bias", jnp.zeros(4))[None]
+    first = params["first"]
+    h = jnp.tanh(x @ first["kernel"] + first.get("bias", jnp.zeros(8))[None])
+    return h @ params["second"]["kernel"]
 
 
 def some_data():
@@ -618,20 +618,16 @@ def loss(params, x, y):
     return 0.5 * jnp.mean(jnp.sum((network(params, x) - y) ** 2, axis=-1))
 
 
-def layers(params):
-    return {name: params[name] for name in ("first", "second")}
-
-
-def to_the_goal(entry, params, t):
+def to_the_goal(name, params, t):
     """Of |p - goal|^2 / 2; of -<W x, goal x> for what forgets W x by itself."""
-    goal = some_tree(9)
-    inputs = inputs_of(entry.inputs, params, t) if entry.inputs else None
+    goal, kind = some_tree(9), ALL[name].inputs
+    inputs = inputs_of(kind, params, t) if kind else None
 
     def pull(path, p):
-        g, x = leaf_at(goal, path), leaf_at(inputs, path) if inputs else None
+        g, x = leaf_at(goal, path), leaf_at(inputs, path) if kind else None
         if x is None:
             return p - g
-        gram = x if entry.inputs == "gram" else x[..., :, None] * x[..., None, :]
+        gram = x if kind == "gram" else x[..., :, None] * x[..., None, :]
         return -(gram @ g)
 
     return jax.tree_util.tree_map_with_path(pull, params), inputs
@@ -641,34 +637,47 @@ def leaf_at(tree, path):
     return functools.reduce(lambda node, key: node[key.key], path, tree)
 
 
-def of_the_network(entry, params, t):
+def all_to_the_goal(params, t):
+    each = {name: to_the_goal(name, own, t) for name, own in params.items()}
+    inputs = {name: one[1] for name, one in each.items() if ALL[name].inputs}
+    return {name: one[0] for name, one in each.items()}, inputs
+
+
+def all_of_the_network(params, t):
     """Of a regression, and of the goal for what is no part of the network."""
-    gradients, inputs = to_the_goal(entry, params, t)
+    gradients, inputs = all_to_the_goal(params, t)
     x, y = some_data()
-    own = layers(params)
-    if entry.inputs == "gram":
-        slope, seen = dgd_gradients(loss, own, x, y)
-    elif entry.inputs == "vector":  # of one token at a time
-        x, y = x[t % 16][None], y[t % 16][None]
-        slope = jax.grad(loss)(own, x, y)
-        h = jnp.tanh(x @ own["first"]["kernel"] + own["first"]["bias"][None])
-        seen = {"first": {"kernel": x[0], "bias": None}}
-        seen["second"] = {"kernel": h[0], "bias": None}
-    else:
-        slope, seen = jax.grad(loss)(own, x, y), {}
-    return {**gradients, **slope}, None if inputs is None else {**inputs, **seen}
+
+    def biased(own):
+        first = {"bias": jnp.zeros(8)} | own["first"]
+        return {"first": first, "second": own["second"]}
+
+    plain = [name for name in params if not ALL[name].inputs]
+    stacked = jax.tree.map(lambda *p: jnp.stack(p), *(biased(params[n]) for n in plain))
+    slopes = jax.vmap(jax.grad(loss), (0, None, None))(stacked, x, y)
+    for i, name in enumerate(plain):
+        for layer, slope in slopes.items():
+            given = params[name][layer]
+            gradients[name][layer] = {leaf: slope[leaf][i] for leaf in given}
+
+    for name in inputs:
+        own = {layer: params[name][layer] for layer in slopes}
+        if ALL[name].inputs == "gram":
+            slope, seen = dgd_gradients(loss, own, x, y)
+        else:  # of one token at a time
+            slope = jax.grad(loss)(own, x[t % 16][None], y[t % 16][None])
+            h = jnp.tanh(x[t % 16] @ own["first"]["kernel"] + own["first"]["bias"])
+            seen = {"first": {"kernel": x[t % 16], "bias": None}}
+            seen["second"] = {"kernel": h}
+        gradients[name] |= slope
+        inputs[name] |= seen
+    return gradients, inputs
 
 
 @functools.cache
 def ends(problem):
     """Where every optimizer comes to in `STEPS` steps."""
-
-    @jax.jit
-    def slopes(params, t):
-        each = {n: problem(e, params[n], t) for n, e in ALL.items() if n in params}
-        inputs = {n: one[1] for n, one in each.items() if ALL[n].inputs}
-        return {n: one[0] for n, one in each.items()}, inputs
-
+    slopes = jax.jit(problem)
     states, params = fleet().states, to_each(some_tree(0))
     for t in range(STEPS):
         gradients, inputs = slopes(params, jnp.asarray(t))
@@ -679,7 +688,7 @@ def ends(problem):
 
 
 def test_it_comes_to_the_minimum_of_a_quadratic(name):
-    at, start, goal = ends(to_the_goal)[name], some_tree(0), some_tree(9)
+    at, start, goal = ends(all_to_the_goal)[name], some_tree(0), some_tree(9)
 
     def left(path, p):
         far, near = leaf_at(start, path), leaf_at(goal, path)
@@ -691,7 +700,7 @@ def test_it_comes_to_the_minimum_of_a_quadratic(name):
 
 
 def test_it_trains_a_network(name):
-    start, end = to_each(some_tree(0))[name], ends(of_the_network)[name]
+    start, end = to_each(some_tree(0))[name], ends(all_of_the_network)[name]
     before, after = (float(loss(params, *some_data())) for params in (start, end))
     assert after < ALL[name].reaches[1] * before, (before, after)
 
