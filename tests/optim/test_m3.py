@@ -14,6 +14,8 @@ from hope_jax.optim.m3 import m3, scale_by_m3
 from hope_jax.optim.muon import orthogonalise_tree, scale_by_adamuon
 
 VARIANTS = ("adamuon", "two_scale", "literal")
+# Compiled once a shape: by itself each call would compile its loop again.
+factors_of = jax.jit(orthogonalise_tree)
 SHAPES = {"a": (8, 4), "b": (2, 4, 8), "c": (5, 5)}
 
 
@@ -83,7 +85,7 @@ def test_any_number_of_scales(key, periods):
             if t % period == 0:
                 mean = g[t - period : t].mean(0)
                 memories[s] = decay * memories[s] + (1 - decay) * mean
-            factor = orthogonalise_tree(jnp.asarray(memories[s], jnp.float32))
+            factor = factors_of(jnp.asarray(memories[s], jnp.float32))
             total = total + (1.0, *alphas)[s] * factor
         np.testing.assert_allclose(update["a"], 0.2 * 6**0.5 * total, atol=1e-4)
 
@@ -151,7 +153,7 @@ def test_spread_takes_the_factors_one_after_another(key):
         changed = [n for n in SHAPES if not same(before.factor[n], after.factor[n])]
         assert len(changed) == (1 if t >= 5 and t % 5 < 3 else 0)
         if t in (9, 12):  # all have had their turn
-            expected = orthogonalise_tree(after.memory)
+            expected = factors_of(after.memory)
             close(after.factor, expected, atol=1e-5)
         before = after
 
