@@ -308,17 +308,17 @@ def test_one_move_of_the_outer_level_by_hand():
         )
 
         def loss(key):
-            rule = optax.chain(stop, learned(meta, config, 0.1))
-            return jnp.log(solve(ravine(key), rule, 4, key)[1])
+            rule = optax.chain(stop, learned(meta, config, 0.3))
+            return jnp.log(solve(ravine(key), rule, 8, key)[1])
 
         return jnp.mean(jax.vmap(loss)(jax.random.split(draw, 3)))
 
     for changes, constant in (({}, False), ({"second_order": False}, True)):
-        after = steps(start=meta, **changes)
+        after = steps(start=meta, horizon=8, learning_rate=0.3, **changes)
         value, gradient = score(meta, constant)
         np.testing.assert_allclose(after.losses, [value], rtol=1e-4)
         moved = jax.tree.map(lambda m, start: (start - m) / 0.01, after.meta, meta)
-        close(moved, gradient, rtol=1e-2, atol=1e-3)
+        close(moved, gradient, rtol=2e-3, atol=1e-3)
 
 
 def test_a_life_cut_in_pieces_goes_on_where_it_was():
