@@ -41,6 +41,12 @@ def squares(params, batch):
     return 0.5 * jnp.mean(jnp.sum((hidden @ params["second"] - target) ** 2, axis=-1))
 
 
+# One program instead of one for each of their many small operations.
+captured = jax.jit(
+    functools.partial(value_and_dgd_gradients, squares), static_argnames="reduce"
+)
+
+
 def by_token(params, batch):
     """For each matrix a list of (x_t, delta_t), the gradient of a token's own loss."""
     params = {k: np.asarray(v, np.float64) for k, v in params.items()}
@@ -62,9 +68,7 @@ def one_step(rule, params, gradients, inputs):
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_inputs_are_outer_products_summed_over_tokens(key, reduce):
     params, batch = network(key)
-    loss, gradients, inputs = value_and_dgd_gradients(
-        squares, params, batch, reduce=reduce
-    )
+    loss, gradients, inputs = captured(params, batch, reduce=reduce)
     assert inputs["bias"] is None
     for name, pairs in by_token(params, batch).items():
         gram = sum(np.outer(x_t, x_t) for x_t, _ in pairs)
@@ -82,16 +86,17 @@ def test_inputs_are_outer_products_summed_over_tokens(key, reduce):
 @pytest.mark.parametrize("retention", [1.0, 0.8])
 def test_a_step_on_a_network_is_the_sum_over_tokens(key, retention):
     params, batch = network(key)
-    gradients, inputs = dgd_gradients(squares, params, batch)
-    moved = {
-        explicit: one_step(
-            dgd(ETA, explicit=explicit, retention=retention, input_axis=-2),
-            params,
-            gradients,
-            inputs,
-        )
-        for explicit in (True, False)
-    }
+    _, gradients, inputs = captured(params, batch, reduce="mean")
+
+    @jax.jit
+    def moves(*args):
+        rules = {
+            explicit: dgd(ETA, explicit=explicit, retention=retention, input_axis=-2)
+            for explicit in (True, False)
+        }
+        return {explicit: one_step(rule, *args) for explicit, rule in rules.items()}
+
+    moved = moves(params, gradients, inputs)
     for name, pairs in by_token(params, batch).items():
         w = np.asarray(params[name], np.float64)
         step = retention * w
@@ -111,7 +116,7 @@ def test_a_step_on_a_network_is_the_sum_over_tokens(key, retention):
 def test_token_rate_is_the_mean_of_each_tokens_own_step(key):
     """Equation 57 for each token by itself, its step normed by its own input."""
     params, batch = network(key)
-    gradients, inputs = dgd_gradients(squares, params, batch, token_rate=ETA)
+    _, gradients, inputs = captured(params, batch, reduce="mean", token_rate=ETA)
     rule = dgd(ETA, explicit=True, input_axis=-2)
     moved = one_step(rule, params, gradients, inputs)
     for name, pairs in by_token(params, batch).items():
@@ -151,8 +156,9 @@ def test_proximal_steps_are_stable_where_explicit_ones_are_not(key):
     reached = {}
     for explicit in (False, True):
         rule, moved = dgd(1.0, explicit=explicit, input_axis=-2), w
+        step = jax.jit(functools.partial(one_step, rule))
         for _ in range(20):
-            moved = one_step(rule, moved, jnp.zeros_like(w), x.T @ x / 32)
+            moved = step(moved, jnp.zeros_like(w), x.T @ x / 32)
         reached[explicit] = float(jnp.abs(moved).max())
     assert reached[False] < 1.0 < 1e6 < reached[True]
 
@@ -171,10 +177,11 @@ def test_layers_of_ones_own(key):
         return jnp.sum(x), seen
 
     rule = dict(input_axis=-1, has_aux=True)
-    (_, seen), gradients, inputs = value_and_dgd_gradients(own, w, x, **rule)
+    run = jax.jit(lambda w, x: value_and_dgd_gradients(own, w, x, **rule))
+    (_, seen), gradients, inputs = run(w, x)
     mean = np.einsum("lti,ltj->lij", seen, seen) / 5
     np.testing.assert_allclose(inputs, mean, rtol=1e-4, atol=1e-5)
-    plain, _ = jax.grad(own, has_aux=True)(w, x)
+    plain, _ = jax.jit(jax.grad(own, has_aux=True))(w, x)
     np.testing.assert_allclose(gradients, plain, rtol=1e-4, atol=1e-6)
 
     def twice(w, x):
@@ -199,9 +206,13 @@ def test_a_gradient_inside_the_loss_hides_nothing(key):
         fast = jnp.ones((4,))
         return inner(fast) + jnp.sum(jax.grad(inner)(fast) ** 2)
 
-    gradients, inputs = dgd_gradients(loss, w, x, reduce="sum")
+    @jax.jit
+    def both(w, x):
+        return *dgd_gradients(loss, w, x, reduce="sum"), jax.grad(loss)(w, x)
+
+    gradients, inputs, plain = both(w, x)
     np.testing.assert_allclose(inputs, 2 * x.T @ x, rtol=1e-4, atol=1e-4)  # two calls
-    np.testing.assert_allclose(gradients, jax.grad(loss)(w, x), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(gradients, plain, rtol=1e-3, atol=1e-3)
 
 
 def test_bfloat16_adds_up_in_float32():
