@@ -238,6 +238,8 @@ def learned(
     were all zero do not move. Cost: M + 2 numbers of state a coordinate, or 2 N + 2,
     and some H (3 M + 5) multiplications a step, N M more for attention.
 
+    Do not expect it to serve in lives much longer than those that it was trained in.
+
     It is differentiable in `meta`, which may be traced: that is how the level above
     learns (`meta_train`).
 
@@ -386,7 +388,8 @@ def meta_train(
       objective: `log`, the mean logarithm of the losses, which weighs all tasks and
         all times alike and wants losses above 0, or `mean`.
       second_order: whether gradients of the tasks are differentiated too. False takes
-        them as given (arXiv:1606.04474), which costs less and learns less.
+        them as given (arXiv:1606.04474), which costs a third less; what is learned is a
+        little worse (`experiments/learned_optimizers.py`).
       start: slow parameters to go on from; None starts anew.
 
     Raises:
