@@ -4,8 +4,9 @@ Run:     python -m experiments.noisy_gradients --out=DIR  (its picture goes to D
 Smoke:   add --scale=smoke (few steps and rates, seconds); a test runs it so.
 Expect:  no rule is best everywhere (test losses; 0.092 of Muon's is the least without
          noise, 0.097 M3's, 0.111 gradient descent's, 0.144 momentum's).
-         labels: M3 is ahead (0.40 and 0.94; momentum 0.46, 1.06), at the higher level
-         with AdaMuon, Lion and Muon.
+         labels: M3 is first (0.40 and 0.94; momentum 0.46, 1.06), but within the spread
+         delta momentum and Lion are its equals at the lower level, and AdaMuon, Lion
+         and Muon at the higher.
          gaussian: hardly any memory filters it. At the higher level ten of the fifteen
          rules, plain gradient descent among them, are equal (0.36 to 0.38); at the
          lower one Muon and Lion are ahead (0.175; 0.189).
@@ -17,7 +18,7 @@ Expect:  no rule is best everywhere (test losses; 0.092 of Muon's is the least w
          (0.48), momentum, delta momentum by elements and deep momentum most (0.9).
          Robust biases are no help: memories of directions are robust already, and the
          size of a gradient goes by them. On directions Huber's loss is the l2 loss.
-Cost:    five minutes of one CPU core.
+Cost:    six minutes of one CPU core.
 
 A network of one hidden layer learns scikit-learn's digits from minibatches, at a
 constant rate. Four kinds of noise, each at two levels:
