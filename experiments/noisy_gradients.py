@@ -18,7 +18,7 @@ Expect:  no rule is best everywhere (test losses; 0.092 of Muon's is the least w
          (0.48), momentum, delta momentum by elements and deep momentum most (0.9).
          Robust biases are no help: memories of directions are robust already, and the
          size of a gradient goes by them. On directions Huber's loss is the l2 loss.
-Cost:    six minutes of one CPU core.
+Cost:    eight minutes of one CPU core.
 
 A network of one hidden layer learns scikit-learn's digits from minibatches, at a
 constant rate. Four kinds of noise, each at two levels:
