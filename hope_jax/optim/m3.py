@@ -82,7 +82,8 @@ def scale_by_m3(
     sums, M ← M + μ g, so M⁽²⁾ is M⁽¹⁾ of some steps ago, and nothing is forgotten; the
     sums of two periods share a gradient; the factor that includes gₜ is used from step
     t + 1 on; and √V is of degree 1 in a gradient but O of degree 0, so the update is of
-    degree -1: a loss ten times as large makes steps a tenth as long.
+    degree -1: a loss ten times as large makes steps a tenth as long. An entry whose
+    gradients were all zero is divided by ε alone, and moves by up to 1 / ε.
 
     In `adamuon` V is of all of O, not of the first factor alone: where gradients stop,
     the fast memory fades first, O would be divided by next to nothing, and a row of a
