@@ -18,6 +18,8 @@ from absl import app, flags, logging
 # What jax <= 0.11.2 needs so that collectives of virtual CPU devices cannot dead-lock;
 # read when jax starts.
 os.environ.setdefault("NPROC", "32")
+# LAPACK's own threads and JAX's stand in each other's way.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 _EXPERIMENT = flags.DEFINE_string(
     "experiment",

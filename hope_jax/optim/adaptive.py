@@ -168,6 +168,10 @@ def adagrad_memory(
     [R, C] the right half of Shampoo's. Updates do not change with the size of the
     gradients while λ = 0; a ridge breaks that.
 
+    `outer` takes its root by LAPACK's `eigh`, which can dead-lock a CPU pool of few
+    threads: set the environment's NPROC to 32 before JAX starts, as `launch.train`
+    does. `hope_jax.optim.shampoo` has both sides, by products alone.
+
     Args:
       learning_rate: η, a number or a schedule.
       decay: of M = Σ decayᵗ⁻ⁱ gᵢ: 0 is AdaGrad, 0.9 AdaGrad with momentum, and 1 the

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from hope_jax.kernels import positive
 from hope_jax.optim.capture import full_precision
 
 
@@ -160,8 +161,4 @@ def _shrink(
     rounding = jnp.finfo(square.dtype).eps * jnp.trace(square, axis1=-2, axis2=-1)
     eye = jnp.eye(square.shape[-1], dtype=square.dtype)
     eye = eye.reshape((1,) * (square.ndim - 2) + eye.shape)
-    lower = jnp.linalg.cholesky(square + (1.0 + rounding)[..., None, None] * eye)
-    half = jax.lax.linalg.triangular_solve(lower, right.mT, left_side=True, lower=True)
-    return jax.lax.linalg.triangular_solve(
-        lower, half, left_side=True, lower=True, transpose_a=True
-    ).mT
+    return positive.divide(right, square + (1.0 + rounding)[..., None, None] * eye)
