@@ -11,4 +11,5 @@ source ./environment.sh
 environment test
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest -n 2 --durations=10 "$@"
+# A file to a worker: what its tests share is compiled once.
+exec "$python" -m pytest -n 2 --dist loadfile --durations=25 "$@"
