@@ -1,6 +1,8 @@
 """Settings every test shares: four CPU devices, strict types, keys as fixtures."""
 
+import gc
 import os
+from pathlib import Path
 
 # jax <= 0.11.2 can dead-lock a virtual-device collective on a two-core host unless
 # its thread pool is larger than the number of devices; set before jax starts.
@@ -20,6 +22,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
     flags.FLAGS.mark_as_parsed()
+
+
+_MAPS = Path("/proc/self/maps")
+_MANY = 25_000  # of the 65,530 that Linux gives a process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten_programs():
+    """Every program maps some memory; where no more can be had, compiling crashes."""
+    yield
+    if _MAPS.exists() and len(_MAPS.read_bytes().splitlines()) > _MANY:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
