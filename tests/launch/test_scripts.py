@@ -143,7 +143,8 @@ def test_tests_install_their_extra_and_so_the_base(copy):
         f"pip {python} .[test]",
         f"run {python} -m ruff check .",
         f"run {python} -m ruff format --check .",
-        f"run {python} -m pytest -n 2 --dist loadfile --durations=25 tests/core -k clock",
+        f"run {python} -m pytest -n 2 --dist loadfile --durations=25"
+        " tests/core -k clock",
     ]
     assert run(copy)[1] == [f"run {python} -m launch.quickstart"]
 
