@@ -5,7 +5,7 @@ Run:     python -m experiments.benchmarks.optimizers
 Smoke:   add --size=tiny (seconds a rule); a test runs some rules so.
 Goal:    a step of M3 at most 1.15 times one of Muon's, in the mean over its period.
 Expect:  what was measured last is in experiments/results/benchmarks/, with its commit.
-Cost:    about ten minutes on 2 CPU cores, half of it Shampoo's and SOAP's; 4 GB. The
+Cost:    seven minutes on 2 CPU cores, half of them Shampoo's and SOAP's; 4 GB. The
          second command an hour there, and 15 GB.
 
 A step takes gradients, is one update of a whole optimizer of `hope_jax.optim`, as
