@@ -9,6 +9,7 @@ anchor, the rule moves the weights token by token, and reads are parallel again.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from hope_jax.kernels.channel import channel_chunk
 from hope_jax.kernels.mesa import mesa_chunk, mesa_weights
 from hope_jax.kernels.newton_schulz import orthogonalise
 from hope_jax.kernels.vector import scan_one, scan_two
+from hope_jax.memory import rates
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
     MIRRORS,
@@ -118,18 +120,29 @@ def commit(state: MemoryState) -> MemoryState:
 
 
 def piece(
-    config: MemoryConfig, state: MemoryState, tokens: Tokens, reads: bool = True
+    config: MemoryConfig,
+    state: MemoryState,
+    tokens: Tokens,
+    reads: bool = True,
+    start: Weights | None = None,
 ) -> tuple[MemoryState, Float[Array, "C V"] | None]:
     """Reads and writes the C tokens of one chunk, or of a part of one, in parallel.
 
     The caller commits when the chunk is complete. With `reads` False only the state
-    is computed and None stands for the reads.
+    is computed and None stands for the reads. A memory that `returns` needs the `start`
+    the level above gave it; no copy of it is in the state.
     """
+    if config.returns and start is None:
+        raise ValueError(
+            f"toward={config.toward!r} and erases={config.erases!r} need the start of "
+            "the memory: give start, the weights of begin_memory."
+        )
+    start = start if config.returns else None
     with jax.default_matmul_precision("float32"):
         tokens = plain_tokens(config, tokens)
         if config.steps > 1:
-            return _several_steps(config, state, tokens, reads)
-        return _FORMS[_form_of(config, tokens)](config, state, tokens, reads)
+            return _several_steps(config, state, tokens, reads, start)
+        return _FORMS[_form_of(config, tokens)](config, state, tokens, reads, start)
 
 
 def _form_of(config, tokens):
@@ -149,38 +162,46 @@ def _form_of(config, tokens):
     return "channel"
 
 
-def _several_steps(config, state, tokens, reads):
+def _several_steps(config, state, tokens, reads, start):
     single = dataclasses.replace(config, steps=1)
     if config.gradient == "exact":
-        state, y = piece(single, state, tokens, reads)
+        state, y = piece(single, state, tokens, reads, start)
         return state, y if y is None else y[config.steps - 1 :: config.steps]
 
     # Anchored memories of chunk 1 (the only ones with several steps) move at each.
     def step(state, token):
-        state, _ = piece(single, state, token, reads=False)
+        state, _ = piece(single, state, token, reads=False, start=start)
         return commit(state), None
 
     one = lambda leaf: leaf[:, None]  # noqa: E731 a time of one token
     before = jax.tree.map(lambda leaf: one(leaf[:-1]), tokens)
     last = jax.tree.map(lambda leaf: leaf[-1:], tokens)
     state, _ = jax.lax.scan(step, state, before)
-    return piece(single, state, last, reads)
+    return piece(single, state, last, reads, start)
 
 
-def _rank_one(config, state, tokens, reads):
+def _rank_one(config, state, tokens, reads, start):
     function = build_architecture(config, tokens.v.shape[-1])
     theta = tokens.theta if config.inertia else None
     gates = delta.transitions(tokens.alpha, theta, config.rule == "nesterov")
-    inputs, rows, gates = _rows(config, function, state, tokens, gates)
+    layer = functools.partial(_layer, config, state, start)
+    inputs, rows, gates = _rows(config, function, state, tokens, gates, layer)
+    gates = dict.fromkeys(inputs, gates)
+    if config.rate_law == "output":  # its output layer has no momentum
+        gates["w1"] = delta.transitions(tokens.alpha, None)
     before = config.read == "pre"
 
     ends = {
-        name: delta.finish(*_layer(state, name), x, rows[name], gates)
+        name: layer(name).finish(x, rows[name], gates[name])
         for name, x in inputs.items()
     }
+    momentum = state.momentum
+    if momentum is not None:
+        moved = {n: end[1] for n, end in ends.items() if end[1] is not None}
+        momentum = momentum | moved
     after = state._replace(
         weights={name: end[0] for name, end in ends.items()},
-        momentum=state.momentum and {name: end[1] for name, end in ends.items()},
+        momentum=momentum,
         recent=next_recent(config, state.recent, tokens),
     )
     if not reads:
@@ -189,45 +210,90 @@ def _rank_one(config, state, tokens, reads):
         return after, function.apply(state.anchor, tokens.q)
 
     def multiply(name, x):
-        return delta.read(
-            *_layer(state, name), inputs[name], rows[name], gates, x, before
-        )
+        return layer(name).read(inputs[name], rows[name], gates[name], x, before)
 
     return after, function.forward(multiply, tokens.q)
 
 
-def _rows(config, function, state, tokens, gates):
+class _Matrix(NamedTuple):
+    """One matrix of a memory: where it stands, measured from where it decays to.
+
+    Attributes:
+      m: its weights, less the origin.
+      s: its momentum.
+      origin: its start; None where that is zero.
+    """
+
+    m: Array
+    s: Array | None
+    origin: Array | None
+
+    def finish(self, k, rows, gates):
+        m, s = delta.finish(self.m, self.s, k, rows, gates)
+        return m if self.origin is None else m + self.origin, s
+
+    def read(self, k, rows, gates, q, before):
+        y = delta.read(self.m, self.s, k, rows, gates, q, before)
+        return y if self.origin is None else y + q @ self.origin.T
+
+
+def _layer(config: MemoryConfig, state: MemoryState, start: Weights | None, name: str):
+    m, s = state.weights[name], state.momentum and state.momentum[name]
+    if config.rate_law == "output" and name == "w1":
+        s = None
+    if start is None:
+        return _Matrix(m, s, None)
+    return _Matrix(m - start[name], s, start[name])
+
+
+def _rows(config, function, state, tokens, gates, layer):
     """What each matrix meets, its delta and write rows, and the gates they obey."""
+    all_erased = config.erases == "all"
     if config.gradient == "exact" and config.bias == "l2":
         k, eta = tokens.k, _rate(config, tokens.eta, tokens.k)
         b = _delta_coefficients(config, tokens, {"w": k}).get("w")
-        m, s = _layer(state, "w")
-        rows = delta.exact_rows(m, s, k, tokens.v, eta, b, gates)
+        m, s, origin = layer("w")
+        rows = delta.exact_rows(m, s, k, tokens.v, eta, b, gates, origin, all_erased)
         return {"w": k}, {"w": rows}, gates
 
     k, v, limits = _pairs(config, state, tokens)
     slope = jax.vmap(jax.grad(build_bias(config)))
     # The gradient of the dot product is the same at any state.
     point = state.weights if state.anchor is None else state.anchor
-    inputs, errors = function.inputs_and_errors(
-        point, k, lambda output: slope(output, v, limits)
-    )
+    blame = lambda output: slope(output, v, limits)  # noqa: E731
+    if config.rate_law != "token":
+        met = rates.meet(function, point, k, blame)
+        inputs, errors = met.inputs, met.errors
+        eta = rates.steps(config, tokens, met)
+        b = _delta_coefficients(config, tokens, inputs, eta)
+    else:
+        inputs, errors = function.inputs_and_errors(point, k, blame)
+        b = _delta_coefficients(config, tokens, inputs)
+        if config.window == 1:
+            eta = {n: _rate(config, tokens.eta, x) for n, x in inputs.items()}
     if config.window > 1:
         band = tokens.eta[:, None] * _band(config, tokens)
         gates = gates._replace(spread=gates.spread @ band, coast=gates.coast @ band)
         writes = {name: -error for name, error in errors.items()}
     else:
-        writes = {
-            name: -_rate(config, tokens.eta, inputs[name])[:, None] * error
-            for name, error in errors.items()
-        }
-    b = _delta_coefficients(config, tokens, inputs)
-    rows = {
-        name: delta.anchored_rows(
-            *_layer(state, name), x, writes[name], b.get(name), gates
-        )
-        for name, x in inputs.items()
-    }
+        writes = {n: -eta[n][:, None] * error for n, error in errors.items()}
+
+    rows = {}
+    for name, x in inputs.items():
+        m, s, origin = layer(name)
+        if (config.rate_law, config.bias, name) == ("output", "l2", "w1"):
+            plain = delta.transitions(tokens.alpha, None)
+            rows[name] = delta.exact_rows(
+                m, s, x, v - met.skip, eta[name], b.get(name), plain, origin, all_erased
+            )
+        else:
+            own = gates
+            if config.rate_law == "output" and name == "w1":
+                own = delta.transitions(tokens.alpha, None)
+            erased = origin if all_erased else None
+            rows[name] = delta.anchored_rows(
+                m, s, x, writes[name], b.get(name), own, erased
+            )
     return inputs, rows, gates
 
 
@@ -237,21 +303,22 @@ def _rate(config, eta, x):
     return jax.vmap(corrected_rate)(eta, x)
 
 
-def _delta_rates(config, tokens, inputs):
+def _delta_rates(config, tokens, inputs, eta=None):
     if config.dgd == "none":
         return {}
-    rates = jax.vmap(lambda eta, x: delta_rates(config, eta, x))(tokens.eta, inputs)
+    eta = tokens.eta if eta is None else eta
+    made = jax.vmap(lambda eta, x: delta_rates(config, eta, x))(eta, inputs)
     if tokens.erase_rate is not None:
-        rates = dict.fromkeys(rates, tokens.erase_rate)
-    return rates
+        made = dict.fromkeys(made, tokens.erase_rate)
+    return made
 
 
-def _delta_coefficients(config, tokens, inputs):
+def _delta_coefficients(config, tokens, inputs, eta=None):
     """How much of each matrix's recall is erased, as of the memory before retention."""
-    rates = _delta_rates(config, tokens, inputs)
+    made = _delta_rates(config, tokens, inputs, eta)
     if config.recall == "after":
-        rates = {name: b * tokens.alpha for name, b in rates.items()}
-    return rates
+        made = {name: b * tokens.alpha for name, b in made.items()}
+    return made
 
 
 def _pairs(config, state, tokens):
@@ -272,7 +339,7 @@ def _band(config, tokens):
     return jnp.where(seen, weights, 0.0)
 
 
-def _channel(config, state, tokens, reads):
+def _channel(config, state, tokens, reads, start):
     """Key channels that decay apart: the diagonal-plus-rank-one form."""
     eta, k = _rate(config, tokens.eta, tokens.k), tokens.k
     alpha = tokens.alpha
@@ -284,6 +351,16 @@ def _channel(config, state, tokens, reads):
         if tokens.erase_key is None and tokens.erase_rate is None:
             rate = _delta_rates(config, tokens, {"w": k})["w"]
             recall, along = rate[:, None] * recall, None
+    write, m = eta[:, None] * tokens.v, state.weights["w"]
+    if start is not None:
+        m = m - start["w"]
+        if recall is not None and config.erases == "all":
+            if along is not None:
+                raise ValueError(
+                    "erases='all' with a delta term of its own key or rate takes a "
+                    "second write from the start: use erases='written'."
+                )
+            write = write - recall @ start["w"].T
     if config.bias == "l2":
         if along is not None:
             raise ValueError(
@@ -292,21 +369,26 @@ def _channel(config, state, tokens, reads):
             )
         own = eta[:, None] * k
         recall = own if recall is None else own + recall
+        if start is not None:
+            write = write - own @ start["w"].T
     m, y = channel_chunk(
-        state.weights["w"],
+        m,
         k,
-        eta[:, None] * tokens.v,
+        write,
         tokens.q,
         alpha,
         recall,
         along,
         before_write=config.read == "pre",
     )
+    if start is not None:
+        m, y = m + start["w"], y + tokens.q @ start["w"].T
     return state._replace(weights={"w": m}), y if reads else None
 
 
-def _oja(config, state, tokens, reads):
+def _oja(config, state, tokens, reads, start):
     """The delta rule of the transposed matrix: it erases along values."""
+    del start  # oja decays to zero
     m, k, v, q = state.weights["w"], tokens.k, tokens.v, tokens.q
     gates = delta.transitions(tokens.alpha, None)
     write = tokens.eta[:, None] * k
@@ -319,7 +401,8 @@ def _oja(config, state, tokens, reads):
     return state._replace(weights={"w": end.T}), y
 
 
-def _newton(config, state, tokens, reads):
+def _newton(config, state, tokens, reads, start):
+    del start  # it decays sums
     sums = state.rule[0]
     g, h, y = mesa_chunk(
         sums.values["w"],
@@ -336,28 +419,35 @@ def _newton(config, state, tokens, reads):
     return state._replace(weights=weights, rule=rule), y if reads else None
 
 
-def _vector(config, state, tokens, reads):
+def _vector(config, state, tokens, reads, start):
     """Every channel is a memory of one number."""
     k, m = tokens.k, state.weights["w"]
+    origin = jnp.zeros_like(m) if start is None else start["w"]
+    m, started = m - origin, k * origin[None]
     eta = _rate(config, tokens.eta, k)[:, None]
     keep = jnp.broadcast_to(tokens.alpha[:, None], k.shape)
     b = _delta_coefficients(config, tokens, {"w": k}).get("w")
     if b is not None:
         keep = keep - b[:, None] * k * k
     pull = eta * k * k if config.bias == "l2" else jnp.zeros_like(k)
-    write = eta * tokens.v * k
+    missing = tokens.v - started if config.bias == "l2" else tokens.v
+    write = eta * missing * k
+    gone = jnp.zeros_like(write)
+    if b is not None and config.erases == "all":
+        gone = b[:, None] * started * k
     if state.momentum is None:
-        after, momentum = scan_one(keep - pull, write, m), None
+        after, momentum = scan_one(keep - pull, write - gone, m), None
     else:
         theta = jnp.broadcast_to(tokens.theta[:, None], k.shape)
         nesterov = config.rule == "nesterov"
         now, coast = (1.0 + theta, theta * theta) if nesterov else (1.0, theta)
         after, momentum = scan_two(
             ((keep - now * pull, coast), (-pull, theta)),
-            (now * write, write),
+            (now * write - gone, write),
             (m, state.momentum["w"]),
         )
         momentum = {"w": momentum[-1]}
+    m, after = m + origin, after + origin[None]
     moved = state._replace(weights={"w": after[-1]}, momentum=momentum)
     if not reads:
         return moved, None
@@ -366,7 +456,7 @@ def _vector(config, state, tokens, reads):
     return moved, after * tokens.q
 
 
-def _states(config, state, tokens, reads):
+def _states(config, state, tokens, reads, start):
     """Any rule and retention: the weights of every token are formed."""
     function = build_architecture(config, tokens.v.shape[-1])
     loss = build_bias(config)
@@ -381,7 +471,7 @@ def _states(config, state, tokens, reads):
         band = _band(config, tokens)
         gradients = jax.tree.map(lambda g: jnp.tensordot(band, g, 1), gradients)
     if _affine(config):
-        after, rule = _move_in_parallel(config, state, tokens, gradients)
+        after, rule = _move_in_parallel(config, state, tokens, gradients, start)
     else:
         inputs = function.inputs(state.anchor, tokens.k)
         after, rule = _move_in_turn(config, state, tokens, gradients, inputs)
@@ -428,7 +518,7 @@ def _move_in_turn(config, state, tokens, gradients, inputs):
     return after, rule
 
 
-def _move_in_parallel(config, state, tokens, gradients):
+def _move_in_parallel(config, state, tokens, gradients, origin):
     """The weights after each token: sums over time are products with the gates."""
     theta = tokens.theta if config.inertia else None
     gates = delta.transitions(tokens.alpha, theta, config.rule == "nesterov")
@@ -454,6 +544,8 @@ def _move_in_parallel(config, state, tokens, gradients):
     start = state.weights
     if config.retention in MIRRORS:
         start = rule[-1]
+    if origin is not None:
+        start = jax.tree.map(jnp.subtract, start, origin)
     after = jax.tree.map(
         lambda a, u: from_start(gates.kept[1:], a) + over(gates.spread, u),
         start,
@@ -466,6 +558,8 @@ def _move_in_parallel(config, state, tokens, gradients):
         rule[1] = jax.tree.map(
             lambda s, u: gates.coast_start * s + over(gates.coast, u), rule[1], writes
         )
+    if origin is not None:
+        after = jax.tree.map(lambda w, o: w + o[None], after, origin)
     if config.retention in MIRRORS:
         rule[-1] = jax.tree.map(lambda a: a[-1], after)
         after = jax.tree.map(jax.vmap(link(config).primal), after)
@@ -480,7 +574,3 @@ _FORMS = {
     "vector": _vector,
     "states": _states,
 }
-
-
-def _layer(state: MemoryState, name: str):
-    return state.weights[name], state.momentum and state.momentum[name]

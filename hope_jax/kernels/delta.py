@@ -113,14 +113,21 @@ def anchored_rows(
     e: Float[Array, "C V"],
     b: Float[Array, " C"] | None,
     gates: Transitions,
+    origin: Float[Array, "V K"] | None = None,
 ) -> Rows:
-    """Rows when the writes `e` are known at the chunk's start: anchored gradients."""
+    """Rows when the writes `e` are known at the chunk's start: anchored gradients.
+
+    With an `origin` M₀, `m` is the way from it, which decays, and the delta term erases
+    M₀ too.
+    """
     if b is None:
         return Rows(None, e)
     overlap = k @ k.T
     inverse = unit_lower_inverse(b[:, None] * _before(gates.decay) * overlap)
     recalled = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
     recalled = recalled + (_before(gates.spread) * overlap) @ e
+    if origin is not None:
+        recalled = recalled + k @ origin.T
     return Rows(inverse @ (-b[:, None] * recalled), e)
 
 
@@ -132,17 +139,33 @@ def exact_rows(
     eta: Float[Array, " C"],
     b: Float[Array, " C"] | None,
     gates: Transitions,
+    origin: Float[Array, "V K"] | None = None,
+    erases_origin: bool = True,
 ) -> Rows:
     """Rows when each L2 gradient is taken where the memory stands: `P` are the recalls
-    `Mₜ₋₁ kₜ`, of which u and e are multiples."""
+    `Mₜ₋₁ kₜ`, of which u and e are multiples.
+
+    With an `origin` M₀, `m` is the way from it, which decays; the delta term erases M₀
+    too where `erases_origin`.
+    """
     overlap = k @ k.T
     system = _before(gates.spread) * overlap * eta[None, :]
     if b is not None:
         system = system + _before(gates.decay) * overlap * b[None, :]
     base = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
+    started = None
+    if origin is not None:
+        started = k @ origin.T
+        v = v - started
     base = base + (_before(gates.spread) * overlap) @ (eta[:, None] * v)
+    if b is not None and started is not None and erases_origin:
+        # Erasing M₀ as well is one more known write of the delta rows.
+        gone = (_before(gates.decay) * overlap) @ (b[:, None] * started)
+        base = base - gone
     recalled = unit_lower_inverse(system) @ base
     u = None if b is None else -b[:, None] * recalled
+    if u is not None and started is not None and erases_origin:
+        u = u - b[:, None] * started
     return Rows(u, -eta[:, None] * (recalled - v))
 
 

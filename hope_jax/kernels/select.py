@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from hope_jax.core.level import LevelState, unroll
 from hope_jax.kernels.chunk import MemoryState, commit, next_recent, piece
+from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig, Tokens, level_context, memory_level
 
 Implementation = Literal["auto", "reference", "chunk"]
@@ -20,6 +21,7 @@ def memory_scan(
     impl: Implementation = "auto",
     remat: bool = True,
     truncate: int | None = None,
+    start: Weights | None = None,
 ) -> tuple[MemoryState, Float[Array, "T V"]]:
     """Lets a memory live through T tokens that begin at a chunk boundary.
 
@@ -35,6 +37,7 @@ def memory_scan(
         differentiates no further back: every so many, the state becomes a constant.
         What it started from then learns from the first of these stretches only. None
         goes back to the start.
+      start: the weights of `begin_memory`, for a memory that `returns` to them.
 
     Returns:
       The state after the last token, and a read per token.
@@ -48,13 +51,13 @@ def memory_scan(
 
     def whole_chunk(state, chunk):
         # At a chunk's start anchor and weights are one: said so, products are shared.
-        state, y = piece(config, commit(state), chunk)
+        state, y = piece(config, commit(state), chunk, start=start)
         return commit(state), y
 
     def read(state, tokens):
         if impl == "reference":
-            return _reference(config, state, tokens)
-        rest = lambda s, rest: piece(config, s, rest)  # noqa: E731
+            return _reference(config, state, tokens, start)
+        rest = lambda s, rest: piece(config, s, rest, start=start)  # noqa: E731
         return scan_chunks(whole_chunk, rest, config.chunk, state, tokens, remat=remat)
 
     if truncate is None or truncate >= tokens.k.shape[0]:
@@ -96,10 +99,12 @@ def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
 
 
-def _reference(config, state, tokens):
+def _reference(config, state, tokens, start):
     width = tokens.v.shape[-1]
     level = memory_level(config, width)
-    opt = level.flow.init(state.weights) if state.rule is None else state.rule
+    opt = state.rule
+    if opt is None:
+        opt = level.flow.init(start if config.returns else state.weights)
     if state.momentum is not None:
         opt = (opt[0], state.momentum, *opt[2:])
     before = LevelState(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Level
-from hope_jax.memory import architecture, bias, features, retention, rule
+from hope_jax.memory import architecture, bias, features, rates, retention, rule
 from hope_jax.memory.architecture import ACTIVATIONS, Architecture, Weights
 
 MIRRORS = ("lq", "kl", "bregman")
@@ -75,6 +75,11 @@ class MemoryConfig:
         `retention_scale`); `decay`, and at the end of each chunk `elastic_net` (soft
         threshold of `retention_scale` a token) or `norm_clamp` (at most
         `retention_scale`).
+      toward: where a decay pulls: to `zero`, or back to the learned `start` W₀,
+        `αₜ W + (1 − αₜ) W₀`. A memory of two layers that has decayed to zero is dead:
+        the gradients of both vanish there.
+      erases: what the delta term erases: `all` that the memory recalls, or what was
+        `written` since the start, `W − W₀`.
 
     Learning rule:
       rule: `gd`, `momentum`, `nesterov`, `implicit` (proximal), `newton` (Mesa, with
@@ -85,6 +90,9 @@ class MemoryConfig:
       recall: what the delta term recalls: the memory `before` its retention or `after`
         it (Gated DeltaNet).
       steps: inner steps a token, each on its own key and value where these are given.
+      rate_law: from a token's η to the step of each matrix (`memory.rates`): the
+        `token`'s own for all; by the `energy` of what each matrix meets; `output`, an
+        exact output layer over the features of the chunk's start; `non_expansive`.
 
     Time:
       gradient: `exact` takes it where the memory stands: then the chunk is a speed
@@ -131,12 +139,15 @@ class MemoryConfig:
     ] = "decay"
     retention_power: float = 4.0
     retention_scale: float = 1.0
+    toward: Literal["zero", "start"] = "zero"
+    erases: Literal["all", "written"] = "all"
 
     rule: str = "momentum"
     dgd: Literal["both", "input", "none"] = "both"
     recall: Literal["before", "after"] = "before"
     steps: int = 1
     ridge: float = 1.0
+    rate_law: Literal["token", "energy", "output", "non_expansive"] = "token"
 
     gradient: Literal["anchored", "exact"] = "anchored"
     read: Literal["post", "pre", "anchor"] = "post"
@@ -155,6 +166,11 @@ class MemoryConfig:
         """Whether the rule has a momentum, so that tokens bring theta."""
         return self.rule in INERTIAL
 
+    @property
+    def returns(self) -> bool:
+        """Whether its start is needed after its first token."""
+        return self.toward == "start" or self.erases == "written"
+
 
 _CHOICES = {
     "architecture": ("vector", "linear", "mlp", "gated_mlp", "deep_mlp"),
@@ -162,7 +178,10 @@ _CHOICES = {
     "activation": tuple(ACTIVATIONS),
     "bias": tuple(bias.BIASES),
     "retention": ("none", "decay", "channel", "oja", *MIRRORS, *PROJECTIONS),
+    "toward": ("zero", "start"),
+    "erases": ("all", "written"),
     "dgd": ("both", "input", "none"),
+    "rate_law": rates.LAWS,
     "recall": ("before", "after"),
     "gradient": ("anchored", "exact"),
     "read": ("post", "pre", "anchor"),
@@ -306,6 +325,56 @@ def _conflicts(c: MemoryConfig):
         f"retention={c.retention!r}.",
     )
     yield (
+        c.toward == "start"
+        and (newton or c.retention not in ("decay", "channel", *PROJECTIONS)),
+        "toward='start' is about a decay: it needs retention 'decay', 'channel', "
+        f"'elastic_net' or 'norm_clamp' and a rule other than 'newton', got "
+        f"{c.retention!r}, {c.rule!r}.",
+    )
+    yield (
+        c.erases == "written"
+        and not (delta and (c.toward == "start" or c.retention == "none")),
+        "erases='written' is about a delta term beside a start that stays: it needs "
+        "dgd 'both' or 'input' and toward='start' or retention='none', got "
+        f"dgd={c.dgd!r}, toward={c.toward!r}, retention={c.retention!r}.",
+    )
+    yield (
+        c.recall == "after" and c.toward == "start" and c.erases == "all",
+        "recall='after' beside toward='start' would erase α W, but retention leaves "
+        "α W + (1 − α) W₀: use erases='written' or recall='before'.",
+    )
+    law = c.rate_law
+    yield (
+        law != "token"
+        and (
+            c.architecture not in ("linear", "mlp")
+            or c.retention not in ("none", "decay")
+            or c.rule not in ("gd", "momentum", "nesterov")
+            or c.norm
+            or c.window > 1
+            or c.steps > 1
+        ),
+        f"rate_law={law!r} knows the layers of a matrix or an mlp without norm, window "
+        "or several steps, with retention 'none' or 'decay' and rule 'gd', 'momentum' "
+        f"or 'nesterov', got {c.architecture!r}, norm={c.norm}, window={c.window}, "
+        f"steps={c.steps}, {c.retention!r}, {c.rule!r}.",
+    )
+    yield (
+        law != "token" and exact,
+        f"rate_law={law!r} is about anchored gradients: an exact memory is stable at "
+        "every rate up to 1. Use rate_law='token'.",
+    )
+    yield (
+        law == "output" and (c.architecture != "mlp" or c.bias not in ("l2", "dot")),
+        "rate_law='output' solves for the output layer of an mlp: it needs bias 'l2' "
+        f"or 'dot', got {c.architecture!r}, {c.bias!r}. A matrix has gradient='exact'.",
+    )
+    yield (
+        law == "non_expansive" and (c.inertia or c.retention != "decay"),
+        "rate_law='non_expansive' bounds a step by what its token forgets: it needs "
+        f"rule 'gd' and retention 'decay', got {c.rule!r}, {c.retention!r}.",
+    )
+    yield (
         c.steps > 1 and (c.window > 1 or newton or not (exact or c.chunk == 1)),
         f"steps={c.steps} needs window=1, a rule other than 'newton', and "
         "gradient='exact' or chunk=1: gradients taken at the chunk's start are the "
@@ -360,17 +429,25 @@ def threshold(config: MemoryConfig, tokens: Tokens) -> Array:
     return jnp.full_like(tokens.eta, config.threshold)
 
 
-def delta_rates(config: MemoryConfig, eta: Array, inputs: dict[str, Array]) -> dict:
+def delta_rates(
+    config: MemoryConfig,
+    eta: Array | dict[str, Array],
+    inputs: dict[str, Array],
+) -> dict:
     """The coefficient b of the delta term for each matrix that has one.
 
     A key of unit norm meets the first matrices, where the explicit coefficient η is
     stable; mapped keys and hidden vectors have any norm: theirs is the proximal one.
+    Under a `rate_law`, `eta` is the step of each matrix, and b is the same.
     """
     if config.dgd == "none":
         return {}
     first = {"gated_mlp": ("w2", "w3"), "deep_mlp": (f"w{config.depth}",)}
     first |= {"mlp": ("w2",), "linear": ("w",), "vector": ("w",)}
     keyed = first[config.architecture]
+    if config.rate_law != "token":
+        names = keyed if config.dgd == "input" else tuple(inputs)
+        return {name: eta[name] for name in names}
     rates = {}
     for name, x in inputs.items():
         if name in keyed and config.features == "none":
@@ -396,11 +473,16 @@ class Erasure(NamedTuple):
 
 
 def erasures(
-    config: MemoryConfig, tokens: Tokens, inputs: dict[str, Array]
+    config: MemoryConfig,
+    tokens: Tokens,
+    inputs: dict[str, Array],
+    eta: Array | dict[str, Array] | None = None,
 ) -> dict[str, Erasure]:
-    """The delta terms of tokens that share the leading axes of `inputs`."""
+    """The delta terms of tokens that share the leading axes of `inputs`; `eta` is that
+    of the tokens unless it is given, a step a matrix."""
     terms = {}
-    for name, rate in delta_rates(config, tokens.eta, inputs).items():
+    eta = tokens.eta if eta is None else eta
+    for name, rate in delta_rates(config, eta, inputs).items():
         x = inputs[name]
         if tokens.erase_key is not None:
             x = tokens.erase_key
@@ -420,8 +502,20 @@ def build_flow(config: MemoryConfig) -> optax.GradientTransformationExtraArgs:
     Its state is a tuple; a momentum, where the rule has one, is its second entry.
     """
     steps = list(_rule(config))
+    written = config.erases == "written"
+    if config.rate_law != "token":
+
+        def erased(token, met):
+            steps = rates.steps(config, token, met)
+            return erasures(config, token, met.inputs, steps)
+
+    else:
+
+        def erased(token, inputs):
+            return erasures(config, token, inputs)
+
     if config.dgd != "none":
-        steps.append(rule.erase(lambda token, inputs: erasures(config, token, inputs)))
+        steps.append(rule.erase(erased, written))
     if config.rule != "newton":  # which decays its own statistics
         steps += _retention(config)
     return optax.chain(*steps)
@@ -429,9 +523,16 @@ def build_flow(config: MemoryConfig) -> optax.GradientTransformationExtraArgs:
 
 def _rule(config):
     if config.rule in ("gd", "momentum", "nesterov"):
-        yield rule.descend()
+        law = config.rate_law
+        if law == "token":
+            yield rule.descend()
+        else:
+            yield rates.descend(config)
         if config.rule != "gd":
-            yield rule.inertia() if config.rule == "momentum" else rule.nesterov()
+            # An exact output layer takes its own step at once.
+            but = ("w1",) if law == "output" else ()
+            follow = rule.inertia if config.rule == "momentum" else rule.nesterov
+            yield follow(but)
     elif config.rule == "implicit":
         yield rule.implicit()
     elif config.rule == "newton":
@@ -452,8 +553,9 @@ def _retention(config):
     if config.retention == "oja":
         return [retention.decay(), retention.oja()]
     if config.retention in PROJECTIONS:
-        return [retention.decay(), retention.project(projection(config), config.chunk)]
-    return [retention.decay()]
+        project = retention.project(projection(config), config.chunk)
+        return [retention.decay(config.toward == "start"), project]
+    return [retention.decay(config.toward == "start")]
 
 
 def link(config: MemoryConfig) -> retention.Link:
@@ -561,7 +663,12 @@ def memory_level(
 
     def inputs(weights, token):
         k = token.k if config.window == 1 else token.k[0]
-        return function.inputs(weights, k)
+        if config.rate_law == "token":
+            return function.inputs(weights, k)
+        slope = jax.grad(loss)
+        return rates.meet(
+            function, weights, k, lambda o: slope(o, token.v, threshold(config, token))
+        )
 
     return Level(
         init=lambda key: initial_weights(config, function.init(key)),

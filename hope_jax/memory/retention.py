@@ -30,22 +30,32 @@ def spread(alpha: Array, weights: Array) -> Array:
     return alpha.reshape((1,) * (weights.ndim - 1) + alpha.shape)
 
 
-def decay() -> optax.GradientTransformationExtraArgs:
+def decay(toward_start: bool = False) -> optax.GradientTransformationExtraArgs:
     """Decay: adds `(αₜ − 1) M`, so that the memory keeps the fraction αₜ.
+
+    With `toward_start` it adds `(αₜ − 1) (M − M₀)`: what has been written decays, and
+    M₀, where `init` saw the parameters, stays. It is the step of the retention
+    `½‖M − M₀‖²`.
 
     αₜ is `context.alpha`, the *retained* fraction (Titans writes the forgotten one): a
     scalar, or a vector [K] with a fraction for each channel of the keys, `M Diag(αₜ)`
     (GLA, arXiv:2312.06635; KDA).
     """
 
+    def init(params):
+        return params if toward_start else ()
+
     def update(updates, state, params, *, context, **extra):
         del extra
+        fading = params
+        if toward_start:
+            fading = jax.tree.map(jnp.subtract, params, state)
         kept = jax.tree.map(
-            lambda u, m: u + (spread(context.alpha, m) - 1.0) * m, updates, params
+            lambda u, m: u + (spread(context.alpha, m) - 1.0) * m, updates, fading
         )
         return kept, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def oja_term(

@@ -36,28 +36,32 @@ def descend() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
-def inertia() -> optax.GradientTransformationExtraArgs:
-    """`Sₜ = θₜ Sₜ₋₁ + update`: inner momentum, decay `context.theta` (Titans 14)."""
+def inertia(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
+    """`Sₜ = θₜ Sₜ₋₁ + update`: inner momentum, decay `context.theta` (Titans 14).
+
+    Matrices named in `but` move by their update itself.
+    """
 
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
 
     def update(updates, state, params=None, *, context, **extra):
         del params, extra
-        state = jax.tree.map(lambda s, u: context.theta * s + u, state, updates)
-        return state, state
+        moved = jax.tree.map(lambda s, u: context.theta * s + u, state, updates)
+        still = {name: state[name] for name in but}
+        return moved | {name: updates[name] for name in but}, moved | still
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def nesterov() -> optax.GradientTransformationExtraArgs:
+def nesterov(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
     """`Sₜ = θₜ Sₜ₋₁ + uₜ`, update `θₜ Sₜ + uₜ`: `inertia` that looks one step ahead."""
-    follow = inertia()
+    follow = inertia(but)
 
     def update(updates, state, params=None, *, context, **extra):
         _, state = follow.update(updates, state, params, context=context, **extra)
         ahead = jax.tree.map(lambda s, u: context.theta * s + u, state, updates)
-        return ahead, state
+        return ahead | {name: updates[name] for name in but}, state
 
     return optax.GradientTransformationExtraArgs(follow.init, update)
 
@@ -72,6 +76,7 @@ def corrected_rate(eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array,
 
 def erase(
     erasures: Callable[[Any, dict[str, Array]], dict[str, tuple[Array, Array]]],
+    written: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """`−(M r) pᵀ`: the state-dependent forgetting of delta gradient descent.
 
@@ -79,13 +84,18 @@ def erase(
       erasures: `(context, inputs) -> {name: (r, p)}`, what each matrix recalls and
         erases; for equation 88 `r = xₜ` and `p = bₜ xₜ`. A matrix it does not name
         keeps all.
+      written: `−((M − M₀) r) pᵀ`, which leaves the start M₀ as it is; M₀ is where
+        `init` saw the parameters.
     """
+
+    def init(params):
+        return params if written else ()
 
     def update(updates, state, params, *, context, inputs, **extra):
         del extra
 
         def forget(name, recall, along):
-            m = params[name]
+            m = params[name] - state[name] if written else params[name]
             recalled = m * recall if m.ndim == 1 else m @ recall
             erased = recalled * along if m.ndim == 1 else jnp.outer(recalled, along)
             return updates[name] - erased
@@ -95,7 +105,7 @@ def erase(
             name: forget(name, *term) for name, term in terms.items()
         }, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -26,10 +26,13 @@ class Memories(NamedTuple):
     Attributes:
       projection: in the order of the config's `projections`, `[B, H, P, ...]`.
       main: leaves `[B, H, ...]`.
+      anchors: the weights of both at the start of their chunks, from which a chunk's
+        keys, values and gates are generated.
     """
 
     projection: LevelState
     main: LevelState
+    anchors: tuple[Weights, Weights]
 
 
 class _Head(NamedTuple):
@@ -39,6 +42,7 @@ class _Head(NamedTuple):
     main: Weights
     conv: dict[str, Float[Array, "W K"]]
     gate: dict[str, tuple[Float[Array, " K"], Float[Array, ""]]]
+    share: Float[Array, " P"]
 
 
 def self_modifying_reference(
@@ -51,9 +55,11 @@ def self_modifying_reference(
         M_□,ₜ = M_□,ₜ₋₁ (αₜ I − ηₜ kₜ kₜᵀ) − ηₜ ∇ℓ(M_□; kₜ, v̂ₜ)               (86-88)
 
     where each M_□ without a time is read at its anchor, its state after its last whole
-    chunk (equation 90), which for a chunk of one token is M_□,ₜ₋₁. Keys and queries
-    have unit norm; with `unit_values` so have values and targets, which the equations
-    leave free.
+    chunk (equation 90), which for a chunk of one token is M_□,ₜ₋₁. What the equations
+    leave free is as `SelfModifyingConfig` has it: keys and queries have unit norm,
+    values and targets by `unit_values` and `scale_free`, xₜ is a slow map of the token
+    for each of k, v and the gates with `inputs='dense'`, and a projection takes its
+    learned share of ηₜ.
 
     Args:
       layer: the layer, whose memories start at its learned initial states.
@@ -67,11 +73,17 @@ def self_modifying_reference(
     def split(a):
         return a.astype(jnp.float32).reshape(rows, length, layer.heads, layer.width)
 
-    projected = x if layer.config.adaptive_q else layer.q(x)
+    dense = layer.config.inputs == "dense"
+    seen = {
+        "k": layer.k(x) if dense else x,
+        "v": layer.v(x) if dense else x,
+        "gates": layer.gates(x) if dense else x,
+        "q": layer.q(x) if dense or not layer.config.adaptive_q else x,
+    }
     live = functools.partial(_live, layer.config)
-    live = jax.vmap(live, in_axes=(0, 1, 1), out_axes=(0, 1))  # heads
-    live = jax.vmap(live, in_axes=(None, 0, 0))  # rows
-    memories, y = live(_heads(layer), split(x), split(projected))
+    live = jax.vmap(live, in_axes=(0, 1), out_axes=(0, 1))  # heads
+    live = jax.vmap(live, in_axes=(None, 0))  # rows
+    memories, y = live(_heads(layer), jax.tree.map(split, seen))
 
     y = layer.norm(y.astype(layer.dtype)).reshape(x.shape)
     return layer.out(y * jax.nn.silu(layer.gate(x))), memories
@@ -98,48 +110,63 @@ def _heads(layer: SelfModifyingTitans) -> _Head:
             "alpha": (layer.read_alpha[...], layer.bias_alpha[...]),
             "theta": (layer.read_theta[...], layer.bias_theta[...]),
         },
+        share=jnp.ones((layer.heads, len(layer.config.projections)), jnp.float32)
+        if layer.config.projection_rate is None
+        else jax.nn.sigmoid(layer.shares[...]),
     )
 
 
 def _live(
-    config: SelfModifyingConfig,
-    head: _Head,
-    x: Float[Array, "T K"],
-    projected: Float[Array, "T K"],
+    config: SelfModifyingConfig, head: _Head, seen: dict[str, Float[Array, "T K"]]
 ) -> tuple[Memories, Float[Array, "T K"]]:
-    """The memories of one head live through one stream; `projected` is W_q x."""
-    width = x.shape[-1]
-    recall = build_architecture(config.memory, width).apply
-    each = jax.vmap(recall, (0, None))
-    main_level = memory_level(config.memory, width)
+    """The memories of one head live through one stream."""
+    memory = config.memory
+    width = seen["k"].shape[-1]
+    apply = build_architecture(memory, width).apply
+    main_level = memory_level(memory, width)
     level = memory_level(
-        dataclasses.replace(config.memory, chunk=config.projection_chunk), width
+        dataclasses.replace(memory, chunk=config.projection_chunk), width
     )
 
-    def bounded(value):
-        return _unit(value) if config.unit_values else value
+    def recall(weights, x):
+        if not config.scale_free or memory.architecture == "linear":
+            return apply(weights, x)
+        return _norm(x) * apply(weights, x / _norm(x))
+
+    def target(weights, v):
+        if config.unit_values:
+            return _unit(recall(weights, v))
+        made = recall(weights, v)
+        if config.scale_free:
+            made = made * jnp.minimum(1.0, _norm(v) / _norm(made))
+        return made
 
     def gate(name, of):
         weight, bias = head.gate[name]
         return jax.nn.sigmoid(jnp.vdot(weight, of) + bias)
 
-    def step(state, inputs):
-        memories, windows = state
-        x_t, projected_t = inputs
-        anchors, main_anchor = (_anchor(memory) for memory in memories)
+    def activate(x):
+        return jax.nn.silu(x) if config.conv_activation == "silu" else x
 
-        made = dict(zip(config.projections, each(anchors, x_t), strict=True))
-        made.setdefault("q", projected_t)
+    def step(state, seen):
+        memories, windows, count = state
+        anchors, main_anchor = memories.anchors
+        source = {"eta": seen["gates"], "alpha": seen["gates"]} | seen
+
+        inputs = jnp.stack([source[name] for name in config.projections])
+        made = jax.vmap(recall)(anchors, inputs)
+        made = dict(zip(config.projections, made, strict=True))
+        made.setdefault("q", seen["q"])
         windows = {
             name: jnp.concatenate([window[1:], made[name][None]])
             for name, window in windows.items()
         }
-        k, v, q = (jnp.sum(head.conv[n] * windows[n], axis=0) for n in "kvq")
-        theta = gate("theta", x_t)
+        k, v, q = (activate(jnp.sum(head.conv[n] * windows[n], axis=0)) for n in "kvq")
+        theta = gate("theta", seen["gates"])
         eta = config.rate_bound * gate("eta", made["eta"])
-        if config.memory.inertia:
+        if memory.inertia and memory.rate_law == "token":
             eta = eta * (1.0 - theta)
-        v = bounded(v)
+        v = _unit(v) if config.unit_values else v
         token = Tokens(
             k=_unit(k),
             v=v,
@@ -149,25 +176,36 @@ def _live(
             theta=theta,
         )
 
-        def learn(state, target):
-            return tick(level, state, token._replace(v=bounded(target)))[0]
+        def learn(state, anchor, share):
+            own = v if config.targets == "none" else target(anchor, v)
+            return tick(level, state, token._replace(v=own, eta=share * eta))[0]
 
-        projection = jax.vmap(learn)(memories.projection, each(anchors, v))
-        own = token._replace(v=bounded(recall(main_anchor, v)))
-        main, y = tick(main_level, memories.main, own)
-        return (Memories(projection, main), windows), y
+        projection = jax.vmap(learn)(memories.projection, anchors, head.share)
+        own = target(main_anchor, v) if config.targets == "all" else v
+        main, y = tick(main_level, memories.main, token._replace(v=own))
+
+        count = count + 1
+        refresh = lambda every, new, old: jax.tree.map(  # noqa: E731
+            lambda a, b: jnp.where(count % every == 0, a, b), new, old
+        )
+        after = (
+            refresh(config.projection_chunk, projection.params, anchors),
+            refresh(memory.chunk, main.params, main_anchor),
+        )
+        return (Memories(projection, main, after), windows, count), y
 
     start = Memories(
         projection=jax.vmap(lambda weights: begin(level, weights))(head.projection),
         main=begin(main_level, head.main),
+        anchors=(head.projection, head.main),
     )
     windows = {name: jnp.zeros_like(kernel) for name, kernel in head.conv.items()}
-    (memories, _), y = jax.lax.scan(step, (start, windows), (x, projected))
+    (memories, _, _), y = jax.lax.scan(step, (start, windows, jnp.int32(0)), seen)
     return memories, y
 
 
-def _anchor(state: LevelState) -> Weights:
-    return state.params if state.anchor is None else state.anchor
+def _norm(x: Float[Array, " K"]) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.vdot(x, x) + 1e-6)
 
 
 def _unit(x: Float[Array, " K"]) -> Float[Array, " K"]:

@@ -13,16 +13,31 @@ from hope_jax.models.self_modifying import SelfModifyingConfig, SelfModifyingTit
 D, HEADS, ROWS = 8, 2, 2
 
 
-def configured(
-    chunk=2, projection_chunk=4, adaptive_q=False, rate=None, unit_values=True, **memory
-):
+LITERAL = dict(
+    inputs="slice",
+    conv_activation="none",
+    projection_rate=None,
+    scale_free=False,
+    unit_values=True,
+)
+
+
+def configured(chunk=2, projection_chunk=4, memory=None, **layer):
+    """A small layer: the equations to the letter, but for what is given."""
     return SelfModifyingConfig(
-        memory=MemoryConfig(chunk=chunk, expansion=2, **memory),
+        memory=MemoryConfig(chunk=chunk, expansion=2, **memory or {}),
         projection_chunk=projection_chunk,
-        adaptive_q=adaptive_q,
-        rate=rate,
-        unit_values=unit_values,
-        conv=3,
+        **LITERAL | dict(conv=3) | layer,
+    )
+
+
+def remembering(chunk=2, projection_chunk=4, memory=None, **layer):
+    """A small layer with the defaults that remember."""
+    choices = dict(rule="gd", dgd="none", toward="start", rate_law="output")
+    return SelfModifyingConfig(
+        memory=MemoryConfig(chunk=chunk, expansion=2, **choices | (memory or {})),
+        projection_chunk=projection_chunk,
+        **dict(conv=3) | layer,
     )
 
 
@@ -56,7 +71,7 @@ def fast(graphdef, params, x):
 def slow(graphdef, params, x):
     y, memories = self_modifying_reference(nnx.merge(graphdef, params), x)
     momentum = nnx.merge(graphdef, params).config.memory.inertia
-    return y, tuple((m.params, m.opt[1] if momentum else {}) for m in memories)
+    return y, tuple((m.params, m.opt[1] if momentum else {}) for m in memories[:2])
 
 
 def close(a, b, tolerance=1e-5):
@@ -76,32 +91,62 @@ LAYERS = {
     "both clocks, remainder": (11, configured()),
     "token recurrence": (
         4,
-        configured(chunk=1, projection_chunk=1, rate=0.3, unit_values=False),
+        configured(1, 1, rate=0.3, unit_values=False),
     ),
     "no momentum, adaptive query": (
         6,
-        configured(chunk=3, projection_chunk=3, rule="gd", adaptive_q=True),
+        configured(3, 3, dict(rule="gd"), adaptive_q=True),
     ),
     "dot, read before, delta on the input": (
         4,
-        configured(chunk=2, projection_chunk=2, bias="dot", read="pre", dgd="input"),
+        configured(2, 2, dict(bias="dot", read="pre", dgd="input")),
     ),
     "read at the anchor, no delta, no retention": (
         4,
-        configured(
-            chunk=2, projection_chunk=2, read="anchor", dgd="none", retention="none"
-        ),
+        configured(2, 2, dict(read="anchor", dgd="none", retention="none")),
     ),
-    "linear": (5, configured(projection_chunk=2, architecture="linear")),
+    "linear": (5, configured(2, 2, dict(architecture="linear"))),
     "linear, dot": (
         4,
         configured(
-            projection_chunk=2,
-            architecture="linear",
-            bias="dot",
-            rule="gd",
-            dgd="none",
+            2,
+            2,
+            dict(architecture="linear", bias="dot", rule="gd", dgd="none"),
             unit_values=False,
+        ),
+    ),
+    "defaults": (11, remembering()),
+    "defaults, adaptive query, what was written": (
+        6,
+        remembering(memory=dict(dgd="both", erases="written"), adaptive_q=True),
+    ),
+    "main memory stores values, momentum": (
+        6,
+        remembering(
+            memory=dict(rule="momentum", rate_law="energy", dgd="both"),
+            targets="projections",
+            unit_values=True,
+        ),
+    ),
+    "no targets of their own": (5, remembering(targets="none", inputs="slice")),
+    "matrix": (
+        11,
+        remembering(
+            memory=dict(
+                architecture="linear",
+                gradient="exact",
+                rate_law="token",
+                bias="dot",
+                dgd="both",
+                recall="after",
+                erases="written",
+            )
+        ),
+    ),
+    "matrix, l2, chunks of one clock": (
+        6,
+        remembering(
+            4, 4, dict(architecture="linear", gradient="exact", rate_law="token")
         ),
     ),
 }
