@@ -12,8 +12,9 @@ class GateConfig:
       rate: inner rate η: `one`, a sigmoid of the `token` times `rate_bound`, or `step`,
         Mamba-2's Δ: then α = exp(−aΔ) with a learned rate `a` a head.
       rate_bound: bound on η; None is 1 for exact memories (½ where both the gradient
-        and a delta term recall) and `1 / (chunk · window)` for anchored ones, whose
-        sums of a chunk's gradients diverge beyond 2; times `1 − θ` with inner momentum.
+        and a delta term recall), 1 under a `rate_law` and `1 / (chunk · window)` for
+        other anchored ones, whose sums of a chunk's gradients diverge beyond 2; times
+        `1 − θ` with inner momentum.
       retention: α: `one`, a `constant` of each head (RetNet's 1 − 2^(−5−h)), or a
         sigmoid of the `token`, per channel where the memory's retention is.
       erase: what the delta term recalls: the write `key`; RWKV-7's own removal key with

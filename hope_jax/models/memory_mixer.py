@@ -101,6 +101,8 @@ class MemoryMixerConfig:
         memory = self.memory
         if self.gates.rate_bound is not None:
             return self.gates.rate_bound
+        if memory.rate_law != "token":
+            return 1.0
         if memory.gradient == "anchored":
             return 1.0 / (memory.chunk * memory.window)
         twice = memory.bias != "dot" and memory.dgd != "none"
@@ -321,20 +323,25 @@ class MemoryMixer(nnx.Module):
         if not learn:
             memory, y = self._only_read(state.memory, tokens.q, state.position)
         elif aligned or self._chunk_is_free:
-            run = lambda s, t: memory_scan(  # noqa: E731
+            run = lambda s, t, start: memory_scan(  # noqa: E731
                 self.config.memory,
                 s,
                 t,
                 impl=self.config.impl,
                 truncate=self.config.truncate,
+                start=start,
             )
-            memory, y = _every(run)(state.memory, tokens)
+            memory, y = _every(run, self._start())(state.memory, tokens)
         else:
-            memory, y = self._live(state.memory, tokens, state.position)
+            memory, y = self._live(state.memory, tokens, state.position, self._start())
         y = jnp.moveaxis(y, 1, 2)
         y = self.norm(y.astype(self.dtype)).reshape(x.shape)
         y = self.out(y * jax.nn.silu(self.gate(x)))
         return y, MemoryMixerState(memory, tails, position)
+
+    def _start(self):
+        """The learned memories, leaves `[H, ...]`."""
+        return {n: w[...] for n, w in self.start.items()}
 
     @property
     def _chunk_is_free(self) -> bool:
@@ -403,7 +410,8 @@ class MemoryMixer(nnx.Module):
                 alpha = jnp.exp(-decay * step)
         else:
             eta = self.config.rate_bound * jax.nn.sigmoid(self.eta(x))
-            if config.rule in ("momentum", "nesterov"):  # an average, not a sum
+            # An average, not a sum; a rate law sees to that itself.
+            if config.rule in ("momentum", "nesterov") and config.rate_law == "token":
                 still = (1.0 - theta).reshape(
                     *theta.shape, *[1] * (eta.ndim - theta.ndim)
                 )
@@ -447,14 +455,15 @@ class MemoryMixer(nnx.Module):
             return k, q, {"erase_rate": rate}
         return k, q, {}
 
-    def _live(self, memory, tokens, position):
+    def _live(self, memory, tokens, position, start):
         """Token by token, wherever each row stands in its chunk."""
         config = self.config.memory
+        live = _every(lambda s, t, start: piece(config, s, t, start=start), start)
 
         def step(carry, token):
             memory, position = carry
             token = jax.tree.map(lambda a: a[:, :, None], token)
-            memory, y = _every(lambda s, t: piece(config, s, t))(memory, token)
+            memory, y = live(memory, token)
             position = position + 1
             memory = commit_where(position % config.chunk == 0, memory)
             return (memory, position), y[:, :, 0]
@@ -481,9 +490,15 @@ class MemoryMixer(nnx.Module):
         return memory._replace(anchor=anchor), y
 
 
-def _every(run: Callable) -> Callable:
-    """Over rows and heads."""
-    return jax.vmap(jax.vmap(run))
+def _every(run: Callable, shared=None) -> Callable:
+    """Over rows and heads; `shared`, if given, is the last argument and has no rows."""
+    if shared is None:
+        return jax.vmap(jax.vmap(run))
+
+    def over_heads(state, tokens):
+        return jax.vmap(run)(state, tokens, shared)
+
+    return jax.vmap(over_heads)
 
 
 def _softplus_inverse(x: float) -> float:

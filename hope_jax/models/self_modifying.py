@@ -43,6 +43,15 @@ from hope_jax.models.layers import (
 )
 from hope_jax.models.memory_mixer import commit_where
 
+MLP = MemoryConfig(rule="gd", dgd="none", toward="start", rate_law="output")
+MATRIX = MemoryConfig(
+    architecture="linear",
+    bias="dot",
+    rule="gd",
+    gradient="exact",
+    toward="start",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfModifyingConfig:
@@ -50,7 +59,8 @@ class SelfModifyingConfig:
 
     Attributes:
       memory: the four choices all memories share; its `chunk` and `read` are the main
-        memory's (the projection memories are read at their chunk's start).
+        memory's (the projection memories are read at their chunk's start). `MLP` and
+        `MATRIX` are those that recall.
       projection_chunk: tokens per chunk of the projection memories, a multiple of
         `memory.chunk`.
       adaptive_q: makes the query a memory too (the paper's Table 6 ablates it).
@@ -75,9 +85,7 @@ class SelfModifyingConfig:
         from itself grow over long texts until they overflow.
     """
 
-    memory: MemoryConfig = MemoryConfig(
-        chunk=16, rule="gd", dgd="none", toward="start", rate_law="output"
-    )
+    memory: MemoryConfig = MLP
     projection_chunk: int = 64
     adaptive_q: bool = False
     conv: int = 4

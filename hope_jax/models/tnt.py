@@ -93,6 +93,12 @@ class TNTConfig:
 
     def __post_init__(self):
         memory = self.memory
+        if memory.returns or memory.rate_law != "token":
+            raise ValueError(
+                "memory: TNT resets its memories to their start and bounds their rates "
+                "itself: use toward='zero', erases='all' and rate_law='token', got "
+                f"{memory.toward!r}, {memory.erases!r}, {memory.rate_law!r}."
+            )
         for name in ("global_chunk", "shard", "conv"):
             if getattr(self, name) < 1:
                 raise ValueError(

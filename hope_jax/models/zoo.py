@@ -9,16 +9,16 @@ import dataclasses
 import difflib
 
 from hope_jax.memory import named
-from hope_jax.memory.compose import MemoryConfig
 from hope_jax.models import lm, mixers
 from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig, CMSLevel
-from hope_jax.models.self_modifying import SelfModifyingConfig
+from hope_jax.models.self_modifying import MATRIX, MLP, SelfModifyingConfig
 from hope_jax.models.titans import TitansConfig
 from hope_jax.models.tnt import TNTConfig
 
 _FAMILIES = {  # name -> its mixer, and whether its MLPs are levels of several clocks
     "hope": ("self_modifying", True),
+    "hope_matrix": ("self_modifying", True),
     "hope_attention": ("attention", True),
     "transformer": ("attention", False),
 }
@@ -37,7 +37,13 @@ class _Size:
         mixer, several = _FAMILIES[family]
         levels = self.levels if several else CMSConfig().levels
         cms = CMSConfig(levels=levels, hidden=self.hidden[family])
-        return dataclasses.replace(self.shared, name=name, mixer=mixer, cms=cms)
+        memory = self.shared.memory
+        if family == "hope_matrix":
+            matrix = dataclasses.replace(MATRIX, chunk=memory.memory.chunk)
+            memory = dataclasses.replace(memory, memory=matrix)
+        return dataclasses.replace(
+            self.shared, name=name, mixer=mixer, memory=memory, cms=cms
+        )
 
 
 def _levels(*periods: int, rate: float) -> tuple[CMSLevel, ...]:
@@ -54,7 +60,7 @@ def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
             context=4096,
             window=1024,
             memory=SelfModifyingConfig(
-                memory=MemoryConfig(chunk=64), projection_chunk=64
+                memory=dataclasses.replace(MLP, chunk=64), projection_chunk=64
             ),
             titans=TitansConfig(
                 memory=named.get("titans").memory, segment=512, window=1024
@@ -76,7 +82,8 @@ _SIZES: dict[str, _Size] = {
             vocab=4096,
             context=256,
             memory=SelfModifyingConfig(
-                memory=MemoryConfig(chunk=32, expansion=2), projection_chunk=32
+                memory=dataclasses.replace(MLP, chunk=32, expansion=2),
+                projection_chunk=32,
             ),
         ),
         levels=_levels(128, 512, 2048, rate=0.1),

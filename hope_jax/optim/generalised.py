@@ -100,6 +100,7 @@ def gradient_level(
             "config is None: a non-parametric memory has no choices. Use "
             "from_level(attention_level(...), context=...)."
         )
+    _check_published(config)
     rows = _mode(config, rows)
     check_fraction("retention", retention)
     check_fraction("inertia", inertia)
@@ -327,6 +328,15 @@ class Reading(NamedTuple):
 
     memory: MemoryState
     count: Int[Array, ""]
+
+
+def _check_published(config: MemoryConfig) -> None:
+    if config.returns or config.rate_law != "token":
+        raise ValueError(
+            "config: a memory of gradients decays to zero at its own rates: it needs "
+            "toward='zero', erases='all' and rate_law='token', got "
+            f"{config.toward!r}, {config.erases!r}, {config.rate_law!r}."
+        )
 
 
 def _in_turn(config, sequence) -> optax.GradientTransformationExtraArgs:

@@ -135,6 +135,7 @@ def check_config(config: MemoryConfig) -> None:
         "window": (1,),
         "steps": (1,),
         "dgd": ("none",),
+        "rate_law": ("token",),
     }
     for name, values in wanted.items():
         if getattr(config, name) not in values:

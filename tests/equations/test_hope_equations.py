@@ -45,8 +45,11 @@ def configured(chunk=1, **memory):
         memory=MemoryConfig(chunk=chunk, **options),
         projection_chunk=chunk,
         conv=1,
+        conv_activation="none",
+        inputs="slice",
         rate=0.9,
-        unit_values=False,
+        projection_rate=None,
+        scale_free=False,
     )
 
 

@@ -5,11 +5,10 @@ import functools
 
 import jax
 
-from hope_jax.memory.compose import MemoryConfig
 from hope_jax.models import lm
 from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig, CMSLevel
-from hope_jax.models.self_modifying import SelfModifyingConfig
+from hope_jax.models.self_modifying import MLP, SelfModifyingConfig
 
 VOCAB, LENGTH = 13, 21
 
@@ -22,7 +21,7 @@ HOPE = ModelConfig(
     mixer="self_modifying",
     context=64,
     memory=SelfModifyingConfig(
-        memory=MemoryConfig(chunk=2, expansion=2), projection_chunk=4, rate=0.5
+        memory=dataclasses.replace(MLP, chunk=2, expansion=2), projection_chunk=4
     ),
     cms=CMSConfig(
         levels=(

@@ -9,10 +9,9 @@ import numpy as np
 import optax
 
 from hope_jax import optim
-from hope_jax.memory.compose import MemoryConfig
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
-from hope_jax.models.self_modifying import SelfModifyingConfig
+from hope_jax.models.self_modifying import MLP, SelfModifyingConfig
 from hope_jax.optim import options
 from hope_jax.optim.capture import dgd_gradients
 from hope_jax.train import loop
@@ -121,7 +120,7 @@ def test_training_with_ggd_of_squares_is_explicit_dgd():
 def test_a_model_that_modifies_itself_trains_with_dgd():
     cms = CMSConfig(levels=(CMSLevel(period=2 * SEQ),), hidden=8)
     memory = SelfModifyingConfig(
-        memory=MemoryConfig(chunk=SEQ, expansion=2), projection_chunk=SEQ, rate=0.5
+        memory=dataclasses.replace(MLP, chunk=SEQ, expansion=2), projection_chunk=SEQ
     )
     model = dataclasses.replace(
         small.HOPE, layers=1, context=SEQ, memory=memory, cms=cms
