@@ -164,8 +164,10 @@ def check(workdir: str, rows: Mapping[str, RunConfig]) -> Path:
     """The folder of a quickstart: new, empty, or with a run that a row has left."""
 
     def is_ours(folder: Path) -> bool:
-        runs = [folder / row for row in rows if (folder / row).is_dir()]
-        return any(any(run.iterdir()) and loop.is_run(run) for run in runs)
+        names = {path.name for path in folder.iterdir()}
+        runs = [folder / row for row in names & set(rows) if (folder / row).is_dir()]
+        begun = any(any(run.iterdir()) and loop.is_run(run) for run in runs)
+        return begun or names <= set(rows)
 
     written = ("loss.png", "levels.png", RESULTS, f".{RESULTS}", *rows)
     folder = check_folder("--workdir", workdir, written, is_ours)
