@@ -7,19 +7,25 @@
     frozen    as reset, and no level moves while reading
 
 What a model gains by learning while it reads is frozen minus reset.
+
+With --ablate: which of its parts does the learning. Every part is switched off in turn,
+texts are read twice, facts planted and asked for, and a sceptic's controls applied.
 """
 
 import argparse
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from hope_jax.data import text
-from hope_jax.evaluate import language_model
+from hope_jax.data.tokenizer import encode_documents
+from hope_jax.evaluate import ablation, language_model
 from hope_jax.stream.reader import Opened, open_checkpoint
 from hope_jax.train import checkpoint, metrics
 
@@ -50,7 +56,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="write a result file there, as experiments/results has them",
+        help="write a result file there, as experiments/results has them; with "
+        "--ablate the default is the checkpoint's folder",
+    )
+    parser.add_argument(
+        "--ablate", action="store_true", help="which part does the learning"
+    )
+    parser.add_argument(
+        "--ablate-rows",
+        type=int,
+        default=8,
+        metavar="N",
+        help="with --ablate, texts that are read twice (default: 8)",
+    )
+    parser.add_argument(
+        "--ablate-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="with --ablate, tokens of such a text (default: 1024)",
+    )
+    parser.add_argument(
+        "--ablate-facts",
+        type=int,
+        default=32,
+        metavar="N",
+        help="with --ablate, facts planted at each distance (default: 32)",
     )
     options = parser.parse_args(arguments)
 
@@ -71,6 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.split == "all":
         documents = (*corpus.train, *corpus.validation)
     console.print(corpus.summary(), markup=False, soft_wrap=True)
+    if options.ablate:
+        with fail_in_words():
+            ablate(opened, documents, options, console)
+        return
     with fail_in_words():
         measured = measure(opened, documents, rows=options.rows)
     print_table(
@@ -95,6 +130,92 @@ def main(arguments: Sequence[str] | None = None) -> None:
             },
         )
         console.print(f"wrote {path}", markup=False)
+
+
+def ablate(
+    opened: Opened,
+    documents: Sequence[text.Document],
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Prints and saves the table of `hope_jax.evaluate.ablation`."""
+    config = opened.config
+    count, length = options.ablate_rows, options.ablate_tokens
+    if options.ablate_facts < 2:
+        raise ValueError(
+            f"ablate-facts must be at least 2, got {options.ablate_facts}: one fact "
+            "has no interval."
+        )
+    ids = encode_documents(opened.tokenizer, documents)
+    read = ablation.texts(ids, count=count, length=length + 1)
+    stream, facts = np.concatenate(ids), {}
+    for distance in ablation.DISTANCES:
+        # Rows of text may overlap: each has a fact of its own.
+        last = len(stream) - ablation.room(distance)
+        if last < 1:
+            console.print(f"facts at {distance} left out: the text is too short.")
+            continue
+        starts = np.linspace(0, last, options.ablate_facts).astype(int)
+        rows = np.stack([stream[s : s + ablation.room(distance)] for s in starts])
+        facts[distance] = ablation.plant(rows, distance, config.seed, np.unique(stream))
+
+    measured = []
+    with console.status("reading") as status:
+        for row in ablation.rows(config.model):
+            status.update(row.name)
+            measured.append(ablation.measure(row, opened.params, read, facts))
+    title = (
+        f"{config.model.name}, step {opened.step:,}: nats a token of {count} texts of "
+        f"{length:,} tokens; facts: nats saved, with their 95 % interval"
+    )
+    print_ablation(console, title, measured)
+    folder = options.output or checkpoint.find(options.checkpoint).parent
+    path = metrics.write_result(
+        folder,
+        experiment="ablation",
+        row=config.row,
+        scale=config.scale,
+        seed=config.seed,
+        config=config,
+        metrics={
+            **ablation.flat(measured),
+            "step": opened.step,
+            "texts": count,
+            "tokens": length,
+            "facts": options.ablate_facts,
+        },
+    )
+    console.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def print_ablation(
+    console: Console, title: str, measured: Sequence[ablation.Measured]
+) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("first", "again", "other", "gain"):
+        table.add_column(name, justify="right")
+    distances = [d for d in ablation.DISTANCES if d in measured[0].facts]
+    for distance in distances:
+        table.add_column(f"fact at {distance}", justify="right")
+    left_out = []
+    for row, readings, facts in measured:
+        if readings is None:
+            left_out.append(f"{row.name}: left out, {row.reason}.")
+            continue
+        values = (readings.first, readings.again, readings.other, readings.gain)
+        cells = [f"{v:.3f}" if math.isfinite(v) else "diverged" for v in values]
+        for distance in distances:
+            gain = facts.get(distance)
+            cells.append(
+                f"{gain.mean:.3f} [{gain.low:.3f}, {gain.high:.3f}]" if gain else ""
+            )
+        table.add_row(row.name, *(cell.replace("[", r"\[") for cell in cells))
+        if row.name == "nothing learns":
+            table.add_section()
+    console.print(table)
+    for line in left_out:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def measure(
