@@ -166,7 +166,8 @@ def ablate(
             measured.append(ablation.measure(row, opened.params, read, facts))
     title = (
         f"{config.model.name}, step {opened.step:,}: nats a token of {count} texts of "
-        f"{length:,} tokens; facts: nats saved, with their 95 % interval"
+        f"{length:,} tokens, read first, again, and another after it; gain: other - "
+        "again"
     )
     print_ablation(console, title, measured)
     folder = options.output or checkpoint.find(options.checkpoint).parent
@@ -191,31 +192,43 @@ def ablate(
 def print_ablation(
     console: Console, title: str, measured: Sequence[ablation.Measured]
 ) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("first", "again", "other", "gain"):
-        table.add_column(name, justify="right")
-    distances = [d for d in ablation.DISTANCES if d in measured[0].facts]
-    for distance in distances:
-        table.add_column(f"fact at {distance}", justify="right")
-    left_out = []
-    for row, readings, facts in measured:
+    """Readings of every row, the facts of those that were asked, what was left out."""
+
+    def begin(title, *columns):
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("", no_wrap=True)
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        return table
+
+    def written(value):
+        return f"{value:.3f}" if math.isfinite(value) else "diverged"
+
+    table = begin(title, "first", "again", "other", "gain")
+    for row, readings, _ in measured:
         if readings is None:
-            left_out.append(f"{row.name}: left out, {row.reason}.")
-            continue
-        values = (readings.first, readings.again, readings.other, readings.gain)
-        cells = [f"{v:.3f}" if math.isfinite(v) else "diverged" for v in values]
-        for distance in distances:
-            gain = facts.get(distance)
-            cells.append(
-                f"{gain.mean:.3f} [{gain.low:.3f}, {gain.high:.3f}]" if gain else ""
-            )
-        table.add_row(row.name, *(cell.replace("[", r"\[") for cell in cells))
+            table.add_row(row.name, *("",) * 4, style="dim")
+        else:
+            table.add_row(row.name, *map(written, (*readings, readings.gain)))
         if row.name == "nothing learns":
             table.add_section()
     console.print(table)
-    for line in left_out:
-        console.print(line, markup=False, soft_wrap=True)
+    distances = [d for d in ablation.DISTANCES if d in measured[0].facts]
+    if distances:
+        table = begin(
+            "Nats a token saved by a planted fact, and half its 95 % interval",
+            *(f"{d} tokens on" for d in distances),
+        )
+        for row, _, facts in measured:
+            gains = (facts[d] for d in distances if d in facts)
+            cells = [f"{written(g.mean)} ± {written(g.high - g.mean)}" for g in gains]
+            if cells:
+                table.add_row(row.name, *cells)
+        console.print(table)
+    for row, readings, _ in measured:
+        if readings is None:
+            line = f"{row.name}: left out, {row.reason.rstrip('.')}."
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def measure(

@@ -65,7 +65,7 @@ class Readings(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """Nats a token that a planted fact saves: the mean and its normal 95 % interval."""
+    """Nats a token that planted facts save: the mean and its normal 95 % interval."""
 
     mean: float
     low: float
@@ -217,10 +217,10 @@ def plant(
       text: rows with room for it: `room(distance)` tokens.
       distance: tokens between the end of the fact and its cue.
       seed: of the facts.
-      vocab: the tokens that facts are drawn from.
+      vocab: the tokens that facts are drawn from; those of one fact all differ.
 
     Raises:
-      ValueError: rows that are too short, or a distance below 1.
+      ValueError: rows that are too short, a distance below 1, or too few tokens.
     """
     need = room(distance)
     if distance < 1 or text.shape[1] < need:
@@ -228,8 +228,13 @@ def plant(
             f"a distance of {distance} must be at least 1 and needs rows of {need} "
             f"tokens, got {text.shape[1]}."
         )
+    if len(vocab) < CUE + ANSWER:
+        raise ValueError(
+            f"vocab must have the {CUE + ANSWER} different tokens of a fact, got "
+            f"{len(vocab)}."
+        )
     draw = np.random.default_rng(seed)
-    fact = draw.choice(np.asarray(vocab), (len(text), CUE + ANSWER)).astype(np.int32)
+    fact = np.stack([draw.choice(vocab, CUE + ANSWER, replace=False) for _ in text])
     asked = need - CUE - ANSWER
     absent = text[:, :need].astype(np.int32)
     absent[:, asked:] = fact
