@@ -149,15 +149,17 @@ def ablate(
     ids = encode_documents(opened.tokenizer, documents)
     read = ablation.texts(ids, count=count, length=length + 1)
     stream, facts = np.concatenate(ids), {}
+    fitting = [d for d in ablation.DISTANCES if ablation.room(d) <= len(stream)]
     for distance in ablation.DISTANCES:
-        # Rows of text may overlap: each has a fact of its own.
-        last = len(stream) - ablation.room(distance)
-        if last < 1:
+        if distance not in fitting:
             console.print(f"facts at {distance} left out: the text is too short.")
-            continue
-        starts = np.linspace(0, last, options.ablate_facts).astype(int)
-        rows = np.stack([stream[s : s + ablation.room(distance)] for s in starts])
-        facts[distance] = ablation.plant(rows, distance, config.seed, np.unique(stream))
+    if fitting:
+        # Rows of text may overlap: each has a fact of its own.
+        size = ablation.room(max(fitting))
+        starts = np.linspace(0, len(stream) - size, options.ablate_facts).astype(int)
+        rows = np.stack([stream[start : start + size] for start in starts])
+        known = np.unique(stream)
+        facts = {d: ablation.plant(rows, d, config.seed, known) for d in fitting}
 
     measured = []
     with console.status("reading") as status:

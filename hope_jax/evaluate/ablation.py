@@ -30,7 +30,7 @@ from hope_jax.stream.reader import Reader, reader_of
 
 DISTANCES = (16, 96, 1000)
 CUE, ANSWER = 4, 4  # tokens of a fact: what it is asked by, and what is then scored
-_LEAD = 16  # tokens of text before a fact
+_LEAD = 16  # fewest tokens of text before a fact
 
 
 class Row(NamedTuple):
@@ -211,10 +211,12 @@ def texts(
 def plant(
     text: Int[np.ndarray, "B T"], distance: int, seed: int, vocab: Sequence[int]
 ) -> Facts:
-    """Plants a fact of its own in each row of text, to be asked `distance` tokens on.
+    """Plants a fact of its own in each row of text, asked at the end of the row.
+
+    Rows of one length ask for facts at every distance, so a model is compiled once.
 
     Args:
-      text: rows with room for it: `room(distance)` tokens.
+      text: rows with room for it: at least `room(distance)` tokens.
       distance: tokens between the end of the fact and its cue.
       seed: of the facts.
       vocab: the tokens that facts are drawn from; those of one fact all differ.
@@ -235,16 +237,18 @@ def plant(
         )
     draw = np.random.default_rng(seed)
     fact = np.stack([draw.choice(vocab, CUE + ANSWER, replace=False) for _ in text])
-    asked = need - CUE - ANSWER
-    absent = text[:, :need].astype(np.int32)
+    size = CUE + ANSWER
+    asked = text.shape[1] - size
+    start = asked - distance - size
+    absent = text.astype(np.int32)
     absent[:, asked:] = fact
     planted = absent.copy()
-    planted[:, _LEAD : _LEAD + CUE + ANSWER] = fact
-    return Facts(planted, absent, _LEAD, asked)
+    planted[:, start : start + size] = fact
+    return Facts(planted, absent, start, asked)
 
 
 def room(distance: int) -> int:
-    """Tokens of a row in which a fact comes again after `distance`."""
+    """Fewest tokens of a row in which a fact comes again after `distance`."""
     return _LEAD + distance + 2 * (CUE + ANSWER)
 
 
