@@ -13,7 +13,9 @@ from hope_jax.models.learning import Controls, Learning
 from tests.models import small
 
 ONE_LAYER = dict(layers=1)
-HOPE = dataclasses.replace(small.HOPE, **ONE_LAYER)
+# A rule with a state shows a move even where there is no gradient.
+ADAM = dataclasses.replace(small.HOPE.cms, rule="adam")
+HOPE = dataclasses.replace(small.HOPE, cms=ADAM, **ONE_LAYER)
 ATTENTION = dataclasses.replace(small.HOPE_ATTENTION, **ONE_LAYER)
 TRANSFORMER = dataclasses.replace(small.TRANSFORMER, **ONE_LAYER)
 DELTA = dataclasses.replace(TRANSFORMER, name="delta", mixer="gated_delta_net")
@@ -30,7 +32,8 @@ def read(config, learn, aligned=True):
             graphdef, params, TOKENS, state, aligned=aligned, learn=learn
         )
     )
-    return start, *run(params, start)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam counts in int32
+        return start, *run(params, start)
 
 
 def parts(state):
