@@ -7,19 +7,25 @@
     frozen    as reset, and no level moves while reading
 
 What a model gains by learning while it reads is frozen minus reset.
+
+With --ablate: which of its parts does the learning. Every part is switched off in turn,
+texts are read twice, facts planted and asked for, and a sceptic's controls applied.
 """
 
 import argparse
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from hope_jax.data import text
-from hope_jax.evaluate import language_model
+from hope_jax.data.tokenizer import encode_documents
+from hope_jax.evaluate import ablation, language_model
 from hope_jax.stream.reader import Opened, open_checkpoint
 from hope_jax.train import checkpoint, metrics
 
@@ -50,7 +56,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="write a result file there, as experiments/results has them",
+        help="write a result file there, as experiments/results has them; with "
+        "--ablate the default is the checkpoint's folder",
+    )
+    parser.add_argument(
+        "--ablate", action="store_true", help="which part does the learning"
+    )
+    parser.add_argument(
+        "--ablate-rows",
+        type=int,
+        default=8,
+        metavar="N",
+        help="with --ablate, texts that are read twice (default: 8)",
+    )
+    parser.add_argument(
+        "--ablate-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="with --ablate, tokens of such a text (default: 1024)",
+    )
+    parser.add_argument(
+        "--ablate-facts",
+        type=int,
+        default=32,
+        metavar="N",
+        help="with --ablate, facts planted at each distance (default: 32)",
     )
     options = parser.parse_args(arguments)
 
@@ -71,6 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.split == "all":
         documents = (*corpus.train, *corpus.validation)
     console.print(corpus.summary(), markup=False, soft_wrap=True)
+    if options.ablate:
+        with fail_in_words():
+            ablate(opened, documents, options, console)
+        return
     with fail_in_words():
         measured = measure(opened, documents, rows=options.rows)
     print_table(
@@ -95,6 +130,107 @@ def main(arguments: Sequence[str] | None = None) -> None:
             },
         )
         console.print(f"wrote {path}", markup=False)
+
+
+def ablate(
+    opened: Opened,
+    documents: Sequence[text.Document],
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Prints and saves the table of `hope_jax.evaluate.ablation`."""
+    config = opened.config
+    count, length = options.ablate_rows, options.ablate_tokens
+    if options.ablate_facts < 2:
+        raise ValueError(
+            f"ablate-facts must be at least 2, got {options.ablate_facts}: one fact "
+            "has no interval."
+        )
+    ids = encode_documents(opened.tokenizer, documents)
+    read = ablation.texts(ids, count=count, length=length + 1)
+    stream, facts = np.concatenate(ids), {}
+    fitting = [d for d in ablation.DISTANCES if ablation.room(d) <= len(stream)]
+    for distance in ablation.DISTANCES:
+        if distance not in fitting:
+            console.print(f"facts at {distance} left out: the text is too short.")
+    if fitting:
+        # Rows of text may overlap: each has a fact of its own.
+        size = ablation.room(max(fitting))
+        starts = np.linspace(0, len(stream) - size, options.ablate_facts).astype(int)
+        rows = np.stack([stream[start : start + size] for start in starts])
+        known = np.unique(stream)
+        facts = {d: ablation.plant(rows, d, config.seed, known) for d in fitting}
+
+    measured = []
+    with console.status("reading") as status:
+        for row in ablation.rows(config.model):
+            status.update(row.name)
+            measured.append(ablation.measure(row, opened.params, read, facts))
+    title = (
+        f"{config.model.name}, step {opened.step:,}: nats a token of {count} texts of "
+        f"{length:,} tokens, read first, again, and another after it; gain: other - "
+        "again"
+    )
+    print_ablation(console, title, measured)
+    folder = options.output or checkpoint.find(options.checkpoint).parent
+    path = metrics.write_result(
+        folder,
+        experiment="ablation",
+        row=config.row,
+        scale=config.scale,
+        seed=config.seed,
+        config=config,
+        metrics={
+            **ablation.flat(measured),
+            "step": opened.step,
+            "texts": count,
+            "tokens": length,
+            "facts": options.ablate_facts,
+        },
+    )
+    console.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def print_ablation(
+    console: Console, title: str, measured: Sequence[ablation.Measured]
+) -> None:
+    """Readings of every row, the facts of those that were asked, what was left out."""
+
+    def begin(title, *columns):
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("", no_wrap=True)
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        return table
+
+    def written(value):
+        return f"{value:.3f}" if math.isfinite(value) else "diverged"
+
+    table = begin(title, "first", "again", "other", "gain")
+    for row, readings, _ in measured:
+        if readings is None:
+            table.add_row(row.name, *("",) * 4, style="dim")
+        else:
+            table.add_row(row.name, *map(written, (*readings, readings.gain)))
+        if row.name == "nothing learns":
+            table.add_section()
+    console.print(table)
+    distances = [d for d in ablation.DISTANCES if d in measured[0].facts]
+    if distances:
+        table = begin(
+            "Nats a token saved by a planted fact, and half its 95 % interval",
+            *(f"{d} tokens on" for d in distances),
+        )
+        for row, _, facts in measured:
+            gains = (facts[d] for d in distances if d in facts)
+            cells = [f"{written(g.mean)} ± {written(g.high - g.mean)}" for g in gains]
+            if cells:
+                table.add_row(row.name, *cells)
+        console.print(table)
+    for row, readings, _ in measured:
+        if readings is None:
+            line = f"{row.name}: left out, {row.reason.rstrip('.')}."
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def measure(

@@ -41,10 +41,13 @@ from hope_jax.models import lm
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import checkpoint, loop, metrics
 from hope_jax.train.config import RunConfig
+from hope_jax.train.folder import check_folder
 from launch.evaluate import quiet_libraries
 
 NAMES = {"hope": "Hope", "transformer": "Transformer++"}
 EVALUATION = "evaluation.json"
+RESULTS = "results.json"
+SECONDS = "seconds.json"
 ROWS = 2  # documents read side by side: few, so that a carried memory reads far
 
 
@@ -104,9 +107,10 @@ def run(
     Raises:
       Stopped: a signal ended a training.
       hope_jax.train.checkpoint.ConfigMismatch: `workdir` is of other settings or data.
+      hope_jax.train.folder.ForeignFolder: `workdir` is not of this program.
     """
-    folder = Path(workdir)
     rows = experiment.rows(scale)
+    folder = check(workdir, rows)
     if data is not None:
         rows = {
             row: config_lib.override(config, [f"data.path={data}"])
@@ -147,13 +151,30 @@ def run(
             "rows": {row: dict(score) for row, score in scores.items()},
         },
     }
-    write_json(folder / "results.json", results)
+    write_json(folder / RESULTS, results)
     draw(folder, rows, results, corpus)
 
     console.rule(align="left")
     console.print(table(rows, results))
     console.print(next_steps(folder, rows), markup=False, soft_wrap=True)
     return results
+
+
+def check(workdir: str, rows: Mapping[str, RunConfig]) -> Path:
+    """The folder of a quickstart: new, empty, or with a run that a row has left."""
+
+    def is_ours(folder: Path) -> bool:
+        names = {path.name for path in folder.iterdir()}
+        runs = [folder / row for row in names & set(rows) if (folder / row).is_dir()]
+        begun = any(any(run.iterdir()) and loop.is_run(run) for run in runs)
+        return begun or names <= set(rows)
+
+    written = ("loss.png", "levels.png", RESULTS, f".{RESULTS}", *rows)
+    folder = check_folder("--workdir", workdir, written, is_ours)
+    beside = (EVALUATION, SECONDS, f".{EVALUATION}", f".{SECONDS}")
+    for row in rows:
+        check_folder("--workdir", loop.check_workdir(folder / row), beside, loop.is_run)
+    return folder
 
 
 def score_row(
@@ -174,14 +195,14 @@ def score_row(
         console.print(f"reusing {kept}", markup=False)
         return metrics_
 
-    clock = folder / "seconds.json"
+    clock = folder / SECONDS
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
     start = time.perf_counter()
     try:
         outcome = loop.train(config, folder, resume=True)
     finally:
         trained = before + time.perf_counter() - start
-        if folder.is_dir():
+        if (folder / loop.CONFIG).exists():  # the run was accepted
             write_json(clock, trained)
     if not outcome.finished:
         raise Stopped(outcome.stopped_by)
@@ -303,7 +324,7 @@ def next_steps(folder: Path, rows: Mapping[str, RunConfig]) -> str:
     }
     lines = [
         f"Pictures: {folder / 'loss.png'}, {folder / 'levels.png'}."
-        f"  Numbers: {folder / 'results.json'}.",
+        f"  Numbers: {folder / RESULTS}.",
         "",
         "What to try next:",
     ]

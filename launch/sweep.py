@@ -51,6 +51,7 @@ from hope_jax.stream.reader import reader_of
 from hope_jax.train import metrics
 from hope_jax.train import state as state_lib
 from hope_jax.train.config import OptimizerConfig
+from hope_jax.train.folder import check_folder
 
 GRIDS = ("miras", "named")
 DEFAULTS = {
@@ -64,6 +65,7 @@ COLUMNS = (
     *("point", *CHOICES, "chunk", "seed", "status"),
     *("accuracy", "loss", "steps", "tokens_per_second", "seconds"),
 )
+_TABLE, _PICTURE = "sweep.json", "sweep.png"
 DONE, REFUSED, NOT_FINITE = "done", "refused", "not finite"
 _STRIDE = 20  # steps of one call of the device
 
@@ -321,7 +323,8 @@ def run(
     Raises:
       ValueError: `out` holds a sweep of other settings, or no table of this program.
     """
-    path = Path(out) / "sweep.json"
+    written = (_TABLE, f".{_TABLE}", _PICTURE)
+    path = check_folder("--out", out, written, _is_ours) / _TABLE
     kept = _read(path, config)
     rows = []
     wanted = list(itertools.product(points, seeds))
@@ -345,6 +348,12 @@ def run(
         rows.append(kept[key])
         _write(path, config, kept.values())
     return rows
+
+
+def _is_ours(folder: Path) -> bool:
+    """`_read` says whether its table is one; a kill may leave half of the first."""
+    names = {path.name for path in folder.iterdir()}
+    return _TABLE in names or names <= {f".{_TABLE}"}
 
 
 def _told(row: Mapping[str, Any]) -> str:
@@ -493,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = settings(given)
         points, seeds = _points(given, config), _seeds(given.seeds)
-        out = Path(given.out or f"runs/sweep-{given.grid}")
+        out = f"runs/sweep-{given.grid}" if given.out is None else given.out
         rows = run(
             out,
             config,
@@ -506,11 +515,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         console.print("stopped; start the same command again to go on.")
         sys.exit(130)
-    picture = draw(out / "sweep.png", config, points, rows)
+    out = Path(out)
+    picture = draw(out / _PICTURE, config, points, rows)
     table = markdown(rows)
     console.width = 10_000  # a row is a line, or it is no Markdown
     console.print(table, markup=False)
-    console.print(f"wrote {out / 'sweep.json'} and {picture}", markup=False)
+    console.print(f"wrote {out / _TABLE} and {picture}", markup=False)
 
 
 def settings(given: argparse.Namespace) -> SweepConfig:

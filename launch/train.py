@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
         print(_describe(config))
         return 0
 
-    from hope_jax.train import checkpoint, loop
+    from hope_jax.train import checkpoint, folder, loop
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells everything at INFO
@@ -136,6 +136,7 @@ def main(argv: list[str]) -> int:
         checkpoint.ConfigMismatch,
         checkpoint.Damaged,
         checkpoint.SaveFailed,
+        folder.ForeignFolder,
         loop.NonFinite,
     ) as error:  # the message says what to do; a traceback would only hide it
         return _fail(error)

@@ -8,8 +8,12 @@ from pathlib import Path
 # its thread pool is larger than the number of devices; set before jax starts.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: unoptimised programs halve their time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile much and compute little: unoptimised programs halve their time, and the
+# older code generator halves it again.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 
 import hypothesis  # noqa: F401 parsed now: its plugin would, late, beside threads
 import jax
@@ -22,6 +26,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
     flags.FLAGS.mark_as_parsed()
+
+
+def pytest_configure(config):
+    """Keeps compiled programs beside what pytest keeps; `--cache-clear` forgets them.
+
+    JAX names a program by all that it is made of, its own version and flags included.
+    With a size given it locks the folder, so that workers share it, and evicts.
+    """
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    folder = config.cache.mkdir(f"programs-jax-{jax.__version__}")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 _MAPS = Path("/proc/self/maps")

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hope_jax.models.layers import dense, rotary
+from hope_jax.models.learning import Learning
 
 
 class AttentionState(NamedTuple):
@@ -42,7 +43,7 @@ class Attention(nnx.Module):
         state: AttentionState | None = None,
         *,
         aligned: bool = True,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         del aligned, learn  # attention has no chunk, and no fast level to freeze
         rows, length, d_model = x.shape

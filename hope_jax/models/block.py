@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from hope_jax.models import mixers
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.layers import DTYPES, SwiGLU
+from hope_jax.models.learning import Learning
 from hope_jax.models.memory_mixer import MemoryMixerConfig
 from hope_jax.models.self_modifying import SelfModifyingConfig
 from hope_jax.models.titans import TitansConfig
@@ -193,7 +194,7 @@ class Block(nnx.Module):
         state: BlockState | None = None,
         *,
         aligned: bool | None = None,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], BlockState]:
         """Any T >= 1; see the mixer for `aligned` and `learn`.
 
@@ -236,7 +237,7 @@ class Group(nnx.Module):
         state: BlockState | None = None,
         *,
         aligned: bool | None = None,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], BlockState]:
         """As `Block`."""
         states = []

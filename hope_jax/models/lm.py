@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from hope_jax.core.clock import Clock
 from hope_jax.core.system import Box, Edge, System
 from hope_jax.kernels.select import scan_chunks
-from hope_jax.models import cms, mixers
+from hope_jax.models import cms, learning, mixers
 from hope_jax.models.block import BlockState, ModelConfig, unit
 from hope_jax.models.layers import DTYPES, full_precision
+from hope_jax.models.learning import Learning
 
 __all__ = [
     "LMState",
@@ -225,7 +226,7 @@ def apply(
     *,
     labels: Int[Array, "B T"] | None = None,
     aligned: bool | None = None,
-    learn: bool = True,
+    learn: bool | Learning = True,
 ) -> tuple[Float[Array, "B T N"], LMState]:
     """Reads tokens, lets every fast level live through them, predicts the next ones.
 
@@ -240,7 +241,7 @@ def apply(
         tokens, and reads chunks in parallel. By default true for a fresh state only;
         else the tokens are read one by one, wherever each row stands.
       learn: static; False leaves every fast level at its state: nothing is learned
-        while reading.
+        while reading. A `Learning` says so part by part.
 
     Returns:
       Float32 logits, those of position t predicting token t + 1, and the new state.
@@ -251,6 +252,7 @@ def apply(
         raise ValueError(f"tokens must be integers, got {tokens.dtype}.")
     aligned = state is None if aligned is None else aligned
     model = nnx.merge(graphdef, params)
+    model.learning = learn = learning.resolve(model.config, learn)
     if labels is not None and (not aligned or labels.shape != tokens.shape):
         raise ValueError(
             "labels need aligned=True and the shape of tokens, got "
@@ -352,7 +354,12 @@ class _Chunk(NamedTuple):
 def _read_chunk(graphdef, params, chunk):
     model = nnx.merge(graphdef, params)
     return _read(
-        model, chunk.tokens, chunk.mixers, chunk.fast, aligned=True, learn=True
+        model,
+        chunk.tokens,
+        chunk.mixers,
+        chunk.fast,
+        aligned=True,
+        learn=model.learning,
     )
 
 
@@ -384,10 +391,12 @@ def _blame_constant_backward(graphdef, residuals, cotangents):
 _blame_constant.defvjp(_blame_constant_forward, _blame_constant_backward)
 
 
-def _accumulate(levels, gradient):
+def _accumulate(model, levels, gradient):
     return tuple(
         level._replace(gradient=jax.tree.map(jnp.add, level.gradient, g))
-        for level, g in zip(levels, gradient, strict=True)
+        if model.learning.levels[i]
+        else level
+        for i, level, g in zip(model.config.fast, levels, gradient, strict=True)
     )
 
 
@@ -403,7 +412,7 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
     config = model.config
     length = tokens.shape[1]
     position = state.position + length
-    if not config.fast or not learn:
+    if not learn.cms:
         mixers, fast = state.blocks
         logits, mixers = _read(model, tokens, mixers, fast, aligned=True, learn=learn)
         blocks, held = BlockState(mixers, fast), _let_go(state.held)
@@ -422,7 +431,9 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
         outputs.append(jnp.moveaxis(logits, 0, 1))
     mixers, rest = life.mixers, tokens[:, known:]
     if known < length:
-        logits, mixers = _read(model, rest, mixers, life.fast, aligned=True, learn=True)
+        logits, mixers = _read(
+            model, rest, mixers, life.fast, aligned=True, learn=learn
+        )
         outputs.append(logits)
     held = Held(
         mixers=life.mixers,
@@ -441,7 +452,7 @@ def _live(model, depth, life, xs):
         gradient, (logits, mixers) = _read_and_blame(
             model, tokens, labels, life.mixers, life.fast
         )
-        levels = _accumulate(life.levels, gradient)
+        levels = _accumulate(model, life.levels, gradient)
         return _Life(mixers, life.fast, levels), jnp.moveaxis(logits, 1, 0)
 
     def whole(life, xs):
@@ -457,6 +468,8 @@ def _live(model, depth, life, xs):
 def _move(model, which, life):
     """Moves one fast level of every row."""
     config = model.config
+    if not model.learning.levels[config.fast[which]]:
+        return life
     rate = model.inner_rates()[which]
     if config.cms.gradient == "none":
         rate = jax.lax.stop_gradient(rate)
@@ -484,7 +497,7 @@ def _settle(model, state, token):
         gradient, _ = _read_and_blame(
             model, state.held.tokens, labels, state.held.mixers, state.blocks.fast
         )
-        life = _Life(*state.blocks, _accumulate(state.levels, gradient))
+        life = _Life(*state.blocks, _accumulate(model, state.levels, gradient))
         fast, levels = [], []
         for which, period in enumerate(config.fast_periods):
             moved = _move(model, which, life)
@@ -502,7 +515,7 @@ def _settle(model, state, token):
 def _step(model, state, token, *, learn):
     """One token a row, wherever each row stands."""
     config = model.config
-    if config.fast and learn:
+    if learn.cms:
         state = _settle(model, state, token)
         held = _hold(state, token, config.base_chunk)
     else:

@@ -32,6 +32,7 @@ from hope_jax.memory.compose import (
     key_width,
 )
 from hope_jax.memory.gates import GateConfig
+from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
     Tails,
@@ -42,6 +43,7 @@ from hope_jax.models.layers import (
     unit,
     where_rows,
 )
+from hope_jax.models.learning import Learning
 
 _STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
 _ROBUST = ("huber", "huber_norm", "huber_switched", "value_shift")
@@ -302,7 +304,7 @@ class MemoryMixer(nnx.Module):
         state: MemoryMixerState | None = None,
         *,
         aligned: bool | None = None,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], MemoryMixerState]:
         """Reads T >= 1 tokens a row and lets the memories live through them.
 
@@ -318,9 +320,11 @@ class MemoryMixer(nnx.Module):
         aligned = state is None if aligned is None else aligned
         if state is None:
             state = self.initial_state(x.shape[0])
+        learn = learning.of(learn)
         tokens, tails = self.tokens(x, state)
+        tokens = learn.controls.on(tokens)
         position = state.position + x.shape[1]
-        if not learn:
+        if not learn.main:
             memory, y = self._only_read(state.memory, tokens.q, state.position)
         elif aligned or self._chunk_is_free:
             run = lambda s, t, start: memory_scan(  # noqa: E731

@@ -33,6 +33,7 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
+from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
     Tails,
@@ -41,6 +42,7 @@ from hope_jax.models.layers import (
     full_precision,
     unit,
 )
+from hope_jax.models.learning import Learning
 from hope_jax.models.memory_mixer import commit_where
 
 MLP = MemoryConfig(rule="gd", dgd="none", toward="start", rate_law="output")
@@ -294,7 +296,7 @@ class SelfModifyingTitans(nnx.Module):
         state: SelfModifyingState | None = None,
         *,
         aligned: bool | None = None,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], SelfModifyingState]:
         """Reads T >= 1 tokens a row and lets the memories live through them.
 
@@ -304,9 +306,10 @@ class SelfModifyingTitans(nnx.Module):
           aligned: promises that every row stands at a multiple of `projection_chunk`,
             and reads chunks in parallel; by default true for a fresh state only. Else
             the tokens are read one by one in a scan.
-          learn: False keeps every memory at its state.
+          learn: False keeps every memory at its state; a `Learning` those it names.
         """
         aligned = state is None if aligned is None else aligned
+        learn = learning.of(learn)
         if state is None:
             state = self.initial_state(x.shape[0])
         if x.shape[1] > 1 and not aligned:
@@ -382,13 +385,23 @@ class SelfModifyingTitans(nnx.Module):
         length = seen.k.shape[2]
         if whole:  # says that anchor and weights are one, so their products are shared
             state = state._replace(projection=commit(state.projection))
-        generated, tails = self._generate(state, seen, learn)
+        generated, tails = self._generate(state, seen)
+        tokens = learn.controls.on(generated.tokens)
+        written = tokens if learn.projections else learning.still(tokens)
         position = state.position + length
 
-        projection = self._write_projections(state.projection, generated)
-        main, y = self._live_main(state.main, generated.tokens, whole is not None)
-        if not learn:
+        projection = self._write_projections(
+            state.projection, generated._replace(tokens=written)
+        )
+        main, y = self._live_main(
+            state.main,
+            tokens if learn.main else learning.still(tokens),
+            whole is not None,
+            learn.controls.steps if learn.main else 1,
+        )
+        if not learn.projections:
             projection = projection._replace(momentum=state.projection.momentum)
+        if not learn.main:
             main = main._replace(momentum=state.main.momentum)
         if whole is None:
             projection = commit_where(
@@ -400,7 +413,7 @@ class SelfModifyingTitans(nnx.Module):
         state = SelfModifyingState(projection, main, tails, position)
         return state, jnp.moveaxis(y, 2, 0)
 
-    def _generate(self, state, seen, learn):
+    def _generate(self, state, seen):
         """Keys, values, gates and targets from the projections at the chunk's start."""
         config = self.config
         rows, _, length, _ = seen.k.shape
@@ -426,16 +439,12 @@ class SelfModifyingTitans(nnx.Module):
             q, tail_q = self.conv_q(flat(made[:, :, 4]), state.tails.q)
             q, tails = unit(heads(self._activate(q))), tails._replace(q=tail_q)
 
-        if learn:
-            eta = jax.nn.sigmoid(_read_out(self.read_eta, self.bias_eta, m_eta))
-            eta = config.rate_bound * eta
-            # Momentum averages writes, it adds none; a rate law sees to that itself.
-            if config.memory.inertia and config.memory.rate_law == "token":
-                eta = eta * (1.0 - theta)
-            alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
-        else:
-            eta, alpha = jnp.zeros_like(theta), jnp.ones_like(theta)
-            theta = jnp.zeros_like(theta)  # nor does what was learned before coast on
+        eta = jax.nn.sigmoid(_read_out(self.read_eta, self.bias_eta, m_eta))
+        eta = config.rate_bound * eta
+        # Momentum averages writes, it adds none; a rate law sees to that itself.
+        if config.memory.inertia and config.memory.rate_law == "token":
+            eta = eta * (1.0 - theta)
+        alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
         tokens = Tokens(k, v, q, eta, alpha, theta)
         own = jnp.broadcast_to(
             v[:, :, None], (*v.shape[:2], made.shape[2], *v.shape[2:])
@@ -477,7 +486,7 @@ class SelfModifyingTitans(nnx.Module):
         start = {n: w[...] for n, w in self.projection_start.items()}
         return over_rows(memory, generated.tokens, generated.targets, start, shares)
 
-    def _live_main(self, memory, tokens, commits):
+    def _live_main(self, memory, tokens, commits, steps=1):
         """The main memory lives through the tokens, in its own smaller chunks."""
         config = self.config.memory
 
@@ -490,6 +499,9 @@ class SelfModifyingTitans(nnx.Module):
         def live(state, tokens, start):
             def whole(state, tokens):
                 state, y = write(commit(state), tokens, start)
+                for _ in range(steps - 1):  # a control: descends the same chunk again
+                    again = tokens._replace(alpha=jnp.ones_like(tokens.alpha))
+                    state, _ = write(commit(state), again, start)
                 return commit(state), y
 
             if not commits:

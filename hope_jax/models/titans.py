@@ -38,6 +38,7 @@ from hope_jax.models.layers import (
     rotary,
     where_rows,
 )
+from hope_jax.models.learning import Learning
 from hope_jax.models.memory_mixer import (
     MemoryMixer,
     MemoryMixerConfig,
@@ -254,7 +255,7 @@ class MemoryAsContext(nnx.Module):
         state: ContextState | None = None,
         *,
         aligned: bool | None = None,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], ContextState]:
         """Reads T >= 1 tokens a row.
 
@@ -357,7 +358,7 @@ class MemoryAsGate(nnx.Module):
         state: GateState | None = None,
         *,
         aligned: bool | None = None,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], GateState]:
         """Reads T >= 1 tokens a row; see the memory's mixer for `aligned` and `learn`,
         of which attention knows nothing."""
@@ -412,7 +413,7 @@ class MemoryAsLayer(nnx.Module):
         state: LayerState | None = None,
         *,
         aligned: bool | None = None,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], LayerState]:
         """Reads T >= 1 tokens a row; see the memory's mixer for `aligned` and `learn`,
         of which attention knows nothing."""

@@ -37,6 +37,7 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
+from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
     Tails,
@@ -46,6 +47,7 @@ from hope_jax.models.layers import (
     unit,
     where_rows,
 )
+from hope_jax.models.learning import Learning
 from hope_jax.models.memory_mixer import Gate
 
 _KEY_SPACE = MemoryConfig(  # Π: a Hebbian matrix, for which the chunk is a speed knob
@@ -267,7 +269,7 @@ class TNT(nnx.Module):
         state: TNTState | None = None,
         *,
         aligned: bool | None = None,
-        learn: bool = True,
+        learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], TNTState]:
         """Reads T >= 1 tokens a row and lets the memories live through them.
 
@@ -284,7 +286,7 @@ class TNT(nnx.Module):
             state = self.initial_state(x.shape[0])
         rows, length, _ = x.shape
         streams, tails = self._streams(x, state.tails)
-        if not learn:
+        if not learning.of(learn).main:
             live = self._only_read
         else:
             live = self._shards if aligned else self._tokens

@@ -171,6 +171,16 @@ class Checkpoints:
         finally:
             self._manager.close()
 
+    def readable(self) -> bool:
+        """Whether any step says of which config it is: then this program wrote it."""
+        for step in self.steps():
+            try:
+                self._meta(step)
+                return True
+            except Damaged:
+                continue
+        return False
+
     def check_config(self, config: RunConfig) -> None:
         """Refuses to go on with another run; reads the newest readable config alone.
 

@@ -33,9 +33,15 @@ from hope_jax.train import checkpoint, sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
 from hope_jax.train.config import DataConfig, RunConfig
+from hope_jax.train.folder import check_folder
 from hope_jax.train.metrics import MetricLog
 
 CONFIG = "config.json"
+_UNFINISHED = f".{CONFIG}"  # what a kill may leave of the first file that is written
+_FILES = (
+    *(CONFIG, _UNFINISHED, checkpoint.TOKENIZER, checkpoint.FOLDER),
+    *("metrics.jsonl", "tensorboard"),
+)
 _MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
 
 
@@ -107,13 +113,15 @@ def train(
 
     Raises:
       FileExistsError: `workdir` has checkpoints and `resume` is False.
+      hope_jax.train.folder.ForeignFolder: `workdir` is not of this program. Nothing in
+        it is touched before config, data and folder are accepted.
       ValueError: a config that does not fit its data or the devices; more than one
         process.
       hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
       hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
       NonFinite: the loss, gradient or update of a step is NaN or infinite.
     """
-    workdir = Path(workdir)
+    workdir = check_workdir(workdir)
     if jax.process_count() > 1:
         raise ValueError(
             f"train runs in one process, over all its devices; got process_count "
@@ -121,20 +129,33 @@ def train(
         )
     mesh = sharding.make_mesh()
     sharding.check_batch(config.train.batch, mesh)
-    _check_workdir(workdir, resume)
+    begun = _has_checkpoints(workdir)
+    if begun and not resume:
+        raise FileExistsError(
+            f"{str(workdir)!r} has checkpoints already: pass --resume to go on with "
+            "that run, or another --workdir."
+        )
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signal())
+        if begun:
+            with checkpoint.Checkpoints(
+                workdir / checkpoint.FOLDER, read_only=True
+            ) as saved_before:
+                saved_before.check_config(config)
+        source = load_source(config, workdir if begun else None)
+        iterator, fingerprint = _data(config, source)
+        stack.callback(iterator.close)
+        graphdef, state, tx, layers = _model(config, mesh)
+
+        # Accepted: what is new is written now, what is gone on with once it is read.
+        if not begun:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _write_config(workdir, config)
+            source.tokenizer.save(workdir / checkpoint.TOKENIZER)
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(workdir / checkpoint.FOLDER, keep=config.train.keep)
         )
-        checkpoints.check_config(config)
-        _write_config(workdir, config)
-        source = load_source(config, workdir)
-        iterator, fingerprint = _data(config, source)
-        stack.callback(iterator.close)
-
-        graphdef, state, tx, layers = _model(config, mesh)
         _say(
             f"{lm.count_parameters(config.model):,} parameters on "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -150,6 +171,9 @@ def train(
             state, done = restored
             saved = done
             _say(f"resumed at step {done} of {config.train.steps}")
+            _write_config(workdir, config)
+            if not (workdir / checkpoint.TOKENIZER).exists():
+                source.tokenizer.save(workdir / checkpoint.TOKENIZER)
         elif resume:
             _say(f"no checkpoint in {workdir} yet: starting at step 0")
 
@@ -214,8 +238,12 @@ def train(
     return Outcome(done, done == last, stop.signal, latest)
 
 
-def load_source(config: RunConfig, workdir: str | os.PathLike) -> Source:
-    """The text and the tokenizer of a run; the tokenizer is kept in `workdir`.
+def load_source(config: RunConfig, workdir: str | os.PathLike | None) -> Source:
+    """The text and the tokenizer of a run, which writes nothing.
+
+    Args:
+      config: of the run.
+      workdir: whose tokenizer it goes on with; None makes a new one.
 
     Raises:
       ValueError: the model's vocabulary is smaller than the tokenizer's, or the text
@@ -250,18 +278,14 @@ def load_source(config: RunConfig, workdir: str | os.PathLike) -> Source:
 
 
 def load_tokenizer(
-    data: DataConfig, corpus: text.Corpus, workdir: str | os.PathLike
+    data: DataConfig, corpus: text.Corpus, workdir: str | os.PathLike | None
 ) -> tokenizer.Tokenizer:
-    """The tokenizer kept in `workdir`, or a new one, which is then kept there."""
-    path = Path(workdir) / checkpoint.TOKENIZER
-    if path.exists():
-        return tokenizer.load(path)
+    """The tokenizer kept in `workdir`; a new one without it."""
+    if workdir is not None and (Path(workdir) / checkpoint.TOKENIZER).exists():
+        return tokenizer.load(Path(workdir) / checkpoint.TOKENIZER)
     if data.tokenizer == "bytes":
-        made: tokenizer.Tokenizer = tokenizer.ByteTokenizer()
-    else:
-        made = tokenizer.train_bpe((d.data for d in corpus.train), data.vocab)
-    made.save(path)
-    return made
+        return tokenizer.ByteTokenizer()
+    return tokenizer.train_bpe((d.data for d in corpus.train), data.vocab)
 
 
 def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dict]:
@@ -362,23 +386,40 @@ def _check_finite(
     )
 
 
-def _check_workdir(workdir: Path, resume: bool) -> None:
+def check_workdir(workdir: str | os.PathLike) -> Path:
+    """The folder of a run, new, empty or of this program; only looks.
+
+    Raises:
+      hope_jax.train.folder.ForeignFolder: any other.
+    """
+    return check_folder("--workdir", workdir, _FILES, is_run)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this program wrote `folder`: by its config, or by its checkpoints'."""
+    if {path.name for path in folder.iterdir()} <= {_UNFINISHED}:
+        return True
     try:
-        checkpoint.find(workdir / checkpoint.FOLDER)
-    except FileNotFoundError:  # a new run, which makes its own tokenizer
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / checkpoint.TOKENIZER).unlink(missing_ok=True)
-        return
-    if not resume:
-        raise FileExistsError(
-            f"{str(workdir)!r} has checkpoints already: pass --resume to go on with "
-            "that run, or another --workdir."
-        )
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config_lib.from_json(RunConfig, data)
+        return True
+    except (OSError, ValueError, TypeError, RecursionError):
+        if not _has_checkpoints(folder):
+            return False
+    with checkpoint.Checkpoints(folder / checkpoint.FOLDER, read_only=True) as saved:
+        return saved.readable()
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    saved = folder / checkpoint.FOLDER
+    return saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
 
 
 def _write_config(workdir: Path, config: RunConfig) -> None:
+    """Beside, then renamed: a folder with a config is one of a run."""
     text_ = json.dumps(config_lib.to_json(config), indent=2, allow_nan=False)
-    (workdir / CONFIG).write_text(text_ + "\n", encoding="utf-8")
+    (workdir / _UNFINISHED).write_text(text_ + "\n", encoding="utf-8")
+    (workdir / _UNFINISHED).replace(workdir / CONFIG)
 
 
 def _spec(leaf: jax.Array) -> jax.ShapeDtypeStruct:

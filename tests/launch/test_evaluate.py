@@ -8,8 +8,10 @@ import pytest
 from experiments import quickstart
 from hope_jax.core import config as config_lib
 from hope_jax.data import tokenizer
+from hope_jax.evaluate import ablation
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import checkpoint, loop, metrics
+from hope_jax.train.config import RunConfig
 from launch import evaluate, generate
 
 
@@ -133,3 +135,32 @@ def test_generates_text_after_the_prompt(trained, capsys):
     greedy = said("--prompt=def ", "--temperature=0")
     assert greedy == said("--prompt=def ", "--temperature=0", "--seed=9")
     assert said().endswith("\n")  # an empty prompt starts a document
+
+
+def test_ablation_prints_every_row_and_saves_the_numbers(trained, tmp_path, capsys):
+    evaluate.main(
+        [
+            *(f"--checkpoint={trained}", f"--output={tmp_path}", "--ablate"),
+            *("--ablate-rows=2", "--ablate-tokens=128", "--ablate-facts=3"),
+        ]
+    )
+    said = capsys.readouterr().out
+    result = metrics.read_result(tmp_path / "ablation" / "transformer-s0.json")
+    model = config_lib.from_json(RunConfig, result["config"]).model
+    for row in ablation.rows(model):
+        assert row.name in said and row.reason.rstrip(".") in said
+        first = result["metrics"].get(f"{row.name}/first")
+        assert (first is None) == (row.learn is None)
+        if first is not None:
+            assert f"{first:.3f}" in said
+    mean, high = (
+        result["metrics"][f"nothing learns/fact at 96/{what}"]
+        for what in ("mean", "high")
+    )
+    assert f"{mean:.3f} ± {high - mean:.3f}" in said
+    assert "facts at 1000 left out: the text is too short" in said
+
+
+def test_ablation_refuses_one_fact(trained):
+    said = refusal(evaluate, f"--checkpoint={trained}", "--ablate", "--ablate-facts=1")
+    assert "ablate-facts must be at least 2, got 1" in said

@@ -171,6 +171,7 @@ def test_a_stopped_training_goes_on(arguments, tmp_path, monkeypatch, capsys):
     def stopped(config, workdir, *, resume):
         resumed.append(resume)
         workdir.mkdir(parents=True, exist_ok=True)
+        loop._write_config(workdir, config)
         return loop.Outcome(step=1, finished=False, stopped_by=15, metrics={})
 
     monkeypatch.setattr(loop, "train", stopped)

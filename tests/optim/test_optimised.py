@@ -42,7 +42,10 @@ def test_matrices_without_a_gradient_stay(names):
             found.append(rule.update(gradients, state, params)[0])
         return found
 
-    optimised = {"xla_backend_optimization_level": 3}
+    optimised = {
+        "xla_backend_optimization_level": 3,
+        "xla_cpu_use_fusion_emitters": True,
+    }
     program = jax.jit(two_steps).lower(gradients).compile(compiler_options=optimised)
     for name, update in zip(names, program(gradients), strict=True):
         for stack in ("a", "b"):

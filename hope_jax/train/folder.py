@@ -1,0 +1,62 @@
+"""Folders to write in: new, empty, or of this program; any other is left as it is."""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a drive has one letter
+
+
+class ForeignFolder(ValueError):
+    """A folder that this program did not write, or that is none. Names it."""
+
+
+def check_folder(
+    flag: str,
+    path: str | os.PathLike,
+    names: Iterable[str],
+    is_ours: Callable[[Path], bool],
+) -> Path:
+    """`path`, if it may be written in. Only looks: nothing is made or removed.
+
+    Args:
+      flag: what the path was given as, for messages.
+      path: the folder.
+      names: what will be written in it.
+      is_ours: `folder -> bool`, whether this program wrote a folder with something
+        in it.
+
+    Raises:
+      ForeignFolder: an empty path, a URL, a file, something in the folder that leads
+        out of it, or a folder with other things.
+
+    >>> check_folder("--workdir", "gs://bucket/run", [], bool)
+    Traceback (most recent call last):
+    hope_jax.train.folder.ForeignFolder: --workdir='gs://bucket/run' is a URL; give a \
+folder of this machine.
+    """
+    text = os.fspath(path)
+    given = f"{flag}={text!r}"
+    if not text.strip():
+        raise ForeignFolder(f"{given} is empty; give a folder for this alone.")
+    if _URL.match(text):
+        raise ForeignFolder(f"{given} is a URL; give a folder of this machine.")
+    folder = Path(path)
+    for above in (folder, *folder.parents):
+        if above.exists() or above.is_symlink():
+            if not above.is_dir():
+                raise ForeignFolder(f"{given}: {str(above)!r} is no folder.")
+            break
+    for name in names:
+        if (folder / name).is_symlink():
+            raise ForeignFolder(
+                f"{given}: {name!r} in it is a link; what is written there would land "
+                f"elsewhere, in {os.readlink(folder / name)!r}. Give another folder."
+            )
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
+        raise ForeignFolder(
+            f"{given} has files that this program did not write; nothing was touched. "
+            "Give a new or an empty folder."
+        )
+    return folder
