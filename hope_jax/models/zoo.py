@@ -139,8 +139,8 @@ def matched(
 ) -> tuple[ModelConfig, dict[str, tuple[int, int]]]:
     """`config` with the MLP width that gives it `parameters`, and what that changed.
 
-    Only `cms.hidden` changes, the width of levels that have none of their own, to a multiple of 8 where one is near enough. Nothing is
-    built.
+    Only `cms.hidden` changes, the width of levels that have none of their own, to a
+    multiple of 8 where one is near enough. Nothing is built.
 
     Args:
       config: any model.

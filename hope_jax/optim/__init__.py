@@ -483,7 +483,7 @@ def build(
 def inner(
     name: str, options: Any, rate: Array | float
 ) -> optax.GradientTransformationExtraArgs:
-    """The rule of a level that moves inside another one's context: no schedule, no decay.
+    """The rule of a level inside another one's context: no schedule, no decay.
 
     Args:
       name: of `RULES`.
