@@ -434,9 +434,9 @@ def test_dgd_inside_takes_the_inputs_of_its_own_tokens():
             assert np.abs(got - w).max() > 1e-3
 
 
-@pytest.mark.parametrize("rule", ["dgd", "adam"])
+@pytest.mark.parametrize("rule", ["dgd", "delta_momentum"])
 def test_the_outer_gradient_goes_through_any_rule(float64, rule):
-    """`exact`, moves and pulls included, along a random direction."""
+    """`exact`, moves and pulls included, in where the level starts and its rate."""
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix types
         config = dataclasses.replace(
             chain(CMSLevel(period=2, rate=0.3, rule=rule), gradient="exact"),
@@ -450,12 +450,17 @@ def test_the_outer_gradient_goes_through_any_rule(float64, rule):
             logits, _ = lm.apply(graphdef, params, tokens[:, :-1])
             return lm.next_token_loss(logits, tokens[:, 1:])[:, 4:].mean()
 
+        def inner(path):  # attention is float32 inside
+            return any(name in str(path) for name in ("mlp", "rates"))
+
         rng = np.random.default_rng(0)
-        direction = jax.tree.map(lambda w: rng.normal(size=w.shape), params)
+        direction = jax.tree_util.tree_map_with_path(
+            lambda path, w: rng.normal(size=w.shape) * inner(path), params
+        )
         at = lambda h: jax.tree.map(lambda w, d: w + h * d, params, direction)  # noqa: E731
         value, slope = jax.jit(loss), jax.jit(jax.grad(loss))(params)
         exact = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slope, direction)))
-        numeric = (value(at(1e-6)) - value(at(-1e-6))) / 2e-6
+        numeric = (value(at(1e-5)) - value(at(-1e-5))) / 2e-5
         np.testing.assert_allclose(exact, numeric, rtol=1e-5)
 
 
