@@ -432,12 +432,16 @@ def _accumulate(levels, learned):
 
 
 class _Life(NamedTuple):
-    """What the scan over chunks carries."""
+    """What the scan over chunks carries.
+
+    Attributes:
+      position: tokens read; one number for all rows where these are fresh.
+    """
 
     mixers: PyTree
     fast: tuple
     levels: tuple
-    position: Int[Array, " B"]
+    position: Int[Array, "*B"]
 
 
 def _read_aligned(model, tokens, labels, state, fresh, learn):
@@ -452,7 +456,8 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
     chunk = model.config.base_chunk
     if not fresh:
         state = _settle(model, state, tokens[:, 0])
-    life = _Life(*state.blocks, state.levels, state.position)
+    start = jnp.zeros((), jnp.int32) if fresh else state.position
+    life = _Life(*state.blocks, state.levels, start)
     labels = tokens[:, 1:] if labels is None else labels
     known = labels.shape[1] // chunk * chunk  # tokens of chunks with all their labels
     outputs = []
@@ -492,36 +497,38 @@ def _live(model, life, xs):
 
 def _move_due(model, life, rows=None):
     """Moves every level whose period ends where a row stands; of `rows`, or of all."""
-    for which, period in enumerate(model.config.fast_periods[: len(life.fast)]):
-        if rows is None and period == model.config.base_chunk:
-            life = _move(model, which, life)
+    config = model.config
+    fast, levels = list(life.fast), list(life.levels)
+    for which, period in enumerate(config.fast_periods[: len(fast)]):
+        old = fast[which], levels[which]
+        if rows is None and period == config.base_chunk:
+            fast[which], levels[which] = _move(model, which, *old)
             continue
         due = life.position % period == 0
         due = due if rows is None else due & rows
 
-        def move(life, which=which, due=due):
-            return _move(model, which, life, due)
+        def move(*old, which=which, due=due):
+            return _move(model, which, *old, rows=due if due.ndim else None)
 
-        life = jax.lax.cond(jnp.any(due), move, lambda life: life, life)
-    return life
+        def stay(*old):
+            return old
+
+        fast[which], levels[which] = jax.lax.cond(jnp.any(due), move, stay, *old)
+    return life._replace(fast=tuple(fast), levels=tuple(levels))
 
 
-def _move(model, which, life, rows=None):
+def _move(model, which, weights, state, rows=None):
     """Moves one fast level of the rows that are chosen, by default of all."""
     config = model.config
     rate, start = model.inner_rates()[which], model.blocks.starts()[which]
     if config.cms.gradient == "none":
         rate, start = jax.lax.stop_gradient((rate, start))
-    old = life.fast[which], life.levels[which]
     level = config.cms.whole[config.fast[which]]
-    weights, state = cms.move(config.cms, level, rate, start, *old, axis=1)
+    moved, after = cms.move(config.cms, level, rate, start, weights, state, axis=1)
     if rows is not None:
-        weights = _where(rows, weights, old[0])
-        state = _where_level(rows, state, old[1])
-    return life._replace(
-        fast=_replace(life.fast, which, weights),
-        levels=_replace(life.levels, which, state),
-    )
+        moved = _where(rows, moved, weights)
+        after = _where_level(rows, after, state)
+    return moved, after
 
 
 def _settle(model, state, token):
@@ -602,7 +609,3 @@ def _where_level(rows, new, old):
     return cms.FastLevel(
         _where(rows, new.learned, old.learned), _where(rows, new.opt, old.opt, axis=0)
     )
-
-
-def _replace(items: tuple, index: int, item) -> tuple:
-    return (*items[:index], item, *items[index + 1 :])

@@ -367,6 +367,40 @@ def test_any_optimizer_moves_a_level_row_by_row(name):
         assert np.isfinite(got).all() and np.abs(got - old).max() > 1e-4
 
 
+@pytest.mark.parametrize("name", ["sgd", "dgd", "m3", "adafactor"])
+def test_a_first_order_move_is_a_constant_whose_rate_learns(name):
+    """The start learns as if nothing had moved, pull or not; `exact` says otherwise."""
+
+    def pullback(gradient):
+        config, level = level_of(rule=name, pull=0.1, gradient=gradient)
+        learned = cms.begin_level(level, WEIGHTS, axis=1).learned
+        learned = jax.tree.map(
+            lambda a: a + jnp.eye(*a.shape[-2:])[None, None], learned
+        )
+
+        @jax.jit
+        def twice(start, rate):
+            weights = jax.tree.map(lambda w: jnp.stack([w, w], axis=1), start)
+            state = cms.begin_level(level, weights, axis=1)
+            for _ in range(2):
+                state = state._replace(learned=learned)
+                weights, state = cms.move(
+                    config, level, rate, start, weights, state, axis=1
+                )
+            return weights
+
+        ones = jax.tree.map(jnp.ones_like, WEIGHTS)
+        return jax.vjp(twice, START, jnp.array(0.2))[1](ones)
+
+    start, rate = pullback("first_order")
+    for leaf in jax.tree.leaves(start):
+        np.testing.assert_allclose(leaf, 2.0, rtol=1e-5)  # one for each of two rows
+    assert abs(rate) > 1e-3
+    if name in ("dgd", "adafactor"):  # whose moves depend on where the weights are
+        through, _ = pullback("exact")
+        assert max(np.abs(x - 2.0).max() for x in jax.tree.leaves(through)) > 1e-2
+
+
 RULES = {
     "dgd": CMSLevel(period=4, rate=0.2, rule="dgd"),
     "ggd": CMSLevel(

@@ -131,7 +131,7 @@ def first_order_by_definition(config, params, tokens):
                     levels[i],
                     axis=1,
                 )
-                fast = lm._replace(fast, i, weights)
+                fast = (*fast[:i], weights, *fast[i + 1 :])
         moves.append(jax.tree.map(jnp.subtract, fast, start))
 
     def loss(params):

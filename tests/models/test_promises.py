@@ -166,7 +166,7 @@ def gradient_of_chunk(config, state, tokens, labels):
     inside = lm._layers_first(state)
 
     def loss(slow):
-        fast = lm._replace(inside.blocks.fast, 1, slow)
+        fast = (inside.blocks.fast[0], slow, inside.blocks.fast[2])
         logits, _ = lm._read(
             model, tokens, inside.held.mixers, fast, aligned=True, learn=True
         )
