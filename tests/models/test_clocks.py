@@ -263,6 +263,23 @@ def test_a_horizon_spares_slow_levels_and_changes_nothing():
         lm.apply(graphdef, params, tokens, horizon=32)
 
 
+def test_a_level_is_within_a_horizon_that_is_longer_than_its_period():
+    expected = {4: 0, 5: 1, 8: 1, 9: 2, 32: 2, 33: 3, None: 3}
+    assert {h: len(THREE.within(h)) for h in expected} == expected
+
+
+@pytest.mark.parametrize("rule", ["dgd", "m3"])
+def test_fast_levels_stay_in_float32_in_a_bfloat16_model(rule):
+    config = dataclasses.replace(chain(RULES[rule], RULES[rule]), dtype="bfloat16")
+    tokens = some_tokens(length=9)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix types
+        _, state = small.read(config, tokens)
+    for level in (state.blocks.fast, [v.learned for v in state.levels]):
+        for leaf in jax.tree.leaves(level):
+            assert leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all()
+    assert moves(state) == [[2, 2], [2, 2]]
+
+
 def test_periods_of_the_outer_optimizer_follow_the_rows():
     _, params = small.built(THREE)
     for seq_len, expected in ((33, [1, 1, 1]), (16, [1, 1, 2]), (4, [1, 2, 8])):
