@@ -155,12 +155,15 @@ def _config():
         raise ValueError("Give --workdir, a folder for this run alone.")
 
     from hope_jax.core import config as config_lib
+    from hope_jax.train.config import check_rows
 
     config = load_row(_EXPERIMENT.value, _ROW.value, _SCALE.value)
     settings = list(_SET.value)
     if _DATA.value is not None:
         settings.append(f"data.path={_DATA.value}")
-    return config_lib.override(config, settings)
+    config = config_lib.override(config, settings)
+    check_rows(config)
+    return config
 
 
 def _fail(error: Exception) -> int:

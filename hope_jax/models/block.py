@@ -32,8 +32,8 @@ class ModelConfig:
       mixer: a name of `mixers.names()`: `self_modifying` (Hope), `attention`
         (Transformer++, Hope-Attention) or a memory; or several, separated by commas,
         which the layers repeat (`gated_delta_net,sliding_window`).
-      context: tokens of a training sequence. CMS levels with a shorter period move
-        inside it; attention looks back over as many tokens.
+      context: tokens that attention looks back over: those of a training row. No
+        parameter has its shape, so it may be raised on a trained model.
       window: tokens that `sliding_window` looks back over.
       chunk: tokens per chunk of the named memories among the mixers; None is each
         one's own. It is part of the function where they are anchored.
@@ -96,8 +96,9 @@ class ModelConfig:
         for inner, outer in zip(chunks, chunks[1:], strict=False):
             if outer % inner:
                 raise ValueError(
-                    f"cms.levels: a fast period ({outer}) must be a multiple of the "
-                    f"next faster chunk ({inner}), so that clocks nest."
+                    f"cms.levels: a period ({outer}) must be a multiple of the next "
+                    f"faster chunk ({inner}), so that clocks nest; a level of rate 0 "
+                    "never moves while reading and needs no clock."
                 )
 
     @property
@@ -112,8 +113,14 @@ class ModelConfig:
 
     @property
     def fast(self) -> tuple[int, ...]:
-        """Indices of the CMS levels that move inside a sequence, fast first."""
-        return self.cms.fast(self.context)
+        """Indices of the CMS levels that move while reading, fast first."""
+        return self.cms.fast
+
+    def within(self, horizon: int | None) -> tuple[int, ...]:
+        """Those of `fast` that move before `horizon` tokens are read; None for all."""
+        periods = (self.cms.levels[i].period for i in self.fast)
+        count = sum(horizon is None or period < horizon for period in periods)
+        return self.fast[:count]
 
     @property
     def fast_periods(self) -> tuple[int, ...]:
@@ -126,8 +133,9 @@ class ModelConfig:
 
     @property
     def span(self) -> int:
-        """Tokens after which every clock inside the sequence stands at a boundary."""
-        return math.lcm(self.mixer_chunk, *self.fast_periods)
+        """Tokens after which the mixers and the fastest CMS level are at a boundary:
+        there a row may be read in parallel."""
+        return self.base_chunk or self.mixer_chunk  # which divides the former
 
 
 class BlockState(NamedTuple):
@@ -136,7 +144,8 @@ class BlockState(NamedTuple):
     Attributes:
       mixer: the mixer's state; of a group, its blocks' in a tuple.
       fast: the weights of each fast CMS level, one copy a row; the block reads them,
-        the model moves them, for only it knows the task loss. Of a group, the weights
+        the model moves them, for only it knows the task loss. With a horizon, of those
+        that move within it, the first of `ModelConfig.fast`. Of a group, the weights
         of a level are its blocks' in a tuple.
     """
 
@@ -147,10 +156,10 @@ class BlockState(NamedTuple):
 class CMSBlock(nnx.Module):
     """One MLP of the chain with its norm."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, hidden: int, *, rngs: nnx.Rngs):
         dtype = DTYPES[config.dtype]
         self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
-        self.mlp = SwiGLU(config.d_model, config.cms.hidden, dtype, rngs=rngs)
+        self.mlp = SwiGLU(config.d_model, hidden, dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], fast: PyTree | None = None
@@ -176,16 +185,22 @@ class Block(nnx.Module):
         self.config = config
         self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
         self.mixer = mixers.get(mixer or config.mixer, config).build(rngs)
-        self.levels = nnx.List([CMSBlock(config, rngs=rngs) for _ in config.cms.levels])
+        self.levels = nnx.List(
+            [CMSBlock(config, level.hidden, rngs=rngs) for level in config.cms.whole]
+        )
 
-    def initial_state(self, rows: int) -> BlockState:
-        def spread(level):
-            weights = nnx.state(level.mlp, nnx.Param)
-            return jax.tree.map(
-                lambda w: jnp.broadcast_to(w[None], (rows, *w.shape)), weights
-            )
+    def starts(self, horizon: int | None = None) -> tuple[PyTree, ...]:
+        """The learned weights at which the levels within `horizon` start."""
+        return tuple(
+            nnx.state(self.levels[i].mlp, nnx.Param)
+            for i in self.config.within(horizon)
+        )
 
-        fast = tuple(spread(self.levels[i]) for i in self.config.fast)
+    def initial_state(self, rows: int, horizon: int | None = None) -> BlockState:
+        """`rows` rows, with fast copies of the levels that move within `horizon`."""
+        fast = jax.tree.map(
+            lambda w: jnp.broadcast_to(w[None], (rows, *w.shape)), self.starts(horizon)
+        )
         return BlockState(self.mixer.initial_state(rows), fast)
 
     def __call__(
@@ -202,11 +217,9 @@ class Block(nnx.Module):
         """
         aligned = state is None if aligned is None else aligned
         mixer = None if state is None else state.mixer
-        fast = (
-            {}
-            if state is None
-            else dict(zip(self.config.fast, state.fast, strict=True))
-        )
+        fast = {}
+        if state is not None:  # with a horizon, of the first levels alone
+            fast = dict(zip(self.config.fast, state.fast, strict=False))
         y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn)
         x = x + y
         chain = range(len(self.levels))
@@ -228,8 +241,12 @@ class Group(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.parts = nnx.List([Block(config, m, rngs=rngs) for m in config.pattern])
 
-    def initial_state(self, rows: int) -> BlockState:
-        return _join([part.initial_state(rows) for part in self.parts])
+    def starts(self, horizon: int | None = None) -> tuple[PyTree, ...]:
+        """As `Block`; of a level its blocks' in a tuple."""
+        return tuple(zip(*(part.starts(horizon) for part in self.parts), strict=True))
+
+    def initial_state(self, rows: int, horizon: int | None = None) -> BlockState:
+        return _join([part.initial_state(rows, horizon) for part in self.parts])
 
     def __call__(
         self,

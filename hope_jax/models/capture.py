@@ -9,10 +9,12 @@ from hope_jax.models.layers import Dense
 from hope_jax.optim.groups import path_names
 
 
-def dense_kernels(graphdef: nnx.GraphDef, params: PyTree) -> PyTree[Bool]:
+def dense_kernels(
+    graphdef: nnx.GraphDef, params: PyTree, horizon: int | None = None
+) -> PyTree[Bool]:
     """The kernels of all dense layers, for `layers` of `capture.dgd_gradients`.
 
-    Left out are CMS levels that move inside a sequence: their parameters are initial
+    Left out are CMS levels that move within `horizon`: their parameters are initial
     states and multiply nothing themselves, the copies of the rows do. Layers of one's
     own join by being `hope_jax.models.layers.Dense`.
 
@@ -22,6 +24,7 @@ def dense_kernels(graphdef: nnx.GraphDef, params: PyTree) -> PyTree[Bool]:
 
     Args:
       graphdef, params: of `nnx.split(model, nnx.Param)`; `params` may be shapes.
+      horizon: of the `hope_jax.models.lm.apply` that the loss is of.
 
     Returns:
       A tree of bools like `params`.
@@ -32,7 +35,8 @@ def dense_kernels(graphdef: nnx.GraphDef, params: PyTree) -> PyTree[Bool]:
         if isinstance(module, Dense):
             kernels.add((*names, "kernel"))
         elif isinstance(module, Block):
-            starts |= {(*names, "levels", str(i)) for i in module.config.fast}
+            inside = module.config.within(horizon)
+            starts |= {(*names, "levels", str(i)) for i in inside}
 
     def chosen(path, leaf):
         del leaf

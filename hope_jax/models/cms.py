@@ -1,13 +1,15 @@
 """Continuum memory: a chain of MLPs, each moved by the task loss on its own clock.
 
-Section 7 of arXiv:2512.24695, sequential variant (equations 70, 71 and 73). A level
-whose period is shorter than the model's context moves inside the sequence: every row
-has its own fast copy, which starts at the learned parameters and descends the
-next-token loss of the text read so far. A slower level holds no fast copy: it is an
-ordinary parameter that the training loop's optimizer moves on a slower clock.
+Section 7 of arXiv:2512.24695, sequential variant (equations 70, 71 and 73). Every row
+has its own fast copy of a level, which starts at the learned parameters and descends
+the next-token loss of the text read so far: it moves whenever as many tokens as its
+period have been read, however long the text is. In training a level that is slower
+than the rows would never move inside one. It then holds no fast copy and is an ordinary
+parameter, which the training loop's optimizer moves on a slower clock.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Literal, NamedTuple
@@ -17,26 +19,48 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-_RULES = {
-    "sgd": optax.identity,
-    "momentum": lambda: optax.trace(0.9),
-    "adam": lambda: optax.scale_by_adam(b1=0.9, b2=0.99, eps_root=1e-8),
-}
+from hope_jax import optim
+from hope_jax.optim import capture, slopes
+from hope_jax.optim.options import RuleOptions
+
+
+def _check_shared(config: "CMSLevel | CMSConfig") -> None:
+    if config.rule is not None:
+        optim.check_name("rule", config.rule)
+    if config.hidden is not None and config.hidden < 1:
+        raise ValueError(f"hidden must be at least 1, got {config.hidden}.")
+    if config.clip is not None and config.clip <= 0:
+        raise ValueError(f"clip must be positive, got {config.clip}.")
+    if config.pull is not None and not 0 <= config.pull < 1:
+        raise ValueError(
+            f"pull must be at least 0 and below 1, where a move forgets all that came "
+            f"before it; got {config.pull}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CMSLevel:
-    """One MLP of the chain.
+    """One MLP of the chain. What is None is the chain's, in `CMSConfig`.
 
     Attributes:
       period: tokens of one stream between two moves. `math.inf` has no clock of its
         own: the MLP of an ordinary Transformer block, a parameter like any other.
       rate: inner rate at the start; it is learned, between 0 and
-        `CMSConfig.rate_bound`. A level of rate 0 never moves inside a sequence.
+        `CMSConfig.rate_bound`. A level of rate 0 never moves while reading.
+      hidden: hidden width of the SwiGLU MLP.
+      rule: inner optimizer, a name of `hope_jax.optim.RULES`.
+      options: of that rule.
+      clip: bound on the norm of one row's inner gradient, over the level's whole stack.
+      pull: how much of the way back to its start a move also takes the level.
     """
 
     period: float
     rate: float = 0.1
+    hidden: int | None = None
+    rule: str | None = None
+    options: RuleOptions | None = None
+    clip: float | None = None
+    pull: float | None = None
 
     def __post_init__(self):
         if self.period != math.inf and (
@@ -48,23 +72,28 @@ class CMSLevel:
             )
         if self.rate < 0:
             raise ValueError(f"rate must be at least 0, got {self.rate}.")
+        _check_shared(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CMSConfig:
-    """The chain and how its fast levels learn.
+    """The chain and how its levels learn while they read.
 
     Attributes:
       levels: from fast to slow, the order in which the chain applies them.
       hidden: hidden width of each SwiGLU MLP.
       order: `fast_to_slow` (the paper's figures) or `slow_to_fast` (equation 70 as
         printed).
-      rule: inner optimizer of the fast levels; `sgd` is equation 71.
+      rule: inner optimizer, a name of `hope_jax.optim.RULES`; `sgd` is equation 71.
+      options: of the rule, for levels without options of their own.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
       gradient: what the outer level differentiates: `exact`, through every inner move;
         `first_order`, moves are constants; `none`, the initial state learns nothing.
       clip: bound on the norm of one row's inner gradient, over a level's whole stack.
+      pull: how much of the way back to its start a move also takes a level,
+        w <- w - step - pull (w - start). Its weights then stay within the longest step
+        over `pull` of where they start, however long the text. 0 is equation 71.
       rate_bound: upper bound of the learned inner rates.
     """
 
@@ -72,9 +101,11 @@ class CMSConfig:
     hidden: int = 256
     order: Literal["fast_to_slow", "slow_to_fast"] = "fast_to_slow"
     rule: str = "sgd"
+    options: RuleOptions = RuleOptions()
     reduction: Literal["mean", "sum"] = "mean"
     gradient: Literal["exact", "first_order", "none"] = "first_order"
     clip: float = 1.0
+    pull: float = 0.01
     rate_bound: float = 1.0
 
     def __post_init__(self):
@@ -88,7 +119,6 @@ class CMSConfig:
                 )
         choices = {
             "order": ("fast_to_slow", "slow_to_fast"),
-            "rule": tuple(_RULES),
             "reduction": ("mean", "sum"),
             "gradient": ("exact", "first_order", "none"),
         }
@@ -98,67 +128,147 @@ class CMSConfig:
                     f"{name} must be one of {', '.join(allowed)}, got "
                     f"{getattr(self, name)!r}."
                 )
-        if self.hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {self.hidden}.")
-        for name in ("clip", "rate_bound"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.rate_bound <= 0:
+            raise ValueError(f"rate_bound must be positive, got {self.rate_bound}.")
         for level in self.levels:
             if level.rate >= self.rate_bound:
                 raise ValueError(
                     f"rate ({level.rate}) must be below rate_bound ({self.rate_bound})."
                 )
+        _check_shared(self)
+        optim.check_options(self.options, {v.rule for v in self.whole})
+        for level, whole in zip(self.levels, self.whole, strict=True):
+            if level.options is not None:
+                optim.check_options(level.options, {whole.rule})
 
-    def fast(self, context: int) -> tuple[int, ...]:
-        """Indices of the levels that move within `context` tokens, fast first."""
-        moving = (v.rate > 0 and v.period < context for v in self.levels)
+    @functools.cached_property
+    def whole(self) -> tuple[CMSLevel, ...]:
+        """The levels with what is the chain's filled in."""
+
+        def filled(level):
+            return {
+                name: getattr(self if getattr(level, name) is None else level, name)
+                for name in ("hidden", "rule", "options", "clip", "pull")
+            }
+
+        return tuple(dataclasses.replace(v, **filled(v)) for v in self.levels)
+
+    @property
+    def fast(self) -> tuple[int, ...]:
+        """Indices of the levels that move while reading, fast first."""
+        moving = (v.rate > 0 and v.period != math.inf for v in self.levels)
         return tuple(i for i, moves in enumerate(moving) if moves)
+
+
+class Learned(NamedTuple):
+    """What a backward pass says of the weights of a level.
+
+    Attributes:
+      gradient: of the loss; the slopes of the objective for rules that take these.
+      inputs: the Gram matrices of what each matrix multiplied; None for rules that do
+        not ask for them.
+    """
+
+    gradient: PyTree
+    inputs: PyTree | None
 
 
 class FastLevel(NamedTuple):
     """Where a fast level of every row stands, apart from its weights.
 
     Attributes:
-      gradient: the sum of its own tokens' gradients since its last move; rows on the
-        axis on which the weights have them.
+      learned: the sums over its own tokens since its last move; rows on the axis on
+        which the weights have them.
       opt: the state of its rule, whose leaves always lead with rows.
     """
 
-    gradient: PyTree
+    learned: Learned
     opt: PyTree
 
 
-def flow(config: CMSConfig, rate: Array | float) -> optax.GradientTransformation:
-    """The rule of a fast level, for one row."""
+def noted(level: CMSLevel, weights: PyTree) -> PyTree:
+    """`weights` of a level, as those whose gradients are what its rule asks for."""
+    match optim.RULES[level.rule].inputs:
+        case "grams":
+            return capture.capture(weights)
+        case "slopes":
+            return capture.capture(weights, objective=_objective(level), tokens=1)
+    return weights
+
+
+def learned(level: CMSLevel, gradient: PyTree) -> Learned:
+    """What there is in the gradient of `noted` weights."""
+    match optim.RULES[level.rule].inputs:
+        case "grams":
+            return Learned(capture.plain(gradient), capture.grams(gradient))
+        case "slopes":
+            return Learned(capture.slopes(gradient), None)
+    return Learned(gradient, None)
+
+
+def _objective(level: CMSLevel):
+    return _objective_of(getattr(level.options, level.rule).memory)
+
+
+_objective_of = functools.cache(slopes.objective)  # programs are kept by the function
+
+
+def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
+    """The rule of a level, for one row."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        _RULES[config.rule](),
-        optax.scale_by_learning_rate(rate),
+        optax.clip_by_global_norm(level.clip),
+        optim.inner(level.rule, level.options, rate),
     )
 
 
-def begin_level(config: CMSConfig, weights: PyTree, axis: int) -> FastLevel:
+def begin_level(level: CMSLevel, weights: PyTree, axis: int) -> FastLevel:
     """The level before its first token; `weights` carry the rows on `axis`."""
-    opt = jax.vmap(flow(config, 0.0).init, axis)(weights)
-    return FastLevel(jax.tree.map(jnp.zeros_like, weights), opt)
+    opt = jax.vmap(flow(level, 0.0).init, axis)(weights)
+    nothing = jax.eval_shape(lambda w: learned(level, noted(level, w)), weights)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
+    return FastLevel(zeros, opt)
 
 
 def move(
     config: CMSConfig,
-    period: float,
+    level: CMSLevel,
     rate: Float[Array, ""],
+    start: PyTree,
     weights: PyTree,
-    level: FastLevel,
+    state: FastLevel,
     axis: int,
 ) -> tuple[PyTree, FastLevel]:
-    """Equation 71 at the end of a level's period, for every row on `axis` of leaves."""
-    scale = 1.0 / period if config.reduction == "mean" else 1.0
+    """Equation 71 at the end of a level's period, for every row on `axis` of leaves.
 
-    def move_row(weights, gradient, opt):
-        gradient = jax.tree.map(lambda g: scale * g, gradient)
-        updates, opt = flow(config, rate).update(gradient, opt, weights)
-        return optax.apply_updates(weights, updates), opt
+        w <- w - rate f(g) - pull (w - start)
+
+    with f the level's rule and g the clipped mean, or sum, of its tokens' gradients.
+
+    Args:
+      config: the chain.
+      level: one of `config.whole`.
+      rate: its inner rate.
+      start: the learned weights, which have no rows.
+      weights, state: where the level of each row stands.
+      axis: of the rows.
+    """
+    scale = 1.0 / level.period if config.reduction == "mean" else 1.0
+    rule = flow(level, rate)
+
+    def move_row(weights, learned, opt):
+        learned = jax.tree.map(lambda a: scale * a, learned)
+        at = weights
+        if config.gradient == "first_order":  # a move is a constant
+            at = jax.lax.stop_gradient(weights)
+        extra = {} if learned.inputs is None else {"inputs": learned.inputs}
+        updates, opt = rule.update(learned.gradient, opt, at, **extra)
+        moved = optax.apply_updates(weights, updates)
+        if level.pull:
+            moved = jax.tree.map(
+                lambda new, old, s: new - level.pull * (old - s), moved, weights, start
+            )
+        return moved, opt
 
     over_rows = jax.vmap(move_row, (axis, axis, 0), (axis, 0))
-    weights, opt = over_rows(weights, level.gradient, level.opt)
-    return weights, FastLevel(jax.tree.map(jnp.zeros_like, level.gradient), opt)
+    weights, opt = over_rows(weights, state.learned, state.opt)
+    return weights, FastLevel(jax.tree.map(jnp.zeros_like, state.learned), opt)

@@ -47,7 +47,16 @@ def stack_levels(
             f"assignment must name a level in 0..{count - 1} for each of the "
             f"{config.layers} layers, got {list(assignment)}."
         )
-    cms = dataclasses.replace(config.cms, levels=tuple(levels))
+    (trained_level,) = config.cms.whole
+    cms = dataclasses.replace(
+        config.cms, levels=tuple(levels), hidden=trained_level.hidden
+    )
+    for level in cms.whole:
+        if level.hidden != trained_level.hidden:
+            raise ValueError(
+                f"levels must have the hidden width of the trained MLP, "
+                f"{trained_level.hidden}, got {level.hidden}; leave it None."
+            )
     stacked = dataclasses.replace(config, cms=cms)
 
     trained = {

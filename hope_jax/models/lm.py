@@ -3,7 +3,8 @@
 `apply` is training, prefill and decoding. Without fast CMS levels it is one pass over
 the tokens. With them the sequence is scanned over base chunks: forward with the current
 fast weights, next-token loss, one backward pass for all fast levels, each of which
-moves when its own period ends (equation 71 of arXiv:2512.24695). The loss of a chunk's
+moves when its own period ends (equation 71 of arXiv:2512.24695): after as many tokens,
+however they were cut into calls. The loss of a chunk's
 last token needs the first token of the next chunk, so a chunk is held until that token
 arrives: then the levels move, and that token is the first to see it. Nothing reads what
 it should not.
@@ -100,13 +101,18 @@ class LanguageModel(nnx.Module):
         self.blocks = nnx.merge(graphdef, stacked)
         self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         if config.fast:
-            start = [config.cms.levels[i].rate for i in config.fast]
-            share = jnp.array(start, jnp.float32) / config.cms.rate_bound
-            self.rates = nnx.Param(jnp.log(share) - jnp.log1p(-share))
+            self.rates = nnx.Param(first_rates(config))
 
     def inner_rates(self) -> Float[Array, " F"]:
         """The learned rates of the fast CMS levels, in (0, rate_bound)."""
         return self.config.cms.rate_bound * jax.nn.sigmoid(self.rates[...])
+
+
+def first_rates(config: ModelConfig) -> Float[Array, " F"]:
+    """The parameter `rates` at the start: logits of shares of the bound."""
+    start = [config.cms.levels[i].rate for i in config.fast]
+    share = jnp.array(start, jnp.float32) / config.cms.rate_bound
+    return jnp.log(share) - jnp.log1p(-share)
 
 
 def build(config: ModelConfig, key: Array) -> tuple[nnx.GraphDef, nnx.State]:
@@ -131,9 +137,10 @@ def count_parameters(config: ModelConfig) -> int:
 def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
     """After how many optimizer steps each parameter moves.
 
-    A step reads `seq_len` tokens of each stream, so a CMS level that is slower than the
-    sequence moves every `period / seq_len` steps; all else moves at every step.
+    A step reads `seq_len` tokens of each stream, so a CMS level that does not move
+    inside them moves every `period / seq_len` steps; all else moves at every step.
     """
+    inside = config.within(seq_len)
 
     def steps(path, leaf):
         del leaf
@@ -142,7 +149,7 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
             return 1
         index = int(keys[keys.index("levels") + 1])
         level = config.cms.levels[index]
-        if index in config.fast or level.period == float("inf"):
+        if index in inside or level.period == float("inf"):
             return 1
         return max(1, round(level.period / seq_len))
 
@@ -152,8 +159,10 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 def system(config: ModelConfig) -> System:
     """The model as levels and what passes between them; items are tokens.
 
-    A mixer that layers repeat is shown once.
+    A mixer that layers repeat is shown once. It is the model in training, on rows of
+    `config.context` tokens: when it reads on, slower levels move by their own rules.
     """
+    inside = config.within(config.context)
     sizes = collections.Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
         sizes[_owner(config, _names(path))] += leaf.size
@@ -178,11 +187,11 @@ def system(config: ModelConfig) -> System:
             if part.name in mixer.ends:
                 ends[part.name] = "backprop" if part.period else "attend"
         edges += mixer.edges
-    for i, level in enumerate(config.cms.levels):
+    for i, level in enumerate(config.cms.whole):
         name = f"CMS {i + 1}"
-        fast = i in config.fast
+        fast = i in inside
         period = level.period if level.period != float("inf") else config.context
-        rule = config.cms.rule.upper() if fast else "outer optimizer"
+        rule = level.rule.upper() if fast else "outer optimizer"
         boxes.append(
             Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
         )
@@ -227,6 +236,7 @@ def apply(
     labels: Int[Array, "B T"] | None = None,
     aligned: bool | None = None,
     learn: bool | Learning = True,
+    horizon: int | None = None,
 ) -> tuple[Float[Array, "B T N"], LMState]:
     """Reads tokens, lets every fast level live through them, predicts the next ones.
 
@@ -242,6 +252,10 @@ def apply(
         else the tokens are read one by one, wherever each row stands.
       learn: static; False leaves every fast level at its state: nothing is learned
         while reading. A `Learning` says so part by part.
+      horizon: static, for fresh rows; promises that none of them reads more tokens than
+        these, as in a step of training. Levels that would not move before then hold no
+        fast copy: the parameters are read themselves. Logits are the same with and
+        without. By default rows may read on for ever.
 
     Returns:
       Float32 logits, those of position t predicting token t + 1, and the new state.
@@ -258,8 +272,16 @@ def apply(
             "labels need aligned=True and the shape of tokens, got "
             f"aligned={aligned} and {labels.shape} for {tokens.shape}."
         )
+    if horizon is not None and tokens.shape[1] > horizon:
+        raise ValueError(
+            f"horizon ({horizon}) must be at least the tokens of a row "
+            f"({tokens.shape[1]}): leave it None for rows that read on."
+        )
     fresh = state is None
-    state = _begin(model, tokens.shape[0]) if fresh else _layers_first(state)
+    if fresh:
+        state = _begin(model, tokens.shape[0], horizon)
+    else:
+        state = _layers_first(state)
     if not aligned:
         step = functools.partial(_step, model, learn=learn)
         if tokens.shape[1] == 1:
@@ -290,28 +312,39 @@ def _rows_first(state: LMState) -> LMState:
     held = state.held
     if held is not None:
         held = held._replace(mixers=_swap(held.mixers))
-    levels = tuple(v._replace(gradient=_swap(v.gradient)) for v in state.levels)
+    levels = tuple(v._replace(learned=_swap(v.learned)) for v in state.levels)
     return state._replace(blocks=_swap(state.blocks), levels=levels, held=held)
 
 
 _layers_first = _rows_first
 
 
-def _begin(model, rows):
+def _begin(model, rows, horizon=None):
     graphdef, params = nnx.split(model.blocks, nnx.Param)
-    blocks = jax.vmap(lambda p: nnx.merge(graphdef, p).initial_state(rows))(params)
+    blocks = jax.vmap(lambda p: nnx.merge(graphdef, p).initial_state(rows, horizon))(
+        params
+    )
     config = model.config
     if config.cms.gradient == "none":
         blocks = blocks._replace(fast=jax.lax.stop_gradient(blocks.fast))
-    levels = tuple(cms.begin_level(config.cms, w, axis=1) for w in blocks.fast)
+    levels = tuple(
+        cms.begin_level(level, weights, axis=1)
+        for level, weights in _moving(config, blocks.fast)
+    )
     held = None
-    if config.fast:
+    if levels:
         held = Held(
             mixers=blocks.mixer,
             tokens=jnp.zeros((rows, config.base_chunk), jnp.int32),
             count=jnp.zeros((rows,), jnp.int32),
         )
     return LMState(blocks, levels, held, jnp.zeros((rows,), jnp.int32))
+
+
+def _moving(config, fast):
+    """The levels that have fast weights, and these."""
+    levels = (config.cms.whole[i] for i in config.fast[: len(fast)])
+    return tuple(zip(levels, fast, strict=True))
 
 
 def _read(model, tokens, mixers, fast, *, aligned, learn):
@@ -331,7 +364,7 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
 
 
 def _read_and_blame(model, tokens, labels, mixers, fast):
-    """`_read` of a base chunk, and the gradient of its loss in each row's fast weights.
+    """What a base chunk's loss says of each row's fast weights, and its `_read`.
 
     The gradient is that of the chunk alone: states at its start are constants to it.
     """
@@ -364,11 +397,18 @@ def _read_chunk(graphdef, params, chunk):
 
 
 def _blame(graphdef, params, chunk):
+    moving = _moving(nnx.merge(graphdef, params).config, chunk.fast)
+
     def objective(fast):
         logits, after = _read_chunk(graphdef, params, chunk._replace(fast=fast))
         return jnp.sum(next_token_loss(logits, chunk.labels)), (logits, after)
 
-    return jax.grad(objective, has_aux=True)(chunk.fast)
+    fast = tuple(cms.noted(*one) for one in moving)
+    gradient, read = jax.grad(objective, has_aux=True)(fast)
+    learned = tuple(
+        cms.learned(level, g) for (level, _), g in zip(moving, gradient, strict=True)
+    )
+    return learned, read
 
 
 # To the level above, a first-order update is a constant. Its backward pass is then that
@@ -391,43 +431,53 @@ def _blame_constant_backward(graphdef, residuals, cotangents):
 _blame_constant.defvjp(_blame_constant_forward, _blame_constant_backward)
 
 
-def _accumulate(model, levels, gradient):
+def _accumulate(model, levels, learned):
     return tuple(
-        level._replace(gradient=jax.tree.map(jnp.add, level.gradient, g))
+        level._replace(learned=jax.tree.map(jnp.add, level.learned, more))
         if model.learning.levels[i]
         else level
-        for i, level, g in zip(model.config.fast, levels, gradient, strict=True)
+        for i, level, more in zip(
+            model.config.fast[: len(levels)], levels, learned, strict=True
+        )
     )
 
 
 class _Life(NamedTuple):
-    """What the scan over chunks carries."""
+    """What the scan over chunks carries.
+
+    Attributes:
+      position: tokens read; one number for all rows where these are fresh.
+    """
 
     mixers: PyTree
     fast: tuple
     levels: tuple
+    position: Int[Array, "*B"]
 
 
 def _read_aligned(model, tokens, labels, state, fresh, learn):
-    config = model.config
     length = tokens.shape[1]
     position = state.position + length
-    if not learn.cms:
+    if not state.levels or not learn.cms:
         mixers, fast = state.blocks
         logits, mixers = _read(model, tokens, mixers, fast, aligned=True, learn=learn)
         blocks, held = BlockState(mixers, fast), _let_go(state.held)
         return logits, LMState(blocks, state.levels, held, position)
 
-    chunk = config.base_chunk
+    chunk = model.config.base_chunk
     if not fresh:
         state = _settle(model, state, tokens[:, 0])
-    life = _Life(*state.blocks, state.levels)
+    start = jnp.zeros((), jnp.int32) if fresh else state.position
+    life = _Life(*state.blocks, state.levels, start)
     labels = tokens[:, 1:] if labels is None else labels
     known = labels.shape[1] // chunk * chunk  # tokens of chunks with all their labels
     outputs = []
     if known:
+        # One body for all chunks: whether a slower level moves after one depends on
+        # where its row stands.
+        live = functools.partial(_live, model)
         xs = (tokens[:, :known].T, labels[:, :known].T)
-        life, logits = _live(model, len(config.fast) - 1, life, xs)
+        life, logits = scan_chunks(live, live, chunk, life, xs)
         outputs.append(jnp.moveaxis(logits, 0, 1))
     mixers, rest = life.mixers, tokens[:, known:]
     if known < length:
@@ -444,78 +494,86 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
     return jnp.concatenate(outputs, axis=1), state
 
 
-def _live(model, depth, life, xs):
-    """Reads `[T, B]` tokens and labels: loops nest by level, the slowest outermost."""
+def _live(model, life, xs):
+    """Reads a base chunk of `[C, B]` tokens and labels, and moves what is due then."""
+    tokens, labels = (a.T for a in xs)
+    learned, (logits, mixers) = _read_and_blame(
+        model, tokens, labels, life.mixers, life.fast
+    )
+    life = life._replace(
+        mixers=mixers,
+        levels=_accumulate(model, life.levels, learned),
+        position=life.position + tokens.shape[1],
+    )
+    return _move_due(model, life), jnp.moveaxis(logits, 1, 0)
+
+
+def _move_due(model, life, rows=None):
+    """Moves every level whose period ends where a row stands; of `rows`, or of all."""
     config = model.config
-    if depth < 0:
-        tokens, labels = (a.T for a in xs)
-        gradient, (logits, mixers) = _read_and_blame(
-            model, tokens, labels, life.mixers, life.fast
-        )
-        levels = _accumulate(model, life.levels, gradient)
-        return _Life(mixers, life.fast, levels), jnp.moveaxis(logits, 1, 0)
+    fast, levels = list(life.fast), list(life.levels)
+    for which, period in enumerate(config.fast_periods[: len(fast)]):
+        if not model.learning.levels[config.fast[which]]:
+            continue
+        old = fast[which], levels[which]
+        if rows is None and period == config.base_chunk:
+            fast[which], levels[which] = _move(model, which, *old)
+            continue
+        due = life.position % period == 0
+        due = due if rows is None else due & rows
 
-    def whole(life, xs):
-        life, logits = _live(model, depth - 1, life, xs)
-        return _move(model, depth, life), logits
+        def move(*old, which=which, due=due):
+            return _move(model, which, *old, rows=due if due.ndim else None)
 
-    def rest(life, xs):
-        return _live(model, depth - 1, life, xs)
+        def stay(*old):
+            return old
 
-    return scan_chunks(whole, rest, config.fast_periods[depth], life, xs)
+        fast[which], levels[which] = jax.lax.cond(jnp.any(due), move, stay, *old)
+    return life._replace(fast=tuple(fast), levels=tuple(levels))
 
 
-def _move(model, which, life):
-    """Moves one fast level of every row."""
+def _move(model, which, weights, state, rows=None):
+    """Moves one fast level of the rows that are chosen, by default of all."""
     config = model.config
-    if not model.learning.levels[config.fast[which]]:
-        return life
-    rate = model.inner_rates()[which]
+    rate, start = model.inner_rates()[which], model.blocks.starts()[which]
     if config.cms.gradient == "none":
-        rate = jax.lax.stop_gradient(rate)
-    weights, level = cms.move(
-        config.cms,
-        config.fast_periods[which],
-        rate,
-        life.fast[which],
-        life.levels[which],
-        axis=1,
-    )
-    return life._replace(
-        fast=_replace(life.fast, which, weights),
-        levels=_replace(life.levels, which, level),
-    )
+        rate, start = jax.lax.stop_gradient((rate, start))
+    level = config.cms.whole[config.fast[which]]
+    moved, after = cms.move(config.cms, level, rate, start, weights, state, axis=1)
+    if rows is not None:
+        moved = _where(rows, moved, weights)
+        after = _where_level(rows, after, state)
+    return moved, after
 
 
 def _settle(model, state, token):
     """Moves the levels of rows whose held chunk the arrival of `token` completes."""
-    config = model.config
-    due = state.held.count == config.base_chunk
+    complete = state.held.count == model.config.base_chunk
 
     def settle():
         labels = jnp.concatenate([state.held.tokens[:, 1:], token[:, None]], axis=1)
-        gradient, _ = _read_and_blame(
+        learned, _ = _read_and_blame(
             model, state.held.tokens, labels, state.held.mixers, state.blocks.fast
         )
-        life = _Life(*state.blocks, _accumulate(model, state.levels, gradient))
-        fast, levels = [], []
-        for which, period in enumerate(config.fast_periods):
-            moved = _move(model, which, life)
-            moves = due & (state.position % period == 0)
-            kept = _where_level(due, life.levels[which], state.levels[which])
-            fast.append(_where(moves, moved.fast[which], life.fast[which]))
-            levels.append(_where_level(moves, moved.levels[which], kept))
-        held = state.held._replace(count=jnp.where(due, 0, state.held.count))
-        blocks = state.blocks._replace(fast=tuple(fast))
-        return state._replace(blocks=blocks, levels=tuple(levels), held=held)
+        levels = tuple(
+            _where_level(complete, new, old)
+            for new, old in zip(
+                _accumulate(model, state.levels, learned), state.levels, strict=True
+            )
+        )
+        life = _Life(*state.blocks, levels, state.position)
+        life = _move_due(model, life, complete)
+        held = state.held._replace(count=jnp.where(complete, 0, state.held.count))
+        blocks = state.blocks._replace(fast=life.fast)
+        return state._replace(blocks=blocks, levels=life.levels, held=held)
 
-    return jax.lax.cond(jnp.any(due), settle, lambda: state)
+    return jax.lax.cond(jnp.any(complete), settle, lambda: state)
 
 
 def _step(model, state, token, *, learn):
     """One token a row, wherever each row stands."""
     config = model.config
-    if learn.cms:
+    if state.levels and learn.cms:
         state = _settle(model, state, token)
         held = _hold(state, token, config.base_chunk)
     else:
@@ -564,9 +622,5 @@ def _where(rows, new, old, axis=1):
 
 def _where_level(rows, new, old):
     return cms.FastLevel(
-        _where(rows, new.gradient, old.gradient), _where(rows, new.opt, old.opt, axis=0)
+        _where(rows, new.learned, old.learned), _where(rows, new.opt, old.opt, axis=0)
     )
-
-
-def _replace(items: tuple, index: int, item) -> tuple:
-    return (*items[:index], item, *items[index + 1 :])

@@ -146,8 +146,8 @@ def matched(
 ) -> tuple[ModelConfig, dict[str, tuple[int, int]]]:
     """`config` with the MLP width that gives it `parameters`, and what that changed.
 
-    Only `cms.hidden` changes, to a multiple of 8 where one is near enough. Nothing is
-    built.
+    Only `cms.hidden` changes, the width of levels that have none of their own, to a
+    multiple of 8 where one is near enough. Nothing is built.
 
     Args:
       config: any model.
@@ -170,7 +170,13 @@ def matched(
     if tolerance < 0:
         raise ValueError(f"tolerance must not be negative, got {tolerance}.")
     before = lm.count_parameters(config)
-    each = 3 * config.d_model * config.layers * len(config.cms.levels)
+    shared = sum(level.hidden is None for level in config.cms.levels)
+    if not shared:
+        raise ValueError(
+            "config.cms.levels have hidden widths of their own, so none is left to "
+            "choose; leave that of one level at least None."
+        )
+    each = 3 * config.d_model * config.layers * shared
     wanted = config.cms.hidden + (parameters - before) / each
 
     def count(hidden):

@@ -2,14 +2,14 @@
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Bool, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from hope_jax.core.level import Differentiate
 from hope_jax.optim import (
@@ -37,6 +37,8 @@ class Settings(NamedTuple):
       b1, b2: the decays.
       options: the rule's own (`hope_jax.optim.options`); None if it has none.
       mesh: of the devices, over which a rule may spread its work; None for one.
+      eps_root: under the root of Adam's second moment, whose derivative is infinite
+        where all gradients were zero.
     """
 
     rate: optax.Schedule
@@ -45,6 +47,7 @@ class Settings(NamedTuple):
     b2: float
     options: Any = None
     mesh: Mesh | None = None
+    eps_root: float = 0.0
 
 
 class Rule(NamedTuple):
@@ -247,7 +250,8 @@ def _adagrad_memory(s: Settings) -> optax.GradientTransformation:
 
 
 def _adam(s: Settings) -> optax.GradientTransformation:
-    return _decayed(optax.scale_by_adam(b1=s.b1, b2=s.b2), s)
+    direction = optax.scale_by_adam(b1=s.b1, b2=s.b2, eps_root=s.eps_root)
+    return _decayed(direction, s)
 
 
 RULES: dict[str, Rule] = {
@@ -298,7 +302,7 @@ def rules_of(config: Any) -> dict[groups.Kind, str]:
       ValueError: names an unknown rule, one for matrices that was given vectors,
         options that no rule reads, or a weight decay for "adam".
     """
-    _check_name("name", config.name)
+    check_name("name", config.name)
     if config.name == "adam" and config.weight_decay:
         raise ValueError(
             f"adam has no weight decay, got weight_decay={config.weight_decay}; set it "
@@ -309,7 +313,7 @@ def rules_of(config: Any) -> dict[groups.Kind, str]:
     for kind in ("embeddings", "convolutions", "others"):
         name = getattr(config, kind)
         if name is not None:
-            _check_name(kind, name)
+            check_name(kind, name)
         names[kind] = name = default if name is None else name
         if RULES[name].inputs:
             raise ValueError(
@@ -321,14 +325,24 @@ def rules_of(config: Any) -> dict[groups.Kind, str]:
                 f"others={name!r}: {name} moves matrices, and biases, scales and rates "
                 "are none."
             )
-    for name in set(RULES) - set(names.values()):
+    check_options(config, names.values())
+    return names
+
+
+def check_options(config: Any, names: Iterable[str]) -> None:
+    """Refuses options of `config` that no rule among `names` reads.
+
+    Raises:
+      ValueError: names the options, and the rules there are.
+    """
+    names = dict.fromkeys(names)
+    for name in set(RULES) - set(names):
         options = getattr(config, name, None)
         if options is not None and options != type(options)():
             raise ValueError(
                 f"{name} is set to {options}, but moves no parameters: these are moved "
-                f"by {', '.join(dict.fromkeys(names.values()))}."
+                f"by {', '.join(names)}."
             )
-    return names
 
 
 def needs_inputs(config: Any) -> bool:
@@ -385,7 +399,8 @@ def describe(
     return groups.describe(groups.summary(params, names, periods))
 
 
-def _check_name(field: str, name: str) -> None:
+def check_name(field: str, name: str) -> None:
+    """Refuses a name that no optimizer has; `field` asks for it."""
     if name in RULES:
         return
     near = difflib.get_close_matches(name, RULES, n=1)
@@ -463,6 +478,27 @@ def build(
     choose = functools.partial(groups.names_of, names=names, layers=layers)
     given = layers if RULES[config.name].inputs == "grams" else None
     return _promoting(groups.on_clocks(rule, periods, layers=given))
+
+
+def inner(
+    name: str, options: Any, rate: Array | float
+) -> optax.GradientTransformationExtraArgs:
+    """The rule of a level inside another one's context: no schedule, no decay.
+
+    Args:
+      name: of `RULES`.
+      options: `hope_jax.optim.options.RuleOptions`, or what has its fields.
+      rate: of every move; the level above may differentiate in it.
+    """
+    settings = Settings(
+        rate=lambda count: rate,
+        weight_decay=0.0,
+        b1=options.b1,
+        b2=options.b2,
+        options=getattr(options, name, None),
+        eps_root=1e-8,
+    )
+    return _promoting(RULES[name].make(settings))
 
 
 def _promoting(

@@ -219,6 +219,24 @@ def plain(params: PyTree) -> PyTree:
     return _of_captured(lambda w: w.weight, lambda leaf: leaf, params)
 
 
+def grams(noted: PyTree, reduce: Literal["mean", "sum"] = "sum") -> PyTree:
+    """The `inputs` in the gradient of captured parameters; None for other leaves."""
+
+    def inputs_of(matrix: Captured) -> Array:
+        if reduce == "sum":
+            return matrix.gram
+        return matrix.gram / jnp.maximum(matrix.count, 1.0)[..., None, None]
+
+    return _of_captured(inputs_of, lambda leaf: None, noted)
+
+
+def slopes(noted: PyTree) -> PyTree:
+    """The slopes in the gradient of captured parameters; of other leaves, that."""
+    return _of_captured(
+        lambda w: w.slope.astype(w.weight.dtype), lambda leaf: leaf, noted
+    )
+
+
 def value_and_dgd_gradients(
     loss_fn: Callable[..., Any],
     params: PyTree,
@@ -271,15 +289,9 @@ def value_and_dgd_gradients(
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce must be 'mean' or 'sum', got {reduce!r}.")
 
-    def inputs_of(noted: Captured) -> Array:
-        if reduce == "sum":
-            return noted.gram
-        return noted.gram / jnp.maximum(noted.count, 1.0)[..., None, None]
-
     captured = capture(params, layers, input_axis=input_axis, token_rate=token_rate)
     value, noted = jax.value_and_grad(loss_fn, has_aux=has_aux)(captured, *args)
-    inputs = _of_captured(inputs_of, lambda leaf: None, noted)
-    return value, plain(noted), inputs
+    return value, plain(noted), grams(noted, reduce)
 
 
 def dgd_gradients(
@@ -332,10 +344,7 @@ def value_and_slopes(
         params, layers, input_axis=input_axis, objective=objective, tokens=tokens
     )
     value, noted = jax.value_and_grad(loss_fn, has_aux=has_aux)(captured, *args)
-    slopes = _of_captured(
-        lambda w: w.slope.astype(w.weight.dtype), lambda leaf: leaf, noted
-    )
-    return value, slopes
+    return value, slopes(noted)
 
 
 def _of_captured(captured: Callable, other: Callable, tree: PyTree) -> PyTree:

@@ -211,3 +211,38 @@ class Soap:
     frequency: int = 10
     shampoo_beta: float = 0.95
     max_size: int = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """What the inner rule of a level may be told beyond its rate.
+
+    Attributes:
+      b1: decay of the first moment, or the momentum of rules with only one.
+      b2: decay of the second moment.
+      deep_momentum, m3, ...: further options of the name that they bear; they may be
+        set only where it moves something.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+    dgd: DGD = DGD()
+    ggd: GGD = GGD()
+    adamuon: AdaMuon = AdaMuon()
+    m3: M3 = M3()
+    shampoo: Shampoo = Shampoo()
+    soap: Soap = Soap()
+    delta_momentum: DeltaMomentum = DeltaMomentum()
+    feature_map_momentum: FeatureMapMomentum = FeatureMapMomentum()
+    nonlinear_momentum: NonlinearMomentum = NonlinearMomentum()
+    deep_momentum: DeepMomentum = DeepMomentum()
+    gradient_memory: GradientMemory = GradientMemory()
+    adam_memory: AdamMemory = AdamMemory()
+    adagrad_memory: AdaGradMemory = AdaGradMemory()
+
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}."
+                )

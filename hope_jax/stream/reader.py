@@ -103,7 +103,8 @@ def open_checkpoint(
     Args:
       directory: a workdir, or its `checkpoints` folder.
       settings: `"path=value"`, fields that the run's config must have. They change
-        nothing: a model is what it was trained to be.
+        nothing, for a model is what it was trained to be, but for `model.context`: no
+        parameter has its shape, so attention may look back over more than in training.
 
     Raises:
       FileNotFoundError: no checkpoint there.
@@ -117,6 +118,8 @@ def open_checkpoint(
         data = json.loads(written.read_text(encoding="utf-8"))
         expected = config_lib.from_json(RunConfig, data)
     config, params, step = checkpoint.restore_params(directory, expected)
+    free = [one for one in settings if one.partition("=")[0] == "model.context"]
+    config = config_lib.override(config, free)
     differing = config_lib.differences(config, config_lib.override(config, settings))
     if differing:
         raise checkpoint.ConfigMismatch(

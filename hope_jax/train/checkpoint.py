@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import grain.checkpoint
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -39,6 +40,11 @@ TOKENIZER = "tokenizer.json"
 # A resumed run may change these; they do not touch what it computes.
 _FREE = ("train.checkpoint_every:", "train.keep:", "data.path:")
 _FORMAT = 1
+_RATES = "rates"
+_OLD_RATES = (
+    "\nA run of an earlier version, in which only CMS levels faster than a row had "
+    "inner rates, can be read (evaluated, generated from) but not gone on with."
+)
 _PART = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -252,7 +258,10 @@ class Checkpoints:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                 lm.abstract(config.model),
             )
-            return Restored(config, self._tree(step, "params", like, meta), step)
+            # Of versions too in which slow CMS levels had no inner rate: theirs begins.
+            grown = {_RATES: lm.first_rates(config.model)} if config.model.fast else {}
+            params = self._tree(step, "params", like, meta, grown)
+            return Restored(config, params, step)
 
         found = self._newest(read)
         if found is None:
@@ -301,14 +310,36 @@ class Checkpoints:
             raise _damaged(step, self.directory, f"it is really step {meta['step']}")
         return meta
 
-    def _tree(self, step: int, item: str, like: PyTree, meta: Mapping) -> PyTree:
-        targets = _targets(like, item)
-        _check_arrays(meta[item], targets, item, step)
-        flat = self._read(step, item, meta, targets)
+    def _tree(
+        self,
+        step: int,
+        item: str,
+        like: PyTree,
+        meta: Mapping,
+        grown: Mapping[str, jax.Array] | None = None,
+    ) -> PyTree:
+        """`grown` are vectors that may be saved shorter; they then go on as here."""
+        wanted = _targets(like, item)
+        targets, rest = dict(wanted), {}
+        for name, whole in (grown or {}).items():
+            count = meta[item][name][1][0] if name in meta[item] else 0
+            if count < len(whole):
+                rest[name] = whole[count:]
+                targets[name] = jax.ShapeDtypeStruct(
+                    (count,), whole.dtype, sharding=wanted[name].sharding
+                )
+        saved = {n: t for n, t in targets.items() if n in meta[item] or n not in rest}
+        _check_arrays(meta[item], saved, item, step)
+        flat = self._read(step, item, meta, saved)
+        for name, more in rest.items():
+            known = [flat[name]] if name in flat else []
+            flat[name] = jax.device_put(
+                jnp.concatenate([*known, more]), wanted[name].sharding
+            )
         leaves, treedef = jax.tree.flatten(like)
         return treedef.unflatten(
             jax.random.wrap_key_data(flat[name]) if _is_key(leaf) else flat[name]
-            for name, leaf in zip(targets, leaves, strict=True)
+            for name, leaf in zip(wanted, leaves, strict=True)
         )
 
     def _read(self, step: int, item: str, meta: Mapping, targets: Any) -> dict:
@@ -521,6 +552,7 @@ def _check_arrays(saved: Mapping, targets: Mapping, item: str, step: int) -> Non
         raise ConfigMismatch(
             f"The arrays of step {step} are not those of this model:\n  "
             + "\n  ".join(lines)
+            + (_OLD_RATES if any(f".{_RATES}: " in line for line in lines) else "")
         )
 
 

@@ -108,7 +108,7 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps of the whole run.
       batch: sequences of a step, over all devices.
-      seq_len: tokens of a sequence.
+      seq_len: tokens of a sequence; must be `model.context` (`check_rows`).
       workers: processes that read data; 0 reads in the training process.
       log_every: steps between two lines of `metrics.jsonl`.
       checkpoint_every: steps between two checkpoints; the last step is always saved.
@@ -170,3 +170,26 @@ class RunConfig:
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds "
                 f"train.steps ({self.train.steps}); use a shorter warm-up."
             )
+
+
+def check_rows(config: RunConfig) -> None:
+    """Refuses to train on rows that do not fit the model.
+
+    Raises:
+      ValueError: rows longer or shorter than what the model's attention looks back
+        over, or too short for any CMS level to move inside them.
+    """
+    seq_len, model = config.train.seq_len, config.model
+    if seq_len != model.context:
+        raise ValueError(
+            f"train.seq_len ({seq_len}) and model.context ({model.context}) must be "
+            "the same: rows are what attention looks back over. Set "
+            f"model.context={seq_len}, or train.seq_len={model.context}."
+        )
+    if model.fast and seq_len <= model.base_chunk:
+        raise ValueError(
+            f"train.seq_len ({seq_len}) must be more than the fastest period of "
+            f"model.cms.levels ({model.base_chunk}): no level would move inside a row, "
+            "and inner rates would learn nothing. Use longer rows or a shorter period, "
+            "or set the rates of the levels to 0 to train them between rows alone."
+        )

@@ -32,7 +32,7 @@ from hope_jax.models.capture import dense_kernels
 from hope_jax.train import checkpoint, sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
-from hope_jax.train.config import DataConfig, RunConfig
+from hope_jax.train.config import DataConfig, RunConfig, check_rows
 from hope_jax.train.folder import check_folder
 from hope_jax.train.metrics import MetricLog
 
@@ -115,12 +115,13 @@ def train(
       FileExistsError: `workdir` has checkpoints and `resume` is False.
       hope_jax.train.folder.ForeignFolder: `workdir` is not of this program. Nothing in
         it is touched before config, data and folder are accepted.
-      ValueError: a config that does not fit its data or the devices; more than one
-        process.
+      ValueError: a config that does not fit its rows, its data or the devices; more
+        than one process.
       hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
       hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
       NonFinite: the loss, gradient or update of a step is NaN or infinite.
     """
+    check_rows(config)
     workdir = check_workdir(workdir)
     if jax.process_count() > 1:
         raise ValueError(
@@ -179,7 +180,7 @@ def train(
 
         step = step_lib.make_step(
             graphdef,
-            lm.apply,
+            functools.partial(lm.apply, horizon=config.train.seq_len),
             tx,
             functools.partial(optim.differentiation, config.optimizer, layers),
         )
@@ -306,7 +307,7 @@ def groups(config: RunConfig, graphdef: nnx.GraphDef, params: PyTree) -> Groups:
     """How the optimizer of a run tells parameters apart; `params` may be shapes."""
     layers = None
     if optim.needs_inputs(config.optimizer):
-        layers = dense_kernels(graphdef, params)
+        layers = dense_kernels(graphdef, params, config.train.seq_len)
     return Groups(lm.periods(config.model, params, config.train.seq_len), layers)
 
 

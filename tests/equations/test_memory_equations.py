@@ -97,7 +97,7 @@ def test_equation_65_delta_rule(impl):
 
 def model(*levels, **options):
     """A language model of one block whose mixer is attention."""
-    changes = dict(rule="sgd", reduction="sum", clip=1e9, hidden=4) | options
+    changes = dict(rule="sgd", reduction="sum", clip=1e9, pull=0.0, hidden=4) | options
     return ModelConfig(
         vocab=5,
         d_model=4,
@@ -146,17 +146,21 @@ def test_equation_71_a_level_moves_at_the_end_of_its_period():
 
     Implements: hope_jax.models.cms.move
     """
-    config = CMSConfig(rule="sgd", reduction="sum", clip=1e9)
+    chain = CMSConfig(
+        levels=(CMSLevel(period=3),), rule="sgd", reduction="sum", clip=1e9, pull=0.0
+    )
+    (config,) = chain.whole
+    start = {"w": jnp.zeros((2,))}
     weights = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}  # two rows
     gradients = np.arange(12.0).reshape(3, 2, 2)  # C = 3 tokens of each
     level = cms.begin_level(config, weights, axis=0)
     for g in gradients:
-        level = level._replace(
-            gradient={"w": level.gradient["w"] + jnp.asarray(g, jnp.float32)}
-        )
-    moved, level = cms.move(config, 3, jnp.array(0.1), weights, level, axis=0)
+        total = {"w": level.learned.gradient["w"] + jnp.asarray(g, jnp.float32)}
+        level = level._replace(learned=cms.Learned(total, None))
+    rate = jnp.array(0.1)
+    moved, level = cms.move(chain, config, rate, start, weights, level, axis=0)
     close(moved["w"], np.asarray(weights["w"]) - 0.1 * gradients.sum(axis=0))
-    np.testing.assert_array_equal(level.gradient["w"], 0.0)
+    np.testing.assert_array_equal(level.learned.gradient["w"], 0.0)
 
 
 def test_equation_71_sums_exactly_one_period_of_the_task_loss(key):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 
 from experiments import quickstart
@@ -82,6 +83,15 @@ def test_a_setting_that_is_the_checkpoints_is_accepted(trained):
     assert opened.step == 2
 
 
+def test_the_context_of_a_trained_model_may_be_raised(trained):
+    opened = open_checkpoint(trained, ["model.context=640"])
+    assert opened.config.model.context == 640 > opened.config.train.seq_len
+    same = jax.tree.map(
+        lambda a, b: a.shape == b.shape, opened.params, open_checkpoint(trained).params
+    )
+    assert all(jax.tree.leaves(same))
+
+
 @pytest.mark.parametrize("program", [evaluate, generate])
 def test_a_changed_config_file_is_refused(program, copied):
     path = copied / loop.CONFIG
@@ -89,7 +99,7 @@ def test_a_changed_config_file_is_refused(program, copied):
     config["train"]["seq_len"] = 48
     path.write_text(json.dumps(config))
     said = refusal(program, f"--checkpoint={copied}")
-    assert "train.seq_len: saved 128, now 48" in said
+    assert "train.seq_len: saved 160, now 48" in said
 
 
 @pytest.mark.parametrize("program", [evaluate, generate])

@@ -118,13 +118,20 @@ def first_order_by_definition(config, params, tokens):
             return lm.next_token_loss(logits, labels).sum(), after
 
         gradient, mixers = jax.grad(objective, has_aux=True)(fast)
-        levels = list(lm._accumulate(levels, gradient))
+        learned = [cms.Learned(g, None) for g in gradient]
+        levels = list(lm._accumulate(levels, learned))
         for i, period in enumerate(config.fast_periods):
             if (n + 1) * chunk % period == 0:
                 weights, levels[i] = cms.move(
-                    config.cms, period, model.inner_rates()[i], fast[i], levels[i], 1
+                    config.cms,
+                    config.cms.whole[i],
+                    model.inner_rates()[i],
+                    model.blocks.starts()[i],
+                    fast[i],
+                    levels[i],
+                    axis=1,
                 )
-                fast = lm._replace(fast, i, weights)
+                fast = (*fast[:i], weights, *fast[i + 1 :])
         moves.append(jax.tree.map(jnp.subtract, fast, start))
 
     def loss(params):
@@ -170,6 +177,6 @@ def test_none_gives_the_fast_levels_nothing():
     for path, g in jax.tree_util.tree_leaves_with_path(grad):
         keys = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
         inside = "rates" in keys or (
-            "mlp" in keys and keys[keys.index("levels") + 1] in ("0", "1")
+            "mlp" in keys and keys[keys.index("levels") + 1] in ("0", "1", "2")
         )
         assert (np.abs(g).max() == 0) == inside, keys

@@ -146,7 +146,7 @@ def test_clocks_nest_over_every_mixer_of_the_pattern():
     both = ModelConfig(mixer="titans,yaad,self_modifying", chunk=48, layers=3)
     assert (both.mixer_chunk, both.span) == (192, 192)
     assert ModelConfig(mixer="mamba2,sliding_window").span == 1  # exact: any cut
-    with pytest.raises(ValueError, match=r"fast period \(96\) .* faster chunk \(64\)"):
+    with pytest.raises(ValueError, match=r"a period \(96\) .* faster chunk \(64\)"):
         dataclasses.replace(
             config, cms=cms.CMSConfig(levels=(cms.CMSLevel(period=96),))
         )

@@ -229,9 +229,9 @@ def test_bfloat16_adds_up_in_float32():
         assert update.dtype == jnp.bfloat16 and jnp.all(jnp.isfinite(update))
 
 
-def lm_loss(graphdef):
+def lm_loss(graphdef, horizon=None):
     def loss(params, tokens):
-        logits, _ = lm.apply(graphdef, params, tokens[:, :-1])
+        logits, _ = lm.apply(graphdef, params, tokens[:, :-1], horizon=horizon)
         return jnp.mean(lm.next_token_loss(logits, tokens[:, 1:]))
 
     return loss
@@ -292,15 +292,15 @@ def test_every_dense_layer_of_a_transformer(key):
 
 
 def test_a_model_that_learns_while_it_reads(key):
-    """Through scans and gradients of its own; levels that move inside have none."""
+    """Through scans and gradients of its own; levels that move in a row have none."""
     levels = (CMSLevel(period=4, rate=0.5), CMSLevel(period=128))
     config = dataclasses.replace(
         small.HOPE_ATTENTION, layers=1, cms=CMSConfig(levels=levels, hidden=6)
     )
     graphdef, params = small.built(config)
     tokens = small.some_tokens(length=9)
-    layers = dense_kernels(graphdef, lm.abstract(config))
-    loss = lm_loss(graphdef)
+    layers = dense_kernels(graphdef, lm.abstract(config), horizon=8)
+    loss = lm_loss(graphdef, horizon=8)
 
     @jax.jit
     def both(params, tokens):

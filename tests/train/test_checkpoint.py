@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, or it is refused by name."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import resource
@@ -17,6 +18,7 @@ from hope_jax.data import stream
 from hope_jax.data.tokenizer import ByteTokenizer
 from hope_jax.models import lm
 from hope_jax.models.capture import dense_kernels
+from hope_jax.models.cms import CMSLevel
 from hope_jax.optim import groups
 from hope_jax.train import checkpoint, sharding
 from hope_jax.train import state as state_lib
@@ -264,6 +266,41 @@ def test_params_for_evaluation(two_steps, state):
     config, params, step = checkpoint.restore_params(two_steps.parent, CONFIG)
     assert (config, step) == (CONFIG, 20)
     assert_same(params, state.params)
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_levels_that_had_no_inner_rate_begin_at_their_config(tmp_path, known):
+    """Earlier versions saved the rates of levels faster than a row alone, or none."""
+    levels = (CMSLevel(period=8, rate=0.5), CMSLevel(period=48, rate=0.25))
+    cms = dataclasses.replace(CONFIG.model.cms, levels=levels)
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, cms=cms)
+    )
+    _, params = lm.build(config.model, jax.random.key(1))
+    learned = jax.tree.map(lambda w: w + 1.0, params)
+    old = dict(learned)
+    if known:
+        old["rates"] = learned["rates"][...][:known]
+    else:
+        del old["rates"]
+    tx = optax.trace(0.9)
+    iterator, folder = some_iterator(), tmp_path / checkpoint.FOLDER
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        before = state_lib.create(old, tx, jax.random.key(7))
+        checkpoints.save(
+            20, before, iterator=iterator, config=config, fingerprint=FINGERPRINT
+        )
+    _, found, _ = checkpoint.restore_params(tmp_path, config)
+    shares = jax.nn.sigmoid(found["rates"][...])
+    kept = jax.nn.sigmoid(learned["rates"][...])[:known]
+    np.testing.assert_allclose(shares, [*kept, *[0.5, 0.25][known:]], rtol=1e-5)
+    rest = {k: v for k, v in learned.items() if k != "rates"}
+    assert_same({k: v for k, v in found.items() if k != "rates"}, rest)
+
+    now = state_lib.create(params, tx, jax.random.key(7))
+    now = sharding.replicate(now, sharding.make_mesh())
+    with pytest.raises(checkpoint.ConfigMismatch, match="can be read .* not gone on"):
+        restore(folder, spec(now), config=config)
 
 
 def test_the_tokenizer_must_be_the_saved_one(copied):

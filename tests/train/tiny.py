@@ -5,14 +5,14 @@ from hope_jax.models.lm import ModelConfig
 from hope_jax.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 
 # The MLP is a slow level: it moves every three steps of 16 tokens, so a run is mostly
-# stopped in the middle of its period.
+# stopped in the middle of its period. It learns between rows alone.
 MODEL = ModelConfig(
     d_model=16,
     layers=1,
     heads=2,
     mixer="attention",
     context=16,
-    cms=CMSConfig(levels=(CMSLevel(period=48),), hidden=16),
+    cms=CMSConfig(levels=(CMSLevel(period=48, rate=0.0),), hidden=16),
 )
 
 

@@ -1,0 +1,563 @@
+"""Which CMS levels move is decided by the tokens that were read, however they come.
+
+Periods of 4, 8 and 32 tokens and texts of 100 stand for 256 ... 1,048,576 and 10M.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import hope_jax
+from hope_jax import optim
+from hope_jax.data.text import Document
+from hope_jax.data.tokenizer import ByteTokenizer
+from hope_jax.evaluate import language_model
+from hope_jax.models import cms, convert, lm, zoo
+from hope_jax.models.capture import dense_kernels
+from hope_jax.models.cms import CMSConfig, CMSLevel
+from hope_jax.optim import options
+from hope_jax.optim.capture import dgd_gradients
+from hope_jax.stream import generate
+from hope_jax.stream.reader import reader_of
+from tests.models import small
+from tests.models.test_promises import assert_same_state
+
+PERIODS = (4, 8, 32)
+LENGTH = 100
+BYTES = ByteTokenizer()
+
+
+def chain(*levels, **changes):
+    """Attention over the whole text, one layer, and a chain of MLPs."""
+    return dataclasses.replace(
+        small.HOPE_ATTENTION,
+        layers=1,
+        context=128,
+        vocab=BYTES.vocab_size,
+        cms=CMSConfig(levels=levels, **{"hidden": 6, "pull": 0.1} | changes),
+    )
+
+
+THREE = chain(*(CMSLevel(period=p, rate=0.5) for p in PERIODS))
+
+
+def some_tokens(seed=0, rows=2, length=LENGTH):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, THREE.vocab)
+
+
+def pieces(config, tokens, cuts, aligned, state=None):
+    """Reads `tokens` in pieces that end at `cuts`; logits and the state."""
+    if state is None:
+        state = lm.initial_state(*small.built(config), tokens.shape[0])
+    logits = []
+    for part in jnp.split(tokens, cuts, axis=1):
+        y, state = small.read(config, part, state, aligned=aligned)
+        logits.append(y)
+    return jnp.concatenate(logits, axis=1), state
+
+
+def moves(state):
+    """How often each level of each row has moved, as its rule has counted."""
+
+    def count(opt):
+        (count,) = {
+            tuple(leaf.tolist())
+            for leaf in jax.tree.leaves(opt)
+            if jnp.issubdtype(leaf.dtype, jnp.integer)
+        }
+        return list(count)
+
+    return [count(level.opt) for level in state.levels]
+
+
+def test_every_level_moves_when_its_tokens_have_come():
+    """In one call, token by token, in pieces of 3 and 7, and in parallel pieces."""
+    tokens = some_tokens()
+    whole, end = small.read(THREE, tokens)
+    assert moves(end) == [[99 // 4] * 2, [99 // 8] * 2, [99 // 32] * 2]
+    ways = [(False, n) for n in (1, 3, 7)] + [(True, 4), (True, 36)]
+    for aligned, size in ways:
+        cuts = list(range(size, LENGTH, size))
+        logits, state = pieces(THREE, tokens, cuts, aligned)
+        np.testing.assert_allclose(logits, whole, atol=2e-5)
+        assert_same_state(state, end)
+        assert moves(state) == moves(end)
+
+
+def test_the_slowest_level_changes_what_is_read_after_its_move_and_only_that():
+    tokens = some_tokens()
+    _, params = small.built(THREE)
+    levels = (*THREE.cms.levels[:2], CMSLevel(period=32, rate=0.0))
+    still = dataclasses.replace(
+        THREE, cms=dataclasses.replace(THREE.cms, levels=levels)
+    )
+    fewer = jax.tree_util.tree_map_with_path(
+        lambda path, w: w[:2] if "rates" in str(path) else w, params
+    )
+    moving, _ = small.read(THREE, tokens)
+    held, _ = small.reading(still)(fewer, tokens, None)
+    change = np.abs(moving - held).max(axis=(0, 2))
+    assert change[:32].max() < 1e-5 < 1e-3 < change[32:].max()
+
+
+def test_no_future_and_no_other_row_at_any_clock():
+    hope_jax.check_causality(
+        lambda t: small.read(THREE, t)[0],
+        some_tokens(length=40),
+        vocab=THREE.vocab,
+        positions=[0, 3, 30, 31, 32, 33, 39],
+    )
+
+
+def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
+    """Summed up chunk by chunk by the definition, while the faster levels move."""
+    tokens = some_tokens(length=72)
+    graphdef, params = small.built(THREE)
+    model = nnx.merge(graphdef, params)
+    slow, start = 2, None
+    state = lm.initial_state(graphdef, params, 2)
+
+    @jax.jit
+    def gradient(slowest, held, tokens, labels):
+        def loss(slowest):
+            fast = (*held.blocks.fast[:slow], slowest)
+            logits, _ = lm._read(
+                model, tokens, held.blocks.mixer, fast, aligned=True, learn=True
+            )
+            return lm.next_token_loss(logits, labels).sum()
+
+        return jax.grad(loss)(slowest)
+
+    total = None
+    for begin in range(0, 68, 4):
+        # The chunk before is settled by the first token of this one.
+        _, settled = small.read(
+            THREE, tokens[:, begin : begin + 1], state, aligned=False
+        )
+        if begin in (32, 64):  # the level has just moved
+            before = lm._layers_first(state).blocks.fast[slow]
+            after = lm._layers_first(settled).blocks.fast[slow]
+            mean = jax.tree.map(lambda g: g / 32, total)
+            rate = model.inner_rates()[slow]
+            want = expected_move(before, mean, start or before, rate)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after, want
+            )
+            start, total = start or before, None
+        inside = lm._layers_first(settled)
+        held = inside._replace(
+            blocks=inside.blocks._replace(mixer=lm._layers_first(state).blocks.mixer)
+        )
+        labels = tokens[:, begin + 1 : begin + 5]
+        g = gradient(held.blocks.fast[slow], held, tokens[:, begin : begin + 4], labels)
+        total = g if total is None else jax.tree.map(jnp.add, total, g)
+        for t in range(begin, begin + 4):
+            _, state = small.read(THREE, tokens[:, t : t + 1], state, aligned=False)
+    assert moves(state)[slow] == [2, 2]
+
+
+def expected_move(weights, mean, start, rate):
+    """w - rate clip(g) - pull (w - start), row by row; rows are axis 1."""
+    norm = jnp.sqrt(
+        sum(jnp.sum(g**2, axis=(0, 2, 3), keepdims=True) for g in jax.tree.leaves(mean))
+    )
+    scale = jnp.minimum(1.0, 1.0 / norm)
+    return jax.tree.map(
+        lambda w, g, s: w - rate * scale * g - 0.1 * (w - s), weights, mean, start
+    )
+
+
+def test_rows_at_different_multiples_of_the_span_are_read_in_parallel():
+    """Row 0 has read 28 tokens more: its slow levels move when row 1's do not."""
+    tokens = some_tokens()
+    whole, _ = small.read(THREE, tokens)
+    _, ahead = pieces(THREE, tokens[:, :28], [], True)
+    fresh = lm.initial_state(*small.built(THREE), 2)
+    state = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, fresh)
+    both = jnp.stack([tokens[0, 28:64], tokens[1, :36]])
+    logits, state = pieces(THREE, both, [12, 24], True, state)
+    np.testing.assert_allclose(logits[0], whole[0, 28:64], atol=2e-5)
+    np.testing.assert_allclose(logits[1], whole[1, :36], atol=2e-5)
+    assert moves(state) == [[63 // 4, 35 // 4], [63 // 8, 35 // 8], [63 // 32, 1]]
+
+
+def test_evaluation_and_generation_move_every_level():
+    reader = reader_of(THREE)
+    assert reader.span == 4
+    _, params = small.built(THREE)
+    text = b"the cat sat on the mat, and the rat sat on the cat, and the rest sat too."
+    ids = jnp.asarray(np.concatenate([[BYTES.bos], BYTES.encode(text)]), jnp.int32)
+    whole, end = small.read(THREE, ids[None, :-1])
+    cost = lm.next_token_loss(whole, ids[None, 1:])
+    for window in (4, 20):
+        score = language_model.score(
+            reader,
+            params,
+            BYTES,
+            [Document("a", text)] * 2,
+            mode="reset",
+            window=window,
+        )
+        np.testing.assert_allclose(score.nats, cost.sum(), rtol=1e-5)
+    frozen = language_model.score(
+        reader, params, BYTES, [Document("a", text)], mode="frozen"
+    )
+    assert abs(frozen.nats[0] - score.nats[0]) > 1e-2
+
+    state = reader.start(params, 1)
+    given = ids[:-1]
+    made, logits, state = generate.decode(
+        reader,
+        generate.Sampling(temperature=0),
+        257,
+        True,
+        params,
+        state,
+        jnp.zeros(257),
+        given,
+        jax.random.split(jax.random.key(0), len(given)),
+    )
+    np.testing.assert_array_equal(made, given)
+    np.testing.assert_allclose(logits, whole[0, -1], atol=2e-5)
+    assert moves(state) == moves(end) == [[72 // 4], [72 // 8], [2]]
+
+
+def test_a_horizon_spares_slow_levels_and_changes_nothing():
+    """Levels that cannot move inside the row are read as the parameters they are."""
+    tokens = some_tokens(length=33)
+    graphdef, params = small.built(THREE)
+
+    def loss(params, horizon):
+        logits, state = lm.apply(graphdef, params, tokens[:, :-1], horizon=horizon)
+        return lm.next_token_loss(logits, tokens[:, 1:]).mean(), (logits, state)
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, (logits, state)), gradient = both(params, None)
+    (_, (same, spared)), spared_gradient = both(params, 32)
+    np.testing.assert_allclose(logits, same, atol=1e-5)
+    assert (len(state.levels), len(spared.levels)) == (3, 2)
+    assert len(spared.blocks.fast) == 2
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        gradient,
+        spared_gradient,
+    )
+    (first, second, third) = gradient["rates"][...]
+    assert first and second and not third  # it has not moved, and learns nothing
+
+    layers = dense_kernels(graphdef, params, horizon=32)
+    chosen = [
+        all(jax.tree.leaves(level["mlp"]))
+        for level in layers["blocks"]["levels"].values()
+    ]
+    assert chosen == [False, False, True]
+    none, state = lm.apply(graphdef, params, tokens[:, :4], horizon=4)
+    assert state.levels == () and state.held is None
+    np.testing.assert_allclose(none, logits[:, :4], atol=1e-5)
+    with pytest.raises(ValueError, match=r"horizon \(32\) must be .* a row \(33\)"):
+        lm.apply(graphdef, params, tokens, horizon=32)
+
+
+def test_a_level_is_within_a_horizon_that_is_longer_than_its_period():
+    expected = {4: 0, 5: 1, 8: 1, 9: 2, 32: 2, 33: 3, None: 3}
+    assert {h: len(THREE.within(h)) for h in expected} == expected
+
+
+@pytest.mark.parametrize("rule", ["dgd", "m3"])
+def test_fast_levels_stay_in_float32_in_a_bfloat16_model(rule):
+    config = dataclasses.replace(chain(RULES[rule], RULES[rule]), dtype="bfloat16")
+    tokens = some_tokens(length=9)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix types
+        _, state = small.read(config, tokens)
+    for level in (state.blocks.fast, [v.learned for v in state.levels]):
+        for leaf in jax.tree.leaves(level):
+            assert leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all()
+    assert moves(state) == [[2, 2], [2, 2]]
+
+
+def test_periods_of_the_outer_optimizer_follow_the_rows():
+    _, params = small.built(THREE)
+    for seq_len, expected in ((33, [1, 1, 1]), (16, [1, 1, 2]), (4, [1, 2, 8])):
+        steps = lm.periods(THREE, params, seq_len)["blocks"]["levels"]
+        assert [set(jax.tree.leaves(steps[i])) for i in range(3)] == [
+            {n} for n in expected
+        ]
+
+
+def test_no_parameter_has_the_shape_of_the_context():
+    """Every zoo family, and a reading at twice the context of training."""
+    for name in ("hope_tiny", "hope_attention_tiny", "hope_100m"):
+        config = zoo.get(name)
+        raised = dataclasses.replace(config, context=8 * config.context)
+        shapes = jax.tree.map(lambda a: a.shape, lm.abstract(config))
+        assert shapes == jax.tree.map(lambda a: a.shape, lm.abstract(raised))
+        assert lm.abstract(config)["rates"].shape == (len(config.cms.levels),)
+    short = dataclasses.replace(THREE, context=16)
+    _, params = small.built(short)
+    tokens = some_tokens()
+    seen, _ = small.reading(THREE)(params, tokens, None)
+    blind, _ = small.reading(short)(params, tokens, None)
+    np.testing.assert_allclose(seen[:, :16], blind[:, :16], atol=1e-5)
+    assert np.abs(seen - blind)[:, 16:].max() > 1e-4
+
+
+WEIGHTS = {
+    "gate": {"kernel": jnp.arange(48.0).reshape(2, 2, 3, 4) / 48},
+    "down": {"kernel": jnp.arange(48.0).reshape(2, 2, 4, 3) / 48 - 0.5},
+}  # layers, rows, in, out
+START = jax.tree.map(lambda w: w[:, 0], WEIGHTS)
+
+
+def level_of(**changes):
+    config = CMSConfig(levels=(CMSLevel(period=2, rate=0.5),), **changes)
+    return config, config.whole[0]
+
+
+def moved_by(config, level, gradients, rate=0.5):
+    weights, state = WEIGHTS, cms.begin_level(level, WEIGHTS, axis=1)
+    move = jax.jit(lambda w, s: cms.move(config, level, rate, START, w, s, axis=1))
+    for gradient in gradients:
+        learned = state.learned._replace(gradient=gradient)
+        if learned.inputs is not None:
+            inputs = jax.tree.map(
+                lambda a: a + jnp.eye(a.shape[-1])[None, None], learned.inputs
+            )
+            learned = learned._replace(inputs=inputs)
+        weights, state = move(weights, state._replace(learned=learned))
+    return weights, state
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.05])
+def test_a_pull_keeps_weights_near_their_start(pull):
+    """A gradient that never turns: without a pull its moves add up for ever."""
+    config, level = level_of(pull=pull, clip=1.0)
+    ones = jax.tree.map(jnp.ones_like, WEIGHTS)
+
+    def step(carry, _):
+        weights, state = carry
+        state = state._replace(learned=cms.Learned(ones, None))
+        moved = cms.move(config, level, 0.5, START, weights, state, axis=1)
+        return moved, None
+
+    begin = WEIGHTS, cms.begin_level(level, WEIGHTS, axis=1)
+    (weights, _), _ = jax.lax.scan(step, begin, length=1000)
+    away = jax.tree.map(lambda w, s: w[:, 0] - s, weights, START)
+    distance = float(optax.tree.norm(away))
+    if pull:  # each step has norm 0.5
+        np.testing.assert_allclose(distance, 0.5 / pull, rtol=1e-4)
+    else:
+        np.testing.assert_allclose(distance, 500.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", optim.RULES)
+def test_any_optimizer_moves_a_level_row_by_row(name):
+    """As the rule itself does on one row; another row's gradient does not matter."""
+    config, level = level_of(rule=name, pull=0.0, clip=1e9)
+    rng = np.random.default_rng(0)
+    draw = lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32)  # noqa: E731
+    gradients = [jax.tree.map(draw, WEIGHTS) for _ in range(2)]
+    weights, state = moved_by(config, level, gradients)
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(state.opt))
+
+    rule = cms.flow(level, 0.5)
+    one = lambda tree: jax.tree.map(lambda a: a[:, 1], tree)  # noqa: E731
+    alone, opt = one(WEIGHTS), rule.init(one(WEIGHTS))
+    extra = {}
+    if optim.RULES[name].inputs == "grams":
+        squares = {k: jnp.eye(w["kernel"].shape[-2]) for k, w in WEIGHTS.items()}
+        extra["inputs"] = {
+            k: {"kernel": jnp.stack([e, e]) / 2} for k, e in squares.items()
+        }
+    for gradient in gradients:
+        mean = jax.tree.map(lambda g: g / 2, one(gradient))
+        updates, opt = jax.jit(rule.update)(mean, opt, alone, **extra)
+        alone = optax.apply_updates(alone, updates)
+    for got, want, old in zip(
+        *map(jax.tree.leaves, (one(weights), alone, one(WEIGHTS))), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4)
+        assert np.isfinite(got).all() and np.abs(got - old).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sgd", "dgd", "m3", "adafactor"])
+def test_a_first_order_move_is_a_constant_whose_rate_learns(name):
+    """The start learns as if nothing had moved, pull or not; `exact` says otherwise."""
+
+    def pullback(gradient):
+        config, level = level_of(rule=name, pull=0.1, gradient=gradient)
+        learned = cms.begin_level(level, WEIGHTS, axis=1).learned
+        learned = jax.tree.map(
+            lambda a: a + jnp.eye(*a.shape[-2:])[None, None], learned
+        )
+
+        @jax.jit
+        def twice(start, rate):
+            weights = jax.tree.map(lambda w: jnp.stack([w, w], axis=1), start)
+            state = cms.begin_level(level, weights, axis=1)
+            for _ in range(2):
+                state = state._replace(learned=learned)
+                weights, state = cms.move(
+                    config, level, rate, start, weights, state, axis=1
+                )
+            return weights
+
+        ones = jax.tree.map(jnp.ones_like, WEIGHTS)
+        return jax.vjp(twice, START, jnp.array(0.2))[1](ones)
+
+    start, rate = pullback("first_order")
+    for leaf in jax.tree.leaves(start):
+        np.testing.assert_allclose(leaf, 2.0, rtol=1e-5)  # one for each of two rows
+    assert abs(rate) > 1e-3
+    if name in ("dgd", "adafactor"):  # whose moves depend on where the weights are
+        through, _ = pullback("exact")
+        assert max(np.abs(x - 2.0).max() for x in jax.tree.leaves(through)) > 1e-2
+
+
+RULES = {
+    "dgd": CMSLevel(period=4, rate=0.2, rule="dgd"),
+    "ggd": CMSLevel(
+        period=4,
+        rate=0.2,
+        rule="ggd",
+        options=options.RuleOptions(ggd=options.GGD()),
+    ),
+    "m3": CMSLevel(
+        period=4,
+        rate=0.2,
+        rule="m3",
+        options=options.RuleOptions(m3=options.M3(periods=(1, 2))),
+        hidden=4,
+        clip=0.5,
+        pull=0.02,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_level_has_a_rule_of_its_own_while_reading(name):
+    config = chain(RULES[name], CMSLevel(period=8, rate=0.3, rule="adam"))
+    tokens = some_tokens(length=19)
+    whole, end = small.read(config, tokens)
+    logits, state = pieces(config, tokens, [1, 4, 9, 16], False)
+    np.testing.assert_allclose(logits, whole, atol=5e-5)
+    assert_same_state(state, end)
+    width = end.blocks.fast[0]["up"]["kernel"].shape[-1]
+    assert width == (4 if name == "m3" else 6)
+    frozen, _ = small.read(config, tokens, learn=False)
+    assert np.abs(whole - frozen)[:, 5:].max() > 1e-4
+
+
+def test_dgd_inside_takes_the_inputs_of_its_own_tokens():
+    """One move by equation 56 of what every matrix of the MLP was given."""
+    config = chain(RULES["dgd"], pull=0.0, clip=1e9)
+    tokens = some_tokens(length=5)
+    _, params = small.built(config)
+    _, end = small.read(config, tokens)
+
+    static = small.without_rates(config)
+    graphdef, _ = small.built(static)
+    weights = small.drop_rates(params)
+    layers = dense_kernels(graphdef, weights)
+
+    def loss(params, row):
+        logits, _ = lm.apply(graphdef, params, row[None, :-1])
+        return lm.next_token_loss(logits, row[None, 1:]).mean()
+
+    find = jax.jit(lambda p, row: dgd_gradients(loss, p, row, layers=layers))
+    rate = nnx.merge(*small.built(config)).inner_rates()[0]
+    for row in range(2):
+        gradient, inputs = find(weights, tokens[row])
+        part = lambda tree: tree["blocks"]["levels"][0]["mlp"]  # noqa: E731
+        for name in ("gate", "up", "down"):
+            w, g, a = (
+                np.asarray(part(t)[name]["kernel"][...])[0]
+                for t in (weights, gradient, inputs)
+            )
+            forgotten = np.eye(len(a)) + float(rate) * a
+            want = np.linalg.solve(forgotten, w - float(rate) * g)
+            got = end.blocks.fast[0][name]["kernel"][...][row, 0]
+            np.testing.assert_allclose(got, want, atol=1e-5)
+            assert np.abs(got - w).max() > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["dgd", "delta_momentum"])
+def test_the_outer_gradient_goes_through_any_rule(float64, rule):
+    """`exact`, moves and pulls included, in where the level starts and its rate."""
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix types
+        config = dataclasses.replace(
+            chain(CMSLevel(period=2, rate=0.3, rule=rule), gradient="exact"),
+            dtype="float64",
+        )
+        graphdef, params = small.built(config)
+        params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), params)
+        tokens = some_tokens(length=8)
+
+        def loss(params):
+            logits, _ = lm.apply(graphdef, params, tokens[:, :-1])
+            return lm.next_token_loss(logits, tokens[:, 1:])[:, 4:].mean()
+
+        def inner(path):  # attention is float32 inside
+            return any(name in str(path) for name in ("mlp", "rates"))
+
+        rng = np.random.default_rng(0)
+        direction = jax.tree_util.tree_map_with_path(
+            lambda path, w: rng.normal(size=w.shape) * inner(path), params
+        )
+        at = lambda h: jax.tree.map(lambda w, d: w + h * d, params, direction)  # noqa: E731
+        value, slope = jax.jit(loss), jax.jit(jax.grad(loss))(params)
+        exact = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slope, direction)))
+        numeric = (value(at(1e-5)) - value(at(-1e-5))) / 2e-5
+        np.testing.assert_allclose(exact, numeric, rtol=1e-5)
+
+
+def test_stacked_levels_keep_the_width_of_the_trained_mlp():
+    _, params = small.built(small.TRANSFORMER)
+    levels = [CMSLevel(period=4, hidden=5), CMSLevel(period=8)]
+    with pytest.raises(ValueError, match="width of the trained MLP, 24, got 5"):
+        convert.stack_levels(small.TRANSFORMER, params, levels)
+
+
+def test_matched_widths_are_those_of_levels_without_their_own():
+    levels = CMSLevel(period=4, hidden=7), CMSLevel(period=8)
+    config = chain(*levels)
+    larger, _ = zoo.matched(config, lm.count_parameters(config) + 3 * 8 * 10)
+    assert [v.hidden for v in larger.cms.whole] == [7, 16]
+    with pytest.raises(ValueError, match="hidden widths of their own"):
+        zoo.matched(chain(CMSLevel(period=4, hidden=7)), 10_000)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: CMSLevel(period=4, rule="m4"), "no optimizer 'm4', which rule asks"),
+        (lambda: CMSLevel(period=4, pull=1.0), "pull must be .* got 1.0"),
+        (lambda: CMSLevel(period=4, clip=0.0), "clip must be positive, got 0.0"),
+        (lambda: CMSLevel(period=4, hidden=0), "hidden must be at least 1, got 0"),
+        (lambda: options.RuleOptions(b1=1.0), "b1 must be .* below 1, got 1.0"),
+        (
+            lambda: CMSConfig(
+                options=options.RuleOptions(m3=options.M3(alpha=0.5)), rule="dgd"
+            ),
+            "m3 is set to .* these are moved by dgd",
+        ),
+        (
+            lambda: CMSConfig(
+                levels=(
+                    CMSLevel(
+                        period=4,
+                        options=options.RuleOptions(dgd=options.DGD(explicit=True)),
+                    ),
+                )
+            ),
+            "dgd is set to .* these are moved by sgd",
+        ),
+    ],
+)
+def test_bad_levels(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
