@@ -87,12 +87,25 @@ _SIZES: dict[str, _Size] = {
             ),
         ),
         levels=_levels(128, 512, 2048, rate=0.1),
-        hidden={"hope": 128, "hope_attention": 185, "transformer": 556},
+        hidden={
+            "hope": 80,
+            "hope_matrix": 136,
+            "hope_attention": 185,
+            "transformer": 556,
+        },
     ),
-    "100m": _large(640, 12, 10, hope=488, hope_attention=648, transformer=2600),
-    "340m": _large(1024, 24, 16, hope=568, hope_attention=704, transformer=2800),
-    "760m": _large(1536, 24, 16, hope=904, hope_attention=1096, transformer=4376),
-    "1b3": _large(2048, 18, 16, hope=1848, hope_attention=2104, transformer=8432),
+    "100m": _large(
+        640, 12, 10, hope=328, hope_matrix=512, hope_attention=648, transformer=2600
+    ),
+    "340m": _large(
+        1024, 24, 16, hope=312, hope_matrix=504, hope_attention=704, transformer=2800
+    ),
+    "760m": _large(
+        1536, 24, 16, hope=520, hope_matrix=800, hope_attention=1096, transformer=4376
+    ),
+    "1b3": _large(
+        2048, 18, 16, hope=1336, hope_matrix=1712, hope_attention=2104, transformer=8432
+    ),
 }
 
 
