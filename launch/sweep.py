@@ -46,6 +46,7 @@ from hope_jax.memory.compose import MemoryConfig
 from hope_jax.models import lm
 from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig
+from hope_jax.models.learning import Learning
 from hope_jax.models.memory_mixer import MemoryMixerConfig
 from hope_jax.stream.reader import reader_of
 from hope_jax.train import metrics
@@ -241,8 +242,12 @@ def model_for(config: SweepConfig, mixer: MemoryMixerConfig | str) -> ModelConfi
     )
 
 
-def train(config: SweepConfig, model: ModelConfig, seed: int) -> dict[str, Any]:
+def train(
+    config: SweepConfig, model: ModelConfig, seed: int, learn: bool | Learning = True
+) -> dict[str, Any]:
     """Trains and scores one point; the columns of its row from `status` on.
+
+    With `learn` some parts do not learn while they read, in training and scoring.
 
     The parameters, the rows read and the rows scored depend on `seed` alone. Steps are
     compiled once and called several at a time; the rows are drawn in the step.
@@ -255,7 +260,7 @@ def train(config: SweepConfig, model: ModelConfig, seed: int) -> dict[str, Any]:
     )
 
     def live(params, fast, asked):
-        return reader.apply(params, asked.tokens, fast, aligned=True, learn=True)
+        return reader.apply(params, asked.tokens, fast, aligned=True, learn=learn)
 
     def objective(params, context):
         asked, logits = context
@@ -278,7 +283,7 @@ def train(config: SweepConfig, model: ModelConfig, seed: int) -> dict[str, Any]:
     @jax.jit
     def score(params):
         return recall.score(
-            lambda p, tokens: reader.apply(p, tokens, None, True, True)[0],
+            lambda p, tokens: reader.apply(p, tokens, None, True, learn)[0],
             params,
             config.task,
             test_key,

@@ -1,0 +1,264 @@
+"""Does Hope's memory remember? Multi-query recall, one switch at a time.
+
+Run:     python -m experiments.memory --group=bisection  (also: recall, laws, static)
+Smoke:   add --scale=smoke --out=DIR (a few steps of every row of the group, minutes).
+Expect:  experiments/README.md has the tables.
+Cost:    half a minute (matrices) to three minutes (MLP memories) a row, seed, rate and
+         400 steps on one CPU core. What has a result file is not run again.
+
+The task is that of `launch.sweep`: six keys and values in 32 tokens of a vocabulary of
+64, then the keys again; a model of width 32, two layers and two heads, batches of 32,
+AdamW at its rate with 20 steps of warm-up and a fall to a tenth. Chance is 1/6 for a
+model that has seen which values occur in the row.
+
+Groups:
+  bisection  from a static MLP memory to the self-modifying layer to the letter of the
+             equations, each row with one more switch turned
+  recall     Hope with MLP and with matrix memories beside the gated delta rule
+  laws       rate law, retention, erasure, momentum and targets around Hope's defaults
+  static     MLP memories with decay as static mixers (Titans), as published and with
+             what was learned here
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.gates import GateConfig
+from hope_jax.models.block import ModelConfig
+from hope_jax.models.learning import Learning
+from hope_jax.models.memory_mixer import MemoryMixerConfig
+from hope_jax.models.self_modifying import MATRIX, MLP, SelfModifyingConfig
+from hope_jax.train.metrics import read_result, write_result
+from launch import sweep
+
+RESULTS = Path(__file__).parent / "results"
+NAME = "memory"
+CHUNK = 8
+RATES = (1e-2, 3e-3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model of a table.
+
+    Attributes:
+      layer: the mixer: a self-modifying layer, any memory, or a name.
+      projections: whether the projection memories learn while they read.
+      steps: of training.
+      rates: learning rates tried; a table shows the best.
+    """
+
+    layer: SelfModifyingConfig | MemoryMixerConfig | str
+    projections: bool = True
+    steps: int = 400
+    rates: tuple[float, ...] = RATES
+
+
+def _hope(memory: MemoryConfig = MLP, **layer) -> SelfModifyingConfig:
+    memory = dataclasses.replace(memory, chunk=CHUNK)
+    return SelfModifyingConfig(memory=memory, projection_chunk=CHUNK, **layer)
+
+
+def _mixer(memory: MemoryConfig, **gates) -> MemoryMixerConfig:
+    memory = dataclasses.replace(memory, chunk=CHUNK)
+    return MemoryMixerConfig(memory=memory, gates=GateConfig(**gates))
+
+
+_BEFORE = MemoryConfig(expansion=2, dgd="none", retention="none")  # rates up to 1/chunk
+_PLAIN = dict(targets="none", projection_rate=None, scale_free=False)
+
+
+def _bisection() -> dict[str, Row]:
+    """Each row turns one more switch, and keeps those above it."""
+    made = {"static": Row(layer=_mixer(_BEFORE), rates=RATES[:1])}
+    memory, layer, still = {}, dict(_PLAIN), True
+    switches = [
+        ("projections_that_do_not_write", {}, {}),
+        ("projections_write", {}, {}),
+        ("values_read_through_memories", {}, dict(targets="all")),
+        ("unit_values", {}, dict(unit_values=True)),
+        ("no_silu", {}, dict(conv_activation="none")),
+        ("slices_of_x", {}, dict(inputs="slice")),
+        ("decay_to_zero", dict(retention="decay"), {}),
+        ("delta_term", dict(dgd="both"), {}),
+    ]
+    for name, changed, set_to in switches:
+        memory, layer = memory | changed, layer | set_to
+        still = name == "projections_that_do_not_write"
+        made[name] = Row(
+            layer=_hope(dataclasses.replace(_BEFORE, **memory), **layer),
+            projections=not still,
+            rates=RATES[:1],
+        )
+    return {f"bisection_{i}_{name}": row for i, (name, row) in enumerate(made.items())}
+
+
+def _recall() -> dict[str, Row]:
+    layers = {
+        "gated_delta_net": "gated_delta_net",
+        "hope_matrix": _hope(MATRIX),
+        "hope": _hope(),
+    }
+    return {
+        f"recall_{steps}_{name}": Row(layer=layer, steps=steps)
+        for steps, (name, layer) in itertools.product((400, 1200), layers.items())
+    }
+
+
+def _laws() -> dict[str, Row]:
+    """Hope's MLP memories with one choice changed."""
+
+    def mlp(**changes):
+        return _hope(dataclasses.replace(MLP, **changes))
+
+    zero = dict(toward="zero")
+    rows = {
+        "law_output": mlp(),
+        "law_energy": mlp(rate_law="energy"),
+        "law_chunk": mlp(rate_law="token"),
+        "law_non_expansive": mlp(rate_law="non_expansive"),
+        "toward_zero": mlp(**zero),
+        "no_retention": mlp(retention="none", **zero),
+        "delta_erases_all": mlp(dgd="both"),
+        "delta_erases_what_was_written": mlp(dgd="both", erases="written"),
+        "momentum": mlp(rule="momentum"),
+        "momentum_delta_energy": mlp(rule="momentum", dgd="both", rate_law="energy"),
+        "gelu": mlp(activation="gelu"),
+        "targets_all": _hope(targets="all"),
+        "targets_none": _hope(targets="none"),
+        "projections_take_all": _hope(projection_rate=None),
+        "unit_values": _hope(unit_values=True),
+        "slices": _hope(inputs="slice"),
+        "no_silu": _hope(conv_activation="none"),
+        "matrix_targets_all": _hope(MATRIX, targets="all"),
+        "matrix_projections_take_all": _hope(MATRIX, projection_rate=None),
+        "matrix_slices": _hope(MATRIX, inputs="slice"),
+        "matrix_toward_zero": _hope(dataclasses.replace(MATRIX, **zero)),
+    }
+    return {f"laws_{n}": Row(layer=v, rates=RATES[:1]) for n, v in rows.items()}
+
+
+def _static() -> dict[str, Row]:
+    titans = MemoryConfig(rule="momentum", dgd="none")
+    learned = dict(toward="start", rate_law="output")
+    rows = {
+        "titans": _mixer(titans),
+        "titans_start": _mixer(dataclasses.replace(titans, toward="start")),
+        "titans_start_output": _mixer(dataclasses.replace(titans, **learned)),
+        "gd_start_output": _mixer(dataclasses.replace(titans, rule="gd", **learned)),
+    }
+    return {f"static_{n}": Row(layer=v, rates=RATES[:1]) for n, v in rows.items()}
+
+
+GROUPS = {
+    "bisection": _bisection,
+    "recall": _recall,
+    "laws": _laws,
+    "static": _static,
+}
+
+
+def settings(row: Row, rate: float, smoke: bool) -> sweep.SweepConfig:
+    base = sweep.SweepConfig()
+    optimizer = dataclasses.replace(base.optimizer, learning_rate=rate)
+    if smoke:
+        optimizer = dataclasses.replace(optimizer, warmup_steps=1)
+        return dataclasses.replace(
+            base, steps=2, batch=2, evaluation=1, optimizer=optimizer
+        )
+    return dataclasses.replace(base, steps=row.steps, optimizer=optimizer)
+
+
+def model(row: Row, config: sweep.SweepConfig) -> ModelConfig:
+    if isinstance(row.layer, SelfModifyingConfig):
+        made = sweep.model_for(config, "self_modifying")
+        return dataclasses.replace(made, memory=row.layer)
+    if isinstance(row.layer, str):
+        return sweep.published(config, [row.layer])[0].model
+    return sweep.model_for(config, row.layer)
+
+
+def measure(name: str, row: Row, seed: int, smoke: bool) -> dict[str, float]:
+    """Accuracy and loss at every rate; a run that diverged has accuracy 0 and says at
+    which step."""
+    made: dict[str, float] = {}
+    for rate in row.rates[: 1 if smoke else None]:
+        config = settings(row, rate, smoke)
+        learn: Any = True
+        if not row.projections:
+            learn = Learning(projections=False)
+        done = sweep.train(config, model(row, config), seed, learn=learn)
+        at = f"_at_{rate:g}"
+        if done["accuracy"] is None:
+            made |= {f"accuracy{at}": 0.0, f"diverged_by{at}": float(done["steps"])}
+        else:
+            made |= {f"accuracy{at}": done["accuracy"], f"loss{at}": done["loss"]}
+        made[f"seconds{at}"] = round(done["seconds"], 1)
+    best = max(v for k, v in made.items() if k.startswith("accuracy"))
+    return {"accuracy": best} | made
+
+
+def table(group: str, results: Path) -> str:
+    """What there is of a group, as Markdown."""
+    lines = ["| row | accuracy by seed | mean |", "|---|---|---:|"]
+    for name in GROUPS[group]():
+        files = sorted((results / NAME).glob(f"{name}-s*.json"))
+        if not files:
+            continue
+        found = [read_result(file)["metrics"]["accuracy"] for file in files]
+        each = " ".join(f"{a:.3f}" for a in found)
+        lines.append(
+            f"| {name.removeprefix(f'{group}_')} | {each} | {np.mean(found):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """Trains what has no result yet, and prints the table of the group."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--group", choices=tuple(GROUPS), required=True)
+    parser.add_argument("--rows", default="", help="some rows, separated by commas")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--scale", choices=("full", "smoke"), default="full")
+    parser.add_argument("--out", help="folder of the results; of a smoke run: needed")
+    flags = parser.parse_args(arguments)
+    smoke = flags.scale == "smoke"
+    if smoke and not flags.out:
+        parser.error("--scale=smoke needs --out: its numbers are no results.")
+    rows, wanted = GROUPS[flags.group](), [r for r in flags.rows.split(",") if r]
+    for name in wanted:
+        if name not in rows:
+            parser.error(f"--rows: no row {name!r}; there are {', '.join(rows)}.")
+    results = Path(flags.out or RESULTS)
+    for seed, name in itertools.product(
+        map(int, flags.seeds.split(",")), wanted or rows
+    ):
+        if (results / NAME / f"{name}-s{seed}.json").exists():
+            continue
+        metrics = measure(name, rows[name], seed, smoke)
+        write_result(
+            os.fspath(results),
+            experiment=NAME,
+            row=name,
+            scale=flags.scale,
+            seed=seed,
+            config=json.loads(json.dumps(dataclasses.asdict(rows[name]))),
+            metrics=metrics,
+        )
+        print(f"{name}, seed {seed}: {metrics['accuracy']:.3f}", flush=True)
+    made = table(flags.group, results)
+    print(made)
+    return made
+
+
+if __name__ == "__main__":
+    main()
