@@ -97,9 +97,10 @@ def _heads(layer: SelfModifyingTitans) -> _Head:
         split = conv.kernel[...].reshape(width, layer.heads, layer.width)
         return jnp.moveaxis(split, 1, 0)
 
+    projection, main = layer.starts()
     return _Head(
-        projection={n: w[...] for n, w in layer.projection_start.items()},
-        main={n: w[...] for n, w in layer.main_start.items()},
+        projection=projection,
+        main=main,
         conv={
             "k": kernel(layer.conv_k),
             "v": kernel(layer.conv_v),

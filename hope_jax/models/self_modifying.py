@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, form, piece
 from hope_jax.kernels.select import scan_chunks
+from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
     MemoryConfig,
     Tokens,
@@ -205,7 +206,9 @@ class SelfModifyingTitans(nnx.Module):
     """The layer: `y, state = layer(x, state)`.
 
     `projection_start` and `main_start` are the initial states the outer level learns:
-    the projections' weights lead with `[H, P]`, the main memory's with `[H]`.
+    the projections' weights lead with `[H, P]`, the main memory's with `[H]`. Those of
+    an MLP are learned in units of `1 / sqrt(fan-in)`: an outer step as long as its rate
+    (Adam's) would else turn its features several times faster than a matrix.
     """
 
     def __init__(
@@ -221,10 +224,11 @@ class SelfModifyingTitans(nnx.Module):
         self.d_model, self.dtype = d_model, dtype
         keys = jax.random.split(rngs.params(), (heads, len(config.projections) + 1))
         start = jax.vmap(jax.vmap(self._first_weights))(keys)
+        units = {n: w / self._scale(w) for n, w in start.items()}
         self.projection_start = nnx.data(
-            {n: nnx.Param(w[:, :-1]) for n, w in start.items()}
+            {n: nnx.Param(w[:, :-1]) for n, w in units.items()}
         )
-        self.main_start = nnx.data({n: nnx.Param(w[:, -1]) for n, w in start.items()})
+        self.main_start = nnx.data({n: nnx.Param(w[:, -1]) for n, w in units.items()})
         if config.inputs == "dense":
             self.k = dense(d_model, d_model, dtype, rngs)
             self.v = dense(d_model, d_model, dtype, rngs)
@@ -270,20 +274,36 @@ class SelfModifyingTitans(nnx.Module):
             return {"w": jnp.eye(*start["w"].shape, dtype=jnp.float32)}
         return start | {"w1": jnp.zeros_like(start["w1"])}
 
+    def _scale(self, weights: Array) -> float:
+        """What a learned start of one is, as a weight."""
+        if self.config.memory.architecture == "linear":
+            return 1.0
+        return weights.shape[-1] ** -0.5
+
+    def starts(self) -> tuple[Weights, Weights]:
+        """The weights at which projections `[H, P, ...]` and main memory `[H, ...]`
+        start, and to which they return."""
+        return tuple(
+            {n: w[...] * self._scale(w) for n, w in learned.items()}
+            for learned in (self.projection_start, self.main_start)
+        )
+
     def initial_state(self, rows: int) -> SelfModifyingState:
         """Every row at the learned initial states."""
 
+        projection, main = self.starts()
+
         def start(weights):
             spread = {
-                n: jnp.broadcast_to(w[...][None], (rows, *w.shape))
+                n: jnp.broadcast_to(w[None], (rows, *w.shape))
                 for n, w in weights.items()
             }
             # What a chunk generates comes from its start, for exact memories as well.
             return begin_memory(self.config.memory, spread)._replace(anchor=spread)
 
         return SelfModifyingState(
-            projection=start(self.projection_start),
-            main=start(self.main_start),
+            projection=start(projection),
+            main=start(main),
             tails=Tails(
                 *(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q))
             ),
@@ -483,7 +503,7 @@ class SelfModifyingTitans(nnx.Module):
         over_memories = jax.vmap(write, (0, None, 0, 0, 0))
         over_heads = jax.vmap(over_memories)
         over_rows = jax.vmap(over_heads, (0, 0, 0, None, None))
-        start = {n: w[...] for n, w in self.projection_start.items()}
+        start, _ = self.starts()
         return over_rows(memory, generated.tokens, generated.targets, start, shares)
 
     def _live_main(self, memory, tokens, commits, steps=1):
@@ -509,7 +529,7 @@ class SelfModifyingTitans(nnx.Module):
             rest = lambda s, t: write(s, t, start)  # noqa: E731
             return scan_chunks(whole, rest, config.chunk, state, tokens)
 
-        start = {n: w[...] for n, w in self.main_start.items()}
+        _, start = self.starts()
         return jax.vmap(jax.vmap(live), (0, 0, None))(memory, tokens, start)
 
 

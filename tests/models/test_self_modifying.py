@@ -333,7 +333,7 @@ def test_fresh_memories_pass_their_input_on():
         layer = SelfModifyingTitans(32, 4, config, jnp.float32, rngs=nnx.Rngs(0))
         apply = build_architecture(memory, 8).apply
         x = jax.random.normal(jax.random.key(1), (5, 8))
-        main = {n: w[...][2] for n, w in layer.main_start.items()}
+        main = {n: w[2] for n, w in layer.starts()[1].items()}
         close(apply(main, x), x, 1e-6)
 
 

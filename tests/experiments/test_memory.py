@@ -1,0 +1,64 @@
+"""The recall experiment: its rows differ as they say, its results are read again."""
+
+import dataclasses
+
+import pytest
+
+from experiments import memory
+from hope_jax.train.metrics import read_result
+
+
+def test_every_row_has_a_model():
+    for group, rows in memory.GROUPS.items():
+        for name, row in rows().items():
+            config = memory.settings(row, 1e-2, smoke=False)
+            assert name.startswith(group)
+            assert memory.model(row, config).vocab == config.task.vocab
+            assert config.steps == row.steps
+
+
+def test_a_step_of_the_bisection_turns_one_switch():
+    """But for the first, which changes the layer."""
+    rows = list(memory.GROUPS["bisection"]().values())
+
+    def flat(row):
+        layer = dataclasses.asdict(row.layer)
+        inner = {f"memory.{k}": v for k, v in layer.pop("memory").items()}
+        return layer | inner | {"projections": row.projections}
+
+    for before, after in zip(rows[1:], rows[2:], strict=False):
+        a, b = flat(before), flat(after)
+        assert sum(a[k] != b[k] for k in a) == 1
+
+
+def test_laws_are_one_choice_from_the_default_each():
+    """Or two where one needs the other; the default itself is among them."""
+    rows = memory.GROUPS["laws"]()
+    default = rows.pop("laws_law_output").layer
+    assert default == memory._hope()
+    for row in rows.values():
+        assert row.layer != default
+
+
+def test_a_smoke_run_writes_results_and_a_table(tmp_path, capsys, monkeypatch):
+    few = dict(list(memory._recall().items())[:2])
+    monkeypatch.setitem(memory.GROUPS, "recall", lambda: few)
+    arguments = ["--group=recall", "--scale=smoke", "--seeds=3", f"--out={tmp_path}"]
+    made = memory.main(arguments)
+    for name in few:
+        result = read_result(tmp_path / "memory" / f"{name}-s3.json")
+        assert 0.0 <= result["metrics"]["accuracy"] <= 1.0
+        assert f"| {name.removeprefix('recall_')} |" in made
+    capsys.readouterr()
+    assert memory.main(arguments) == made  # nothing is trained again
+    assert "seed 3" not in capsys.readouterr().out
+
+
+def test_names_are_checked(capsys):
+    for arguments, message in (
+        (["--group=recall", "--rows=fast"], "no row 'fast'; there are recall_400_"),
+        (["--group=recall", "--scale=smoke"], "needs --out"),
+    ):
+        with pytest.raises(SystemExit):
+            memory.main(arguments)
+        assert message in capsys.readouterr().err
