@@ -179,6 +179,7 @@ def _live(
 
         def learn(state, anchor, share):
             own = v if config.targets == "none" else target(anchor, v)
+            own = own / _norm(v) if config.scale_free else own
             return tick(level, state, token._replace(v=own, eta=share * eta))[0]
 
         projection = jax.vmap(learn)(memories.projection, anchors, head.share)

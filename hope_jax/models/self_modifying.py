@@ -83,7 +83,8 @@ class SelfModifyingConfig:
       momentum_start: where the inner momentum θ starts.
       unit_values: gives values and self-generated targets unit norm, as keys have.
       scale_free: reads what is generated as `‖x‖ M(x / ‖x‖)`, for a memory learns at
-        keys of unit norm, and makes no target longer than the value it comes from.
+        keys of unit norm, and makes no target longer than the value it comes from;
+        projections learn it as if that value had unit norm, as their inputs do.
         To the letter of the equations, without either, targets that a memory reads
         from itself grow over long texts until they overflow.
     """
@@ -471,6 +472,8 @@ class SelfModifyingTitans(nnx.Module):
         )
         if config.targets != "none":
             own = self._bounded(every(over_memories)(anchor, own), own)
+        if config.scale_free:  # else a layer's long tokens come back from it longer
+            own = own / _length(v)[:, :, None]
         return Generated(tokens, own), tails
 
     def _recall(self, weights, x):

@@ -16,7 +16,12 @@ LENGTH = 17
 
 
 def with_gradient(gradient, **changes):
-    config = dataclasses.replace(small.HOPE, layers=1, **changes)
+    """With a momentum in its memories, so that every parameter is in use."""
+    layer = small.HOPE.memory
+    layer = dataclasses.replace(
+        layer, memory=dataclasses.replace(layer.memory, rule="momentum")
+    )
+    config = dataclasses.replace(small.HOPE, layers=1, memory=layer, **changes)
     return dataclasses.replace(
         config, cms=dataclasses.replace(config.cms, gradient=gradient)
     )
@@ -39,9 +44,15 @@ def in_float64():
     # Flax's RMSNorm mixes its own float32 with float64, which strict promotion refuses.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         config = with_gradient("exact", dtype="float64")
-        params = jax.tree.map(
-            lambda w: jnp.asarray(w, jnp.float64), small.built(config)[1]
-        )
+        rng = np.random.default_rng(1)
+
+        def given(path, w):
+            # A fresh memory answers with its input, as long as a target may be: a kink.
+            start = "_start" in jax.tree_util.keystr(path)
+            w = jnp.asarray(w, jnp.float64)
+            return w + 0.1 * rng.standard_normal(w.shape) if start else w
+
+        params = jax.tree_util.tree_map_with_path(given, small.built(config)[1])
         tokens = small.some_tokens(length=LENGTH)
         loss = jax.jit(loss_of(config)).lower(params, tokens).compile()
         grad = jax.jit(jax.grad(loss_of(config)))(params, tokens)
@@ -118,8 +129,9 @@ def first_order_by_definition(config, params, tokens):
             return lm.next_token_loss(logits, labels).sum(), after
 
         gradient, mixers = jax.grad(objective, has_aux=True)(fast)
-        learned = [cms.Learned(g, None) for g in gradient]
-        levels = list(lm._accumulate(levels, learned))
+        for i, g in enumerate(gradient):
+            more = jax.tree.map(jnp.add, levels[i].learned, cms.Learned(g, None))
+            levels[i] = levels[i]._replace(learned=more)
         for i, period in enumerate(config.fast_periods):
             if (n + 1) * chunk % period == 0:
                 weights, levels[i] = cms.move(

@@ -18,6 +18,7 @@ ADAM = dataclasses.replace(small.HOPE.cms, rule="adam")
 HOPE = dataclasses.replace(small.HOPE, cms=ADAM, **ONE_LAYER)
 ATTENTION = dataclasses.replace(small.HOPE_ATTENTION, **ONE_LAYER)
 TRANSFORMER = dataclasses.replace(small.TRANSFORMER, **ONE_LAYER)
+STILL = small.without_rates(HOPE)
 DELTA = dataclasses.replace(TRANSFORMER, name="delta", mixer="gated_delta_net")
 MODELS = (HOPE, ATTENTION, TRANSFORMER, DELTA)
 TOKENS = jax.random.randint(jax.random.key(3), (2, 9), 0, small.VOCAB)
@@ -93,7 +94,7 @@ def test_a_switch_stills_its_part_alone(name, learn, aligned):
     "config, learn, message",
     [
         (HOPE, Learning(levels=(True, False)), "each of the 3 CMS levels, got 2"),
-        (HOPE, Learning(levels=(True, True, False)), "CMS 3 of 'hope' never moves"),
+        (STILL, Learning(levels=(True, True, False)), "CMS 3 of 'hope' never moves"),
         (ATTENTION, Learning(main=False), "learn.main is False.*no memory"),
         (DELTA, Learning(projections=False), "learn.projections is False.*no proj"),
         (ATTENTION, Learning(controls=Controls(flip=True)), "controls.flip is True"),

@@ -403,19 +403,28 @@ def test_what_bounds_a_rate():
 
 
 def test_one_write_can_be_read_at_once():
-    """Gates wide open: the main memory answers the key it has read with its value."""
-    graphdef, params = build(remembering(targets="projections"))
+    """Gates wide open: the main memory answers the key it has read with its value.
+
+    With enough features, that is: of short ones, and of hidden layers that move at the
+    same time, it keeps a part of the error.
+    """
+    config = remembering(8, 8, targets="projections")
+    config = dataclasses.replace(
+        config, memory=dataclasses.replace(config.memory, expansion=4)
+    )
+    graphdef, params = build(config)
     params["bias_eta"] = jax.tree.map(lambda b: b + 20.0, params["bias_eta"])
     params["bias_alpha"] = jax.tree.map(lambda b: b + 20.0, params["bias_alpha"])
     model = nnx.merge(graphdef, params)
+    start = model.initial_state(ROWS)
     _, state = model(tokens(1))
-    seen, _, _ = model._static(tokens(1), model.initial_state(ROWS).tails.q)
+    seen, _, _ = model._static(tokens(1), start.tails.q)
     seen = Seen(*(jnp.swapaxes(a, 1, 2) for a in seen))
-    generated, _ = model._generate(model.initial_state(ROWS), seen)
-    apply = build_architecture(model.config.memory, model.width).apply
-    answer = jax.vmap(jax.vmap(apply))(state.main.weights, generated.tokens.k)
-    v = generated.tokens.v
-    assert jnp.max(jnp.linalg.norm(answer - v, axis=-1) / jnp.linalg.norm(v)) < 0.2
+    generated, _ = model._generate(start, seen)
+    apply = jax.vmap(jax.vmap(build_architecture(config.memory, model.width).apply))
+    k, v = generated.tokens.k, generated.tokens.v
+    error = lambda s: jnp.linalg.norm(apply(s.main.weights, k) - v, axis=-1)  # noqa: E731
+    assert jnp.max(error(state) / error(start)) < 0.1
 
 
 @pytest.mark.parametrize(

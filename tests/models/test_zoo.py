@@ -15,7 +15,9 @@ from tests.models import small
 SIZES = {"100m": 100e6, "340m": 340e6, "760m": 760e6, "1b3": 1.3e9}
 
 
-@pytest.mark.parametrize("family", ["hope", "hope_attention", "transformer"])
+@pytest.mark.parametrize(
+    "family", ["hope", "hope_matrix", "hope_attention", "transformer"]
+)
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_are_within_5_percent_of_the_name(size, family):
     count = lm.count_parameters(zoo.get(f"{family}_{size}"))
@@ -25,7 +27,7 @@ def test_parameters_are_within_5_percent_of_the_name(size, family):
 def test_the_tiny_twins_are_of_one_size():
     counts = [
         lm.count_parameters(zoo.get(f"{family}_tiny"))
-        for family in ("hope", "hope_attention", "transformer")
+        for family in ("hope", "hope_matrix", "hope_attention", "transformer")
     ]
     assert max(counts) / min(counts) < 1.01
 
@@ -79,7 +81,7 @@ def test_every_mixer_reads_tokens_in_bfloat16(name):
 
 def test_names_are_those_of_every_family_and_mixer_at_every_size():
     assert {"hope_tiny", "titans_340m", "softmax_attention_1b3"} <= set(zoo.names())
-    assert len(zoo.names()) == 5 * (3 + len(mixers.names()))
+    assert len(zoo.names()) == 5 * (4 + len(mixers.names()))
     assert "memory_tiny" in zoo.names()
 
 
