@@ -47,6 +47,7 @@ def configured(chunk=1, **memory):
         conv=1,
         conv_activation="none",
         inputs="slice",
+        targets="all",
         rate=0.9,
         projection_rate=None,
         scale_free=False,

@@ -25,6 +25,7 @@ EXACT = dict(architecture="linear", gradient="exact", rule="gd", bias="dot")
 LITERAL = dict(
     inputs="slice",
     conv_activation="none",
+    targets="all",
     projection_rate=None,
     scale_free=False,
     unit_values=True,
@@ -41,8 +42,9 @@ def configured(chunk=2, projection_chunk=4, memory=None, **layer):
 
 
 def remembering(chunk=2, projection_chunk=4, memory=None, **layer):
-    """A small layer with the defaults that remember."""
+    """A small layer with the defaults that remember, all targets its own."""
     choices = dict(rule="gd", dgd="none", toward="start", rate_law="output")
+    layer = dict(targets="all") | layer
     return SelfModifyingConfig(
         memory=MemoryConfig(chunk=chunk, expansion=2, **choices | (memory or {})),
         projection_chunk=projection_chunk,
