@@ -18,7 +18,8 @@ linearisation does. ‖J‖ is the Frobenius norm, never less than the operator 
                    matrix memory whose gradient is taken where it stands:
                    ηₜ / (ε + ‖hₜ‖²) multiplies the error at the key by
                    1 − η‖h‖²/(ε + ‖h‖²), in [0, 1] for η <= 1 whatever the keys of the
-                   chunk; hidden layers as `energy`
+                   chunk; the hidden layer takes a tenth of `energy`'s step, for the
+                   output layer has written already, and features that turn forget
     non_expansive  min(−c expm1(−η/c), 2 α / ‖x‖²), c = (1 − α) / ‖write‖: a step is
                    never longer than what its token forgets, so ‖M‖ never exceeds
                    max(‖M‖, 1) (arXiv:2609.33325); nothing is written as α → 1
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 LAWS = ("token", "energy", "output", "non_expansive")
 EPSILON = 0.05  # of `output`: shorter features are written more slowly
+HIDDEN = 0.1  # of `output`: the hidden layer's share
 _SAFE = 1e-6
 
 
@@ -122,9 +124,9 @@ def steps(config: "MemoryConfig", token: Any, met: Met) -> dict[str, Array]:
             step = -cap * jnp.expm1(-eta / jnp.maximum(cap, _SAFE))
             made[name] = jnp.minimum(step, 2.0 * token.alpha / (energy + _SAFE))
         else:
-            count = len(met.inputs) if law == "energy" else 1
+            count, share = (len(met.inputs), 1.0) if law == "energy" else (1, HIDDEN)
             shared = chunk * jnp.maximum(1.0, count * met.gains[name] * energy)
-            made[name] = eta / shared
+            made[name] = share * eta / shared
     return made
 
 
