@@ -21,8 +21,9 @@ linearisation does. ‖J‖ is the Frobenius norm, never less than the operator 
                    chunk; the hidden layer takes a tenth of `energy`'s step, for the
                    output layer has written already, and features that turn forget
     non_expansive  min(−c expm1(−η/c), 2 α / ‖x‖²), c = (1 − α) / ‖write‖: a step is
-                   never longer than what its token forgets, so ‖M‖ never exceeds
-                   max(‖M‖, 1) (arXiv:2609.33325); nothing is written as α → 1
+                   never longer than what its token forgets, so with a decay to zero no
+                   matrix grows beyond max(‖M₀‖, 1), and toward a start beyond that and
+                   ‖M₀‖ (arXiv:2609.33325); nothing is written as α → 1
 
 With a delta term the same step is also the coefficient of the erasure.
 """

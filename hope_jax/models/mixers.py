@@ -103,15 +103,17 @@ def _self_modifying(config):
     layer = config.memory
     memory, words = layer.memory, {"k": "key", "v": "value", "q": "query"}
     words |= {"eta": "rate", "alpha": "retention"}
-    objective = "recall of own values" if memory.bias == "l2" else "dot with values"
+    recall = "recall of {}" if memory.bias == "l2" else "dot with {}"
+    own = recall.format("values" if layer.targets == "none" else "own values")
+    stored = recall.format("own values" if layer.targets == "all" else "values")
     rule = "DGD" if memory.dgd != "none" else "GD"
     rule += f" + {memory.rule}" if memory.rule != "gd" else ""
-    main = Part("main memory", memory.chunk, objective, rule, "main_start")
+    main = Part("main memory", memory.chunk, stored, rule, "main_start")
     made = [
         Part(
             f"{words[projection]} memory",
             layer.projection_chunk,
-            objective,
+            own,
             rule,
             start="projection_start",
             share=len(layer.projections),
