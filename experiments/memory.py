@@ -132,7 +132,7 @@ def _laws() -> dict[str, Row]:
         "delta_erases_what_was_written": mlp(dgd="both", erases="written"),
         "momentum": mlp(rule="momentum"),
         "momentum_delta_energy": mlp(rule="momentum", dgd="both", rate_law="energy"),
-        "gelu": mlp(activation="gelu"),
+        "tanh": mlp(activation="tanh"),
         "targets_all": _hope(targets="all"),
         "targets_none": _hope(targets="none"),
         "projections_take_all": _hope(projection_rate=None),
