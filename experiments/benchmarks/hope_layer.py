@@ -27,10 +27,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.benchmarks import timing
-from hope_jax.memory.compose import MemoryConfig
 from hope_jax.models.attention import Attention
 from hope_jax.models.reference import self_modifying_reference
-from hope_jax.models.self_modifying import SelfModifyingConfig, SelfModifyingTitans
+from hope_jax.models.self_modifying import (
+    MLP,
+    SelfModifyingConfig,
+    SelfModifyingTitans,
+)
 from hope_jax.train.metrics import write_benchmark
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -98,7 +101,7 @@ def run(sizes: Sizes, report: Callable[[str], Any] = print) -> list[dict[str, An
 def build(sizes: Sizes) -> dict[tuple[str, str, int], tuple[Callable, tuple]]:
     """`(layer, task, tokens) -> (program, arguments)`, each to be compiled."""
     config = SelfModifyingConfig(
-        memory=MemoryConfig(chunk=sizes.chunk), projection_chunk=sizes.chunk
+        memory=dataclasses.replace(MLP, chunk=sizes.chunk), projection_chunk=sizes.chunk
     )
     rngs = nnx.Rngs(0)
     modules = {
