@@ -1,0 +1,97 @@
+"""The laws of rates by hand, in NumPy: kernels and levels share `memory.rates`."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.memory import rates
+from hope_jax.memory.compose import MemoryConfig, build_architecture
+
+WIDTH, CHUNK, ETA, ALPHA, THETA = 4, 8, 0.6, 0.9, 0.25
+
+
+def met(config):
+    weights = build_architecture(config, WIDTH).init(jax.random.key(0))
+    weights = {n: 2.0 * w for n, w in weights.items()}
+    k, v = jax.random.normal(jax.random.key(1), (2, WIDTH))
+    function = build_architecture(config, WIDTH)
+    found = rates.meet(function, weights, k, lambda output: output - v)
+    token = types.SimpleNamespace(
+        eta=jnp.float32(ETA), alpha=jnp.float32(ALPHA), theta=jnp.float32(THETA)
+    )
+    steps = rates.steps(config, token, found)
+    as_numpy = {n: np.asarray(w, np.float64) for n, w in weights.items()}
+    steps = {n: float(s) for n, s in steps.items()}
+    return steps, found, as_numpy, np.asarray(k, np.float64), np.asarray(v, np.float64)
+
+
+def by_hand(weights, k, v):
+    """Energies, gains and errors of `k + W1 tanh(W2 k)`."""
+    h = np.tanh(weights["w2"] @ k)
+    way = weights["w1"] * (1.0 - h**2)
+    error = k + weights["w1"] @ h - v
+    gain = {"w1": 1.0, "w2": np.sum(way**2)}
+    return {"w1": h @ h, "w2": k @ k}, gain, {"w1": error, "w2": way.T @ error}
+
+
+def configured(**choices):
+    plain = dict(rule="gd", dgd="none", activation="tanh", expansion=2, chunk=CHUNK)
+    return MemoryConfig(**plain | choices)
+
+
+def test_what_a_token_meets():
+    _, found, weights, k, v = met(configured(rate_law="energy"))
+    energy, gain, error = by_hand(weights, k, v)
+    for name in energy:
+        x = np.asarray(found.inputs[name])
+        np.testing.assert_allclose(x @ x, energy[name], rtol=1e-5)
+        np.testing.assert_allclose(found.gains[name], gain[name], rtol=1e-5)
+        np.testing.assert_allclose(
+            found.errors[name], error[name], rtol=1e-4, atol=1e-5
+        )
+    np.testing.assert_allclose(found.skip, k, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule, still", [("gd", 1.0), ("momentum", 1.0 - THETA)])
+def test_energy(rule, still):
+    steps, _, weights, k, v = met(configured(rate_law="energy", rule=rule))
+    energy, gain, _ = by_hand(weights, k, v)
+    for name, step in steps.items():
+        longest = max(1.0, 2.0 * energy[name] * gain[name])
+        np.testing.assert_allclose(step, still * ETA / (CHUNK * longest), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule, still", [("gd", 1.0), ("momentum", 1.0 - THETA)])
+def test_output(rule, still):
+    """Momentum shortens the hidden step alone."""
+    steps, _, weights, k, v = met(configured(rate_law="output", rule=rule))
+    energy, gain, _ = by_hand(weights, k, v)
+    np.testing.assert_allclose(steps["w1"], ETA / (0.05 + energy["w1"]), rtol=1e-5)
+    hidden = 0.1 * still * ETA / (CHUNK * max(1.0, energy["w2"] * gain["w2"]))
+    np.testing.assert_allclose(steps["w2"], hidden, rtol=1e-5)
+
+
+def test_non_expansive():
+    """And no write is longer than what the token forgets."""
+    steps, _, weights, k, v = met(configured(rate_law="non_expansive"))
+    energy, _, error = by_hand(weights, k, v)
+    for name, step in steps.items():
+        write = np.sqrt(energy[name] * np.sum(error[name] ** 2))
+        cap = (1.0 - ALPHA) / write
+        np.testing.assert_allclose(step, cap * (1.0 - np.exp(-ETA / cap)), rtol=1e-4)
+        assert step * write <= 1.0 - ALPHA + 1e-6
+
+
+def test_non_expansive_never_reflects_further_than_it_keeps():
+    """The second bound, where the error is small: a step of at most 2 α / ‖x‖²."""
+    config = configured(rate_law="non_expansive")
+    x = jnp.array([10.0, 0.0, 0.0, 0.0])
+    small = rates.Met({"w": x}, {"w": jnp.float32(1.0)}, {"w": 1e-6 * x}, 0.0 * x)
+    token = types.SimpleNamespace(
+        eta=jnp.float32(ETA), alpha=jnp.float32(0.5), theta=jnp.float32(0.0)
+    )
+    step = rates.steps(config, token, small)["w"]
+    np.testing.assert_allclose(step, 2.0 * 0.5 / 100.0, rtol=1e-4)
