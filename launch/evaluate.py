@@ -17,8 +17,9 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -72,9 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ablate-tokens",
         type=int,
-        default=1024,
+        default=1152,
         metavar="N",
-        help="with --ablate, tokens of such a text (default: 1024)",
+        help="with --ablate, least tokens of a text, up to a multiple of the model's "
+        "fastest clock (default: 1152, in which facts 1,000 tokens apart fit)",
     )
     parser.add_argument(
         "--ablate-facts",
@@ -140,32 +142,17 @@ def ablate(
 ) -> None:
     """Prints and saves the table of `hope_jax.evaluate.ablation`."""
     config = opened.config
-    count, length = options.ablate_rows, options.ablate_tokens
-    if options.ablate_facts < 2:
-        raise ValueError(
-            f"ablate-facts must be at least 2, got {options.ablate_facts}: one fact "
-            "has no interval."
-        )
-    ids = encode_documents(opened.tokenizer, documents)
-    read = ablation.texts(ids, count=count, length=length + 1)
-    stream, facts = np.concatenate(ids), {}
-    fitting = [d for d in ablation.DISTANCES if ablation.room(d) <= len(stream)]
-    for distance in ablation.DISTANCES:
-        if distance not in fitting:
-            console.print(f"facts at {distance} left out: the text is too short.")
-    if fitting:
-        # Rows of text may overlap: each has a fact of its own.
-        size = ablation.room(max(fitting))
-        starts = np.linspace(0, len(stream) - size, options.ablate_facts).astype(int)
-        rows = np.stack([stream[start : start + size] for start in starts])
-        known = np.unique(stream)
-        facts = {d: ablation.plant(rows, d, config.seed, known) for d in fitting}
-
-    measured = []
-    with console.status("reading") as status:
-        for row in ablation.rows(config.model):
-            status.update(row.name)
-            measured.append(ablation.measure(row, opened.params, read, facts))
+    count = options.ablate_rows
+    length = opened.reader.window(options.ablate_tokens)
+    measured = measure_parts(
+        opened,
+        documents,
+        rows=ablation.rows(config.model),
+        count=count,
+        length=length,
+        facts=options.ablate_facts,
+        say=lambda line: console.print(line, markup=False, soft_wrap=True),
+    )
     title = (
         f"{config.model.name}, step {opened.step:,}: nats a token of {count} texts of "
         f"{length:,} tokens, read first, again, and another after it; gain: other - "
@@ -189,6 +176,54 @@ def ablate(
         },
     )
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def measure_parts(
+    opened: Opened,
+    documents: Sequence[text.Document],
+    *,
+    rows: Sequence[ablation.Row],
+    count: int,
+    length: int,
+    facts: int,
+    say: Callable[[str], None],
+) -> list[ablation.Measured]:
+    """The lines of the table of `hope_jax.evaluate.ablation`.
+
+    Args:
+      rows: which lines.
+      count: texts that are read twice.
+      length: tokens of a text.
+      facts: how many are planted at each distance that fits into a text.
+      say: is told what is being read, and what is left out.
+    """
+    if facts < 2:
+        raise ValueError(
+            f"ablate-facts must be at least 2, got {facts}: one fact has no interval."
+        )
+    ids = encode_documents(opened.tokenizer, documents)
+    read = ablation.texts(ids, count=count, length=length + 1)
+    fitting = [d for d in ablation.DISTANCES if ablation.room(d) <= length + 1]
+    for distance in ablation.DISTANCES:
+        if distance not in fitting:
+            say(
+                f"facts at {distance} left out: they need {ablation.room(distance)} "
+                f"tokens a text, and --ablate-tokens is {length}."
+            )
+    planted = None
+    if fitting:
+        # Rows of text may overlap: each has a fact of its own.
+        stream = np.concatenate(ids)
+        starts = np.linspace(0, len(stream) - length - 1, facts).astype(int)
+        told = np.stack([stream[start : start + length + 1] for start in starts])
+        known = np.unique(stream)
+        planted = ablation.plant(told, fitting, opened.config.seed, known)
+    measured = []
+    for number, row in enumerate(rows, start=1):
+        say(f"{number} of {len(rows)}: {row.name}")
+        measured.append(ablation.measure(row, opened.params, read, planted))
+        jax.clear_caches()  # a line's program serves no other
+    return measured
 
 
 def print_ablation(

@@ -73,19 +73,16 @@ class Gain(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Rows of text, each with a fact that comes again, and the same without it.
+    """Rows of text whose ends ask for a fact that each row has, or has not, been told.
 
     Attributes:
-      planted: `[B, T]`; the last tokens are the cue and the answer.
-      absent: the same, with text where the fact was planted.
-      start: where the fact was planted; its cue, then its answer.
-      asked: where its cue comes again, `distance` tokens after its end.
+      absent: `[B, T]`, rows that were not; the last tokens are the cue and the answer.
+      planted: the same with the fact, its cue and then its answer, planted so many
+        tokens before its cue comes again; by that distance.
     """
 
-    planted: Int[np.ndarray, "B T"]
     absent: Int[np.ndarray, "B T"]
-    start: int
-    asked: int
+    planted: dict[int, Int[np.ndarray, "B T"]]
 
 
 class Measured(NamedTuple):
@@ -209,42 +206,48 @@ def texts(
 
 
 def plant(
-    text: Int[np.ndarray, "B T"], distance: int, seed: int, vocab: Sequence[int]
+    text: Int[np.ndarray, "B T"],
+    distances: Sequence[int],
+    seed: int,
+    vocab: Sequence[int],
 ) -> Facts:
-    """Plants a fact of its own in each row of text, asked at the end of the row.
+    """Gives each row of text a fact of its own, asked at the row's end.
 
-    Rows of one length ask for facts at every distance, so a model is compiled once.
+    Rows are of one length at every distance, so a model is compiled once.
 
     Args:
       text: rows with room for it: at least `room(distance)` tokens.
-      distance: tokens between the end of the fact and its cue.
+      distances: tokens between the end of the fact and its cue.
       seed: of the facts.
       vocab: the tokens that facts are drawn from; those of one fact all differ.
 
     Raises:
       ValueError: rows that are too short, a distance below 1, or too few tokens.
     """
-    need = room(distance)
-    if distance < 1 or text.shape[1] < need:
+    for distance in distances:
+        need = room(distance)
+        if distance < 1 or text.shape[1] < need:
+            raise ValueError(
+                f"a distance of {distance} must be at least 1 and needs rows of {need} "
+                f"tokens, got {text.shape[1]}."
+            )
+    size = CUE + ANSWER
+    if len(vocab) < size:
         raise ValueError(
-            f"a distance of {distance} must be at least 1 and needs rows of {need} "
-            f"tokens, got {text.shape[1]}."
-        )
-    if len(vocab) < CUE + ANSWER:
-        raise ValueError(
-            f"vocab must have the {CUE + ANSWER} different tokens of a fact, got "
-            f"{len(vocab)}."
+            f"vocab must have the {size} different tokens of a fact, got {len(vocab)}."
         )
     draw = np.random.default_rng(seed)
-    fact = np.stack([draw.choice(vocab, CUE + ANSWER, replace=False) for _ in text])
-    size = CUE + ANSWER
-    asked = text.shape[1] - size
-    start = asked - distance - size
+    fact = np.stack([draw.choice(vocab, size, replace=False) for _ in text])
     absent = text.astype(np.int32)
-    absent[:, asked:] = fact
-    planted = absent.copy()
-    planted[:, start : start + size] = fact
-    return Facts(planted, absent, start, asked)
+    absent[:, -size:] = fact
+
+    def told(distance):
+        end = text.shape[1] - size - distance
+        planted = absent.copy()
+        planted[:, end - size : end] = fact
+        return planted
+
+    return Facts(absent, {distance: told(distance) for distance in distances})
 
 
 def room(distance: int) -> int:
@@ -287,42 +290,44 @@ def read_twice(
 
 
 def ask(
-    reader: Reader,
-    params: PyTree,
-    facts: Facts,
-    learn: bool | Learning,
-    *,
-    batch: int = 8,
-) -> Gain:
-    """What having read the facts saves at their answers, in nats a token."""
-    gains = []
-    for at in range(0, len(facts.planted), batch):
+    reader: Reader, params: PyTree, facts: Facts, learn: bool | Learning, *, batch: int
+) -> dict[int, Gain]:
+    """What having read the facts saves at their answers, in nats a token, by distance.
+
+    Args:
+      batch: rows read side by side.
+    """
+
+    def answers(text):
         costs = []
-        for text in (facts.absent, facts.planted):
+        for at in range(0, len(text), batch):
             part = jnp.asarray(text[at : at + batch])
             start = reader.initial_state(params, len(part))
             cost, _ = _costs(reader, learn, params, part, start)
             costs.append(np.asarray(cost[:, -ANSWER:], np.float64).mean(axis=1))
-        gains.extend(costs[0] - costs[1])
-    return interval(gains)
+        return np.concatenate(costs)
+
+    absent = answers(facts.absent)
+    return {d: interval(absent - answers(text)) for d, text in facts.planted.items()}
 
 
 def measure(
     row: Row,
     params: PyTree,
     text: Int[np.ndarray, "B T"],
-    facts: dict[int, Facts],
+    facts: Facts | None = None,
 ) -> Measured:
-    """One line of the table; see `rows`, `texts` and `plant`."""
+    """One line of the table; see `rows`, `texts` and `plant`.
+
+    The program compiled for the text serves the facts, if their rows are as long.
+    """
     if row.learn is None:
         return Measured(row, None, {})
-    reader = reader_of(row.model)
-    asked = facts if row.facts else {}
-    return Measured(
-        row,
-        read_twice(reader, params, text, row.learn),
-        {d: ask(reader, params, planted, row.learn) for d, planted in asked.items()},
-    )
+    reader, gains = reader_of(row.model), {}
+    readings = read_twice(reader, params, text, row.learn)
+    if facts is not None and row.facts:
+        gains = ask(reader, params, facts, row.learn, batch=len(text))
+    return Measured(row, readings, gains)
 
 
 def flat(measured: Sequence[Measured]) -> dict[str, float]:

@@ -100,26 +100,26 @@ def test_other_chunks_keep_rates_and_shapes():
 @pytest.mark.parametrize("distance", [1, 16])
 def test_facts_lie_where_they_are_said_to(distance):
     text = np.arange(3 * 60).reshape(3, 60) % 100
-    facts = ablation.plant(text, distance, 0, range(200, 300))
+    facts = ablation.plant(text, [distance, 2], 0, range(200, 300))
     size = ablation.CUE + ablation.ANSWER
-    first = facts.planted[:, facts.start : facts.start + size]
-    again = facts.planted[:, facts.asked :]
+    planted, asked = facts.planted[distance], 60 - size
+    start = asked - distance - size
+    first, again = planted[:, start : start + size], planted[:, asked:]
     np.testing.assert_array_equal(first, again)
     assert (first >= 200).all() and len(np.unique(first[:, 0])) > 1
-    assert facts.asked - (facts.start + size) == distance
-    assert facts.planted.shape[1] == facts.asked + size == 60
-    changed = facts.planted != facts.absent
-    assert changed[:, facts.start : facts.start + size].all()
+    assert planted.shape == facts.absent.shape == (3, 60)
+    changed = planted != facts.absent
+    assert changed[:, start : start + size].all()
     assert changed.sum() == 3 * size
-    np.testing.assert_array_equal(
-        facts.absent[:, : facts.asked], text[:, : facts.asked]
-    )
+    np.testing.assert_array_equal(facts.absent[:, :asked], text[:, :asked])
+    np.testing.assert_array_equal(facts.absent[:, asked:], again)
+    assert set(facts.planted) == {distance, 2}
 
 
 def test_refuses_what_cannot_be_read():
     text = np.zeros((2, 20), int)
     with pytest.raises(ValueError, match="distance of 16 .* rows of 48 tokens, got 20"):
-        ablation.plant(text, 16, 0, range(5))
+        ablation.plant(text, [16], 0, range(5))
     with pytest.raises(ValueError, match="has 10 tokens, fewer than 2 rows of 8"):
         ablation.texts([np.zeros(10, int)], count=2, length=8)
     with pytest.raises(ValueError, match="more than 4 tokens a row, the span"):
@@ -149,8 +149,8 @@ def test_gains_of_a_model_worked_by_hand():
     """One that knows which tokens it has read: a fact was, the text was."""
     reader, one = seen_before(2.0), jax.numpy.ones(())
     text = np.arange(200).reshape(4, 50)
-    facts = ablation.plant(text, 16, 0, range(200, 300))
-    gain = ablation.ask(reader, one, facts, Learning(), batch=3)
+    facts = ablation.plant(text, [16], 0, range(200, 300))
+    gain = ablation.ask(reader, one, facts, Learning(), batch=3)[16]
 
     def normaliser(seen):
         return math.log(300 - seen + seen * math.e**2)
@@ -175,7 +175,7 @@ def test_a_trained_model_is_measured_as_it_is(key):
     text = np.asarray(jax.random.randint(key, (2, 18), 0, small.VOCAB))
     rows = {row.name: row for row in ablation.rows(config)}
     measured = [
-        ablation.measure(row, params, text, {})
+        ablation.measure(row, params, text)
         for row in (rows["nothing learns"], rows["projections off"])
     ]
     frozen = ablation.read_twice(reader_of(config), params, text, False)

@@ -168,7 +168,7 @@ def test_ablation_prints_every_row_and_saves_the_numbers(trained, tmp_path, caps
         for what in ("mean", "high")
     )
     assert f"{mean:.3f} ± {high - mean:.3f}" in said
-    assert "facts at 1000 left out: the text is too short" in said
+    assert "facts at 1000 left out: they need 1032 tokens a text" in said
 
 
 def test_ablation_refuses_one_fact(trained):
