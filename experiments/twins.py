@@ -1,0 +1,181 @@
+"""Who recalls a planted fact? Hope beside twins that lack one thing each.
+
+Run:     python -m experiments.twins --workdir=DIR  (some rows: --rows=hope,hope_still)
+         python -m launch.train --experiment=twins --row=hope_attention --workdir=DIR
+Smoke:   add --scale=smoke --out=DIR (two steps on bytes, minutes).
+Expect:  experiments/README.md has the table.
+Cost:    about an hour for all rows on one CPU core. What has a result file is not run
+         again, and a training that was stopped goes on.
+
+The models of the quickstart and their relatives, trained on as many tokens of the same
+text in one order, with as many parameters:
+
+  hope              the quickstart's
+  hope_matrix       with matrix memories
+  hope_still        Hope whose CMS levels never move while it reads
+  hope_attention    attention in place of the memories, CMS levels that move
+  transformer       attention, and nothing that moves
+  gated_delta_net   the gated delta rule, and nothing else that moves
+
+Each is then asked what `hope_jax.evaluate.ablation` asks: texts read twice, and facts
+planted 16, 96 and 1,000 tokens before they are asked for, as it is and with its CMS,
+its memories or all of it stopped. Training rows have 256 tokens: a fact 1,000 tokens
+back is farther than anything that any of them was trained on.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments import quickstart
+from hope_jax.data import text
+from hope_jax.evaluate import ablation
+from hope_jax.models import lm, zoo
+from hope_jax.models.block import ModelConfig
+from hope_jax.stream.reader import open_checkpoint
+from hope_jax.train import loop, metrics
+from hope_jax.train.config import RunConfig
+from launch.evaluate import measure_parts, quiet_libraries
+
+RESULTS = Path(__file__).parent / "results"
+NAME = "twins"
+MODELS = {
+    "hope": "hope_tiny",
+    "hope_matrix": "hope_matrix_tiny",
+    "hope_still": "hope_tiny",
+    "hope_attention": "hope_attention_tiny",
+    "transformer": "transformer_tiny",
+    "gated_delta_net": "gated_delta_net_tiny",
+}
+LAST = 50  # steps whose loss is the training loss
+TEXTS, FACTS = {"full": 8, "smoke": 2}, {"full": 64, "smoke": 2}
+LEAST = {"full": 1152, "smoke": 128}  # tokens of a text
+
+
+def rows(scale: str) -> dict[str, RunConfig]:
+    """One config a row; they differ in the model alone.
+
+    Raises:
+      ValueError: a scale that is not "full" or "smoke".
+    """
+    shared = quickstart.rows(scale)["hope"]
+    size = {"vocab": shared.model.vocab, "context": shared.model.context}
+    size |= quickstart.SIZE[scale]
+    made = {row: dataclasses.replace(zoo.get(n), **size) for row, n in MODELS.items()}
+    made["hope_still"] = _still(made["hope_still"])
+    return {
+        row: dataclasses.replace(shared, experiment=NAME, row=row, model=model)
+        for row, model in made.items()
+    }
+
+
+def _still(model: ModelConfig) -> ModelConfig:
+    """The same chain of MLPs, none of which has a clock of its own."""
+    levels = tuple(
+        dataclasses.replace(level, period=math.inf) for level in model.cms.levels
+    )
+    return dataclasses.replace(model, cms=dataclasses.replace(model.cms, levels=levels))
+
+
+def measure(config: RunConfig, folder: Path) -> dict[str, float]:
+    """Trains what is not trained yet, and asks it."""
+    outcome = loop.train(config, folder, resume=True)
+    if not outcome.finished:
+        raise SystemExit(128 + outcome.stopped_by)
+    opened = open_checkpoint(folder)
+    log = metrics.read_log(folder / "metrics.jsonl")
+    last = [line for line in log if line["step"] > config.train.steps - LAST]
+    data = config.data
+    corpus = text.load(
+        data.path,
+        max_train_bytes=data.max_train_bytes,
+        max_validation_bytes=data.max_validation_bytes,
+        undecodable=data.undecodable,
+    )
+    measured = measure_parts(
+        opened,
+        corpus.validation,
+        rows=[row for row in ablation.rows(config.model) if row.facts and row.learn],
+        count=TEXTS[config.scale],
+        length=opened.reader.window(LEAST[config.scale]),
+        facts=FACTS[config.scale],
+        say=print,
+    )
+    return {
+        **ablation.flat(measured),
+        "parameters": lm.count_parameters(config.model),
+        "training bits per byte": float(np.mean([v["bits_per_byte"] for v in last])),
+    }
+
+
+def table(results: Path) -> str:
+    """What there is, as Markdown."""
+    distances = ablation.DISTANCES
+    lines = [
+        "| model | learns while reading | first reading, nats | gain of a second | "
+        + " | ".join(f"fact {d} tokens on" for d in distances)
+        + " |",
+        "|---|---|" + "---:|" * (2 + len(distances)),
+    ]
+    for row in MODELS:
+        file = results / NAME / f"{row}-s0.json"
+        if not file.exists():
+            continue
+        found = metrics.read_result(file)["metrics"]
+        for name in ("all learn", "all CMS off", "all memories off", "nothing learns"):
+            if f"{name}/first" not in found:
+                continue
+            cells = [f"{found[f'{name}/{what}']:.3f}" for what in ("first", "gain")]
+            for d in distances:
+                at = f"{name}/fact at {d}"
+                if f"{at}/mean" not in found:
+                    cells.append("")
+                    continue
+                mean, high = found[f"{at}/mean"], found[f"{at}/high"]
+                cells.append(f"{mean:.2f} ± {high - mean:.2f}")
+            lines.append(f"| {row} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """Measures what has no result yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="folder of the trainings")
+    parser.add_argument("--rows", default="", help="some rows, separated by commas")
+    parser.add_argument("--scale", choices=tuple(TEXTS), default="full")
+    parser.add_argument("--out", help="folder of the results; of a smoke run: needed")
+    flags = parser.parse_args(arguments)
+    if flags.scale == "smoke" and not flags.out:
+        parser.error("--scale=smoke needs --out: its numbers are no results.")
+    configs, wanted = rows(flags.scale), [r for r in flags.rows.split(",") if r]
+    for name in wanted:
+        if name not in configs:
+            parser.error(f"--rows: no row {name!r}; there are {', '.join(configs)}.")
+    quiet_libraries()
+    results = Path(flags.out or RESULTS)
+    for name in wanted or configs:
+        config = configs[name]
+        if (results / NAME / f"{name}-s{config.seed}.json").exists():
+            continue
+        made = measure(config, Path(flags.workdir) / name)
+        metrics.write_result(
+            os.fspath(results),
+            experiment=NAME,
+            row=name,
+            scale=flags.scale,
+            seed=config.seed,
+            config=config,
+            metrics=made,
+        )
+    made = table(results)
+    print(made)
+    return made
+
+
+if __name__ == "__main__":
+    main()
