@@ -124,6 +124,7 @@ def _laws() -> dict[str, Row]:
     rows = {
         "law_output": mlp(),
         "law_energy": mlp(rate_law="energy"),
+        "law_budget": mlp(rate_law="budget"),
         "law_chunk": mlp(rate_law="token"),
         "law_non_expansive": mlp(rate_law="non_expansive"),
         "toward_zero": mlp(**zero),

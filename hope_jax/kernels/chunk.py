@@ -60,6 +60,8 @@ class MemoryState(NamedTuple):
       anchor: the weights at the chunk's start; None for exact gradients.
       rule: the state of any other rule or retention; None where it has none.
       recent: what an Omega window still sees; None without one.
+      left: what the chunk's tokens left of its budget (`memory.rates.ration`), one at
+        its start; None without one.
     """
 
     weights: Weights
@@ -67,6 +69,7 @@ class MemoryState(NamedTuple):
     anchor: Weights | None
     rule: PyTree = None
     recent: Recent | None = None
+    left: Float[Array, ""] | None = None
 
 
 def form(config: MemoryConfig) -> Form:
@@ -97,7 +100,11 @@ def begin_memory(config: MemoryConfig, start: Weights) -> MemoryState:
         past = lambda size: jnp.zeros((config.window - 1, size), jnp.float32)  # noqa: E731
         recent = Recent(past(key_width(config, width)), past(width))
     anchor = weights if config.gradient == "anchored" else None
-    return MemoryState(weights, momentum, anchor, rule, recent)
+    left = None
+    if config.rate_law == "budget":
+        one = next(iter(weights.values()))
+        left = jnp.ones(one.shape[:-2], jnp.float32)
+    return MemoryState(weights, momentum, anchor, rule, recent, left)
 
 
 def next_recent(
@@ -116,6 +123,8 @@ def commit(state: MemoryState) -> MemoryState:
     Of a committed state it says once more that anchor and weights are one, so that the
     compiler shares what is computed of both.
     """
+    if state.left is not None:
+        state = state._replace(left=jnp.ones_like(state.left))
     return state if state.anchor is None else state._replace(anchor=state.weights)
 
 
@@ -140,6 +149,9 @@ def piece(
     start = start if config.returns else None
     with jax.default_matmul_precision("float32"):
         tokens = plain_tokens(config, tokens)
+        if state.left is not None:
+            shares, left = rates.ration(tokens.eta, state.left)
+            tokens, state = tokens._replace(eta=shares), state._replace(left=left)
         if config.steps > 1:
             return _several_steps(config, state, tokens, reads, start)
         return _FORMS[_form_of(config, tokens)](config, state, tokens, reads, start)

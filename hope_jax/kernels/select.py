@@ -121,11 +121,16 @@ def _reference(config, state, tokens, start):
     recent = state.recent
     if recent is not None:
         recent = next_recent(config, recent, tokens)
+    left = state.left
+    if left is not None:
+        whole = tokens.eta.shape[0] // config.chunk * config.chunk
+        left = jnp.prod(1.0 - tokens.eta[whole:])
     after = MemoryState(
         weights=after.params,
         momentum=None if state.momentum is None else after.opt[1],
         anchor=anchor,
         rule=None if state.rule is None else after.opt,
         recent=recent,
+        left=left,
     )
     return after, y[config.steps - 1 :: config.steps]

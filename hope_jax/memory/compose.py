@@ -91,8 +91,9 @@ class MemoryConfig:
         it (Gated DeltaNet).
       steps: inner steps a token, each on its own key and value where these are given.
       rate_law: from a token's η to the step of each matrix (`memory.rates`): the
-        `token`'s own for all; by the `energy` of what each matrix meets; `output`, an
-        exact output layer over the features of the chunk's start; `non_expansive`.
+        `token`'s own for all; by the `energy` of what each matrix meets; that and a
+        `budget` of writing a chunk in place of its length; `output`, an exact output
+        layer over the features of the chunk's start; `non_expansive`.
 
     Time:
       gradient: `exact` takes it where the memory stands: then the chunk is a speed
@@ -147,7 +148,7 @@ class MemoryConfig:
     recall: Literal["before", "after"] = "before"
     steps: int = 1
     ridge: float = 1.0
-    rate_law: Literal["token", "energy", "output", "non_expansive"] = "token"
+    rate_law: Literal["token", "energy", "budget", "output", "non_expansive"] = "token"
 
     gradient: Literal["anchored", "exact"] = "anchored"
     read: Literal["post", "pre", "anchor"] = "post"
@@ -368,6 +369,11 @@ def _conflicts(c: MemoryConfig):
         law == "output" and (c.architecture != "mlp" or c.bias not in ("l2", "dot")),
         "rate_law='output' solves for the output layer of an mlp: it needs bias 'l2' "
         f"or 'dot', got {c.architecture!r}, {c.bias!r}. A matrix has gradient='exact'.",
+    )
+    yield (
+        law == "budget" and c.inertia,
+        "rate_law='budget' counts the writes of a chunk, and a momentum carries them "
+        f"into the next: it needs rule 'gd', got {c.rule!r}.",
     )
     yield (
         law == "non_expansive" and (c.inertia or c.retention != "decay"),
@@ -623,6 +629,8 @@ def level_context(config: MemoryConfig, tokens: Tokens, recent: tuple | None = N
       recent: the `window - 1` keys and values before them, oldest first.
     """
     tokens = plain_tokens(config, tokens)
+    if config.rate_law == "budget":
+        tokens = tokens._replace(eta=rates.ration_stream(tokens.eta, config.chunk))
     if config.window == 1:
         return tokens
     back = jnp.arange(config.window)[None]

@@ -14,6 +14,13 @@ linearisation does. ‖J‖ is the Frobenius norm, never less than the operator 
                    whoever makes η has to see to
     energy         ηₜ / (C max(1, N ‖xₙ‖² ‖Jₙ‖²)) for each of N matrices: the sum above
                    is at most 1 for η <= 1, however large the memory has grown
+    budget         ηₜ Pₜ / (1 + Pₜ) / max(1, N ‖xₙ‖² ‖Jₙ‖²), Pₜ the product of 1 − η
+                   over the chunk's tokens before. One minus these shares multiply to at
+                   least ½ over a chunk, so they add up to at most log 2, whatever η in
+                   [0, 1]: tokens that write much leave less to those after them. A
+                   matrix never moves away from what it learns. Without a delta term a
+                   chunk multiplies errors by I − Σ share k kᵀ, within [1 − log 2, 1];
+                   with one by 2 Π(I − share k kᵀ) − I, which is non-expansive
     output         the output layer, over the features h of the chunk's start, is a
                    matrix memory whose gradient is taken where it stands:
                    ηₜ / (ε + ‖hₜ‖²) multiplies the error at the key by
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
     from hope_jax.memory.architecture import Architecture, Weights
     from hope_jax.memory.compose import MemoryConfig
 
-LAWS = ("token", "energy", "output", "non_expansive")
+LAWS = ("token", "energy", "budget", "output", "non_expansive")
 EPSILON = 0.05  # of `output`: shorter features are written more slowly
 HIDDEN = 0.1  # of `output`: the hidden layer's share
 _SAFE = 1e-6
@@ -101,6 +108,36 @@ def _mlp_gains(function, weights, rows):
     return {"w2": gain, "w1": jnp.ones_like(gain)}, skip
 
 
+def ration(
+    eta: Float[Array, " T"], left: Float[Array, ""]
+) -> tuple[Float[Array, " T"], Float[Array, ""]]:
+    """The shares of `budget` of T tokens of one chunk, and what it then has left.
+
+    Args:
+      eta: in [0, 1].
+      left: the product of `1 − η` over the chunk's tokens before these.
+
+    >>> shares, left = ration(jnp.array([1.0, 0.5]), jnp.ones(()))
+    >>> shares.tolist(), float(left)
+    ([0.5, 0.0], 0.0)
+    """
+    after = left * jnp.cumprod(1.0 - eta)
+    before = jnp.concatenate([left[None], after[:-1]])
+    return eta * before / (1.0 + before), after[-1]
+
+
+def ration_stream(eta: Float[Array, " T"], chunk: int) -> Float[Array, " T"]:
+    """`ration` token by token, of a stream that begins where a chunk does."""
+
+    def share(carry, eta):
+        left, count = carry
+        left = jnp.where(count % chunk == 0, jnp.ones_like(left), left)
+        return (left * (1.0 - eta), count + 1), eta * left / (1.0 + left)
+
+    start = jnp.ones((), eta.dtype), jnp.zeros((), jnp.int32)
+    return jax.lax.scan(share, start, eta)[1]
+
+
 def steps(config: "MemoryConfig", token: Any, met: Met) -> dict[str, Array]:
     """The step of each matrix under `config.rate_law`, one of `LAWS` but `token`.
 
@@ -108,7 +145,8 @@ def steps(config: "MemoryConfig", token: Any, met: Met) -> dict[str, Array]:
 
     Args:
       config: the memory, whose `chunk` tokens share an anchor.
-      token: with `eta`, `alpha` and `theta`, `[*T]`; η in [0, 1].
+      token: with `eta`, `alpha` and `theta`, `[*T]`; η in [0, 1], under `budget` the
+        shares of `ration`.
       met: what it meets.
     """
     law, chunk, made = config.rate_law, config.chunk, {}
@@ -125,8 +163,9 @@ def steps(config: "MemoryConfig", token: Any, met: Met) -> dict[str, Array]:
             step = -cap * jnp.expm1(-eta / jnp.maximum(cap, _SAFE))
             made[name] = jnp.minimum(step, 2.0 * token.alpha / (energy + _SAFE))
         else:
-            count, share = (len(met.inputs), 1.0) if law == "energy" else (1, HIDDEN)
-            shared = chunk * jnp.maximum(1.0, count * met.gains[name] * energy)
+            count, share = (1, HIDDEN) if law == "output" else (len(met.inputs), 1.0)
+            among = 1 if law == "budget" else chunk
+            shared = among * jnp.maximum(1.0, count * met.gains[name] * energy)
             made[name] = share * eta / shared
     return made
 

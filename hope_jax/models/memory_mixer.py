@@ -490,8 +490,7 @@ class MemoryMixer(nnx.Module):
             if config.read == "anchor":
                 old = apply(memory.anchor, q)
                 y = jnp.where(moved[:, None, :-1, None], y, old)
-        anchor = where_rows(moved[:, -1], memory.weights, memory.anchor)
-        return memory._replace(anchor=anchor), y
+        return commit_where(moved[:, -1], memory), y
 
 
 def _every(run: Callable, shared=None) -> Callable:
@@ -516,4 +515,7 @@ def _spread(x: Float[Array, " H"], shape: tuple[int, ...]) -> Array:
 
 def commit_where(due: Bool[Array, " B"], memory: MemoryState) -> MemoryState:
     """Ends the chunk of the rows that have read all of it; leaves lead with rows."""
+    if memory.left is not None:
+        fresh = jnp.ones_like(memory.left)
+        memory = memory._replace(left=where_rows(due, fresh, memory.left))
     return memory._replace(anchor=where_rows(due, memory.weights, memory.anchor))

@@ -56,6 +56,9 @@ MEMORIES = {
     "output toward zero": dict(
         _MLP, rate_law="output", toward="zero", rule="gd", read="pre"
     ),
+    "budget": dict(_MLP, rate_law="budget", rule="gd", dgd="none"),
+    "budget, delta": dict(_MLP, rate_law="budget", rule="gd"),
+    "budget of a matrix": dict(_MATRIX, rate_law="budget", rule="gd", toward="zero"),
     "non-expansive": dict(_MLP, rate_law="non_expansive", rule="gd"),
     "non-expansive matrix": dict(_MATRIX, rate_law="non_expansive", rule="gd"),
 }
@@ -99,7 +102,9 @@ def test_chunk_is_the_level(key, name):
     assert_same(fast, slow, start, tokens, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("name", ["output", "matrix, exact", "energy, momentum, delta"])
+@pytest.mark.parametrize(
+    "name", ["output", "budget, delta", "matrix, exact", "energy, momentum, delta"]
+)
 def test_a_chunk_cut_anywhere_is_the_same_chunk(key, name):
     config = MemoryConfig(chunk=8, **MEMORIES[name])
     start, tokens = some_start(key, config), tokens_for(config, key, 8)
@@ -162,6 +167,7 @@ REFUSED = [
     (dict(rate_law="energy", window=2, dgd="none"), "rate_law='energy' knows"),
     (dict(rate_law="output", architecture="linear"), "rate_law='output' solves"),
     (dict(rate_law="output", bias="huber"), "rate_law='output' solves"),
+    (dict(rate_law="budget"), "rate_law='budget' counts the writes"),
     (dict(rate_law="non_expansive"), "rate_law='non_expansive' bounds"),
     (
         dict(rate_law="energy", architecture="linear", gradient="exact"),
@@ -180,6 +186,8 @@ def test_choices_that_do_not_go_together(changes, message):
 ADVERSARIAL = ("equal", "clustered", "turning", "orthogonal")
 LAWS = {
     "energy": dict(rate_law="energy", rule="gd", dgd="none"),
+    "budget": dict(rate_law="budget", rule="gd", dgd="none"),
+    "budget, delta": dict(rate_law="budget", rule="gd"),
     "output": dict(rate_law="output", rule="gd", dgd="none"),
     "output, written": dict(rate_law="output", rule="gd", erases="written"),
     "non-expansive": dict(rate_law="non_expansive", rule="gd", dgd="none"),

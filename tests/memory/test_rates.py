@@ -1,5 +1,6 @@
 """The laws of rates by hand, in NumPy: kernels and levels share `memory.rates`."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.kernels.chunk import begin_memory
+from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import rates
-from hope_jax.memory.compose import MemoryConfig, build_architecture
+from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
 
 WIDTH, CHUNK, ETA, ALPHA, THETA = 4, 8, 0.6, 0.9, 0.25
 
@@ -62,6 +65,52 @@ def test_energy(rule, still):
     for name, step in steps.items():
         longest = max(1.0, 2.0 * energy[name] * gain[name])
         np.testing.assert_allclose(step, still * ETA / (CHUNK * longest), rtol=1e-5)
+
+
+def test_budget():
+    """The step of a share, and the shares of a chunk: what is left halves the rest."""
+    steps, _, weights, k, v = met(configured(rate_law="budget"))
+    energy, gain, _ = by_hand(weights, k, v)
+    for name, step in steps.items():
+        np.testing.assert_allclose(
+            step, ETA / max(1.0, 2.0 * energy[name] * gain[name]), rtol=1e-5
+        )
+    eta = np.array([0.5, 0.9, 0.0, 1.0, 0.3, 0.2, 0.7])
+    left, shares = 1.0, []
+    for i, e in enumerate(eta):
+        left = 1.0 if i == 5 else left
+        shares.append(e * left / (1.0 + left))
+        left *= 1.0 - e
+    stream = rates.ration_stream(jnp.asarray(eta, jnp.float32), 5)
+    np.testing.assert_allclose(stream, shares, rtol=1e-5)
+    first, kept = rates.ration(jnp.asarray(eta[:5], jnp.float32), jnp.ones(()))
+    np.testing.assert_allclose(first, shares[:5], rtol=1e-5)
+    np.testing.assert_allclose(kept, 0.0, atol=1e-7)
+    assert np.prod(1.0 - np.array(shares[:5])) >= 0.5 - 1e-6
+
+
+def test_a_matrix_never_moves_away_from_what_it_learns_under_a_budget():
+    """The map of a chunk on errors, where one bound per token is 2.35 times too long:
+    keys that turn, gates wide open (0.4 of the specification)."""
+    config = MemoryConfig(
+        architecture="linear", rule="gd", rate_law="budget", retention="none", chunk=64
+    )
+    angle = 0.05 * jnp.arange(64, dtype=jnp.float32)
+    k = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
+
+    def largest(config, eta):
+        one = jnp.ones(64)
+        tokens = Tokens(k, 0.0 * k, k, eta * one, one, 0.0 * one)
+        carry = lambda w: memory_scan(  # noqa: E731
+            config, begin_memory(config, {"w": w}), tokens
+        )[0].weights["w"]
+        flat = lambda w: carry(w.reshape(2, 2)).reshape(4)  # noqa: E731
+        return np.linalg.norm(jax.jacobian(flat)(jnp.zeros(4)), 2)
+
+    for eta in (0.1, 0.5, 1.0):
+        assert largest(config, eta) <= 1.0 + 1e-5
+    token = dataclasses.replace(config, rate_law="token")
+    assert largest(token, 0.5) > 2.0
 
 
 @pytest.mark.parametrize("rule, still", [("gd", 1.0), ("momentum", 1.0 - THETA)])
