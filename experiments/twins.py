@@ -12,6 +12,7 @@ text in one order, with as many parameters:
 
   hope              the quickstart's
   hope_matrix       with matrix memories
+  hope_generated    the mixers say how long the moves of the CMS levels are
   hope_still        Hope whose CMS levels never move while it reads
   hope_attention    attention in place of the memories, CMS levels that move
   transformer       attention, and nothing that moves
@@ -33,6 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import quickstart
+from hope_jax.core import config as config_lib
 from hope_jax.data import text
 from hope_jax.evaluate import ablation
 from hope_jax.models import lm, zoo
@@ -47,6 +49,7 @@ NAME = "twins"
 MODELS = {
     "hope": "hope_tiny",
     "hope_matrix": "hope_matrix_tiny",
+    "hope_generated": "hope_tiny",
     "hope_still": "hope_tiny",
     "hope_attention": "hope_attention_tiny",
     "transformer": "transformer_tiny",
@@ -68,6 +71,9 @@ def rows(scale: str) -> dict[str, RunConfig]:
     size |= quickstart.SIZE[scale]
     made = {row: dataclasses.replace(zoo.get(n), **size) for row, n in MODELS.items()}
     made["hope_still"] = _still(made["hope_still"])
+    made["hope_generated"] = config_lib.override(
+        made["hope_generated"], ["cms.rates=generated"]
+    )
     return {
         row: dataclasses.replace(shared, experiment=NAME, row=row, model=model)
         for row, model in made.items()
@@ -87,6 +93,10 @@ def measure(config: RunConfig, folder: Path) -> dict[str, float]:
     outcome = loop.train(config, folder, resume=True)
     if not outcome.finished:
         raise SystemExit(128 + outcome.stopped_by)
+    return ask(config, folder)
+
+
+def ask(config: RunConfig, folder: Path) -> dict[str, float]:
     opened = open_checkpoint(folder)
     log = metrics.read_log(folder / "metrics.jsonl")
     last = [line for line in log if line["step"] > config.train.steps - LAST]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax.models import mixers
 from hope_jax.models.cms import CMSConfig
-from hope_jax.models.layers import DTYPES, SwiGLU
+from hope_jax.models.layers import DTYPES, SwiGLU, full_precision
 from hope_jax.models.learning import Learning
 from hope_jax.models.memory_mixer import MemoryMixerConfig
 from hope_jax.models.self_modifying import SelfModifyingConfig
@@ -147,10 +147,14 @@ class BlockState(NamedTuple):
         the model moves them, for only it knows the task loss. With a horizon, of those
         that move within it, the first of `ModelConfig.fast`. Of a group, the weights
         of a level are its blocks' in a tuple.
+      opened: of what a call returns, the factor that each token gives to the moves of
+        each fast level, `[B, T, F]`, where `CMSConfig.rates` are generated; of a group
+        its blocks' in a tuple.
     """
 
     mixer: PyTree
     fast: tuple[PyTree, ...]
+    opened: PyTree | None = None
 
 
 class CMSBlock(nnx.Module):
@@ -188,6 +192,11 @@ class Block(nnx.Module):
         self.levels = nnx.List(
             [CMSBlock(config, level.hidden, rngs=rngs) for level in config.cms.whole]
         )
+        if config.cms.rates == "generated":
+            zeros = nnx.initializers.zeros_init()  # every factor is 1 at the start
+            self.open = nnx.Linear(
+                config.d_model, len(config.fast), kernel_init=zeros, rngs=rngs
+            )
 
     def starts(self, horizon: int | None = None) -> tuple[PyTree, ...]:
         """The learned weights at which the levels within `horizon` start."""
@@ -221,6 +230,9 @@ class Block(nnx.Module):
         if state is not None:  # with a horizon, of the first levels alone
             fast = dict(zip(self.config.fast, state.fast, strict=False))
         y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn)
+        opened = None
+        if self.config.cms.rates == "generated":
+            opened = 2.0 * jax.nn.sigmoid(self.open(full_precision(y)))
         x = x + y
         chain = range(len(self.levels))
         if self.config.cms.order == "slow_to_fast":
@@ -228,8 +240,8 @@ class Block(nnx.Module):
         for i in chain:
             x = self.levels[i](x, fast.get(i))
         if state is None:
-            return x, self.initial_state(x.shape[0])._replace(mixer=mixer)
-        return x, BlockState(mixer, state.fast)
+            state = self.initial_state(x.shape[0])
+        return x, BlockState(mixer, state.fast, opened)
 
 
 class Group(nnx.Module):
@@ -271,6 +283,7 @@ def _join(states: list[BlockState]) -> BlockState:
     return BlockState(
         mixer=tuple(state.mixer for state in states),
         fast=tuple(zip(*(state.fast for state in states), strict=True)),
+        opened=None if states[0].opened is None else tuple(s.opened for s in states),
     )
 
 

@@ -95,6 +95,12 @@ class CMSConfig:
         w <- w - step - pull (w - start). Its weights then stay within the longest step
         over `pull` of where they start, however long the text. 0 is equation 71.
       rate_bound: upper bound of the learned inner rates.
+      rates: who says how long a move is: `learned`, a rate a level alone; `generated`,
+        what the mixer of each block has read as well: its output at every token gives
+        each level of the block a factor between 0 and 2, 1 at the start, and a move is
+        as long as the mean over its tokens says. A self-modifying layer so rules over
+        how its block's MLPs are modified. The factor has a gradient with every
+        `gradient` but `none`.
     """
 
     levels: tuple[CMSLevel, ...] = (CMSLevel(period=math.inf),)
@@ -107,6 +113,7 @@ class CMSConfig:
     clip: float = 1.0
     pull: float = 0.01
     rate_bound: float = 1.0
+    rates: Literal["learned", "generated"] = "learned"
 
     def __post_init__(self):
         if not self.levels:
@@ -121,6 +128,7 @@ class CMSConfig:
             "order": ("fast_to_slow", "slow_to_fast"),
             "reduction": ("mean", "sum"),
             "gradient": ("exact", "first_order", "none"),
+            "rates": ("learned", "generated"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -130,6 +138,11 @@ class CMSConfig:
                 )
         if self.rate_bound <= 0:
             raise ValueError(f"rate_bound must be positive, got {self.rate_bound}.")
+        if self.rates == "generated" and not self.fast:
+            raise ValueError(
+                "rates='generated' is about levels that move while reading, and none "
+                "of `levels` does: give one a finite period and a rate, or leave it."
+            )
         for level in self.levels:
             if level.rate >= self.rate_bound:
                 raise ValueError(
@@ -180,10 +193,13 @@ class FastLevel(NamedTuple):
       learned: the sums over its own tokens since its last move; rows on the axis on
         which the weights have them.
       opt: the state of its rule, whose leaves always lead with rows.
+      opened: the sums of `generated` factors since its last move, of a row in each
+        layer; a prefix of the weights without their own axes. None without them.
     """
 
     learned: Learned
     opt: PyTree
+    opened: PyTree | None = None
 
 
 def noted(level: CMSLevel, weights: PyTree) -> PyTree:
@@ -240,9 +256,10 @@ def move(
 ) -> tuple[PyTree, FastLevel]:
     """Equation 71 at the end of a level's period, for every row on `axis` of leaves.
 
-        w <- w - rate f(g) - pull (w - start)
+        w <- w - rate opened f(g) - pull (w - start)
 
-    with f the level's rule and g the clipped mean, or sum, of its tokens' gradients.
+    with f the level's rule and g the clipped mean, or sum, of its tokens' gradients;
+    `opened` is 1 unless rates are `generated`, then the mean over its tokens.
 
     Args:
       config: the chain.
@@ -255,13 +272,17 @@ def move(
     scale = 1.0 / level.period if config.reduction == "mean" else 1.0
     rule = flow(level, rate)
 
-    def move_row(weights, learned, opt):
+    def move_row(weights, learned, opt, opened):
         learned = jax.tree.map(lambda a: scale * a, learned)
         at = weights
         if config.gradient == "first_order":  # a move is a constant
             at = jax.lax.stop_gradient(weights)
         extra = {} if learned.inputs is None else {"inputs": learned.inputs}
         updates, opt = rule.update(learned.gradient, opt, at, **extra)
+        if opened is not None:
+            updates = jax.tree.map(
+                functools.partial(_scaled, 1.0 / level.period), opened, updates
+            )
         moved = optax.apply_updates(weights, updates)
         if level.pull:
             moved = jax.tree.map(
@@ -269,6 +290,14 @@ def move(
             )
         return moved, opt
 
-    over_rows = jax.vmap(move_row, (axis, axis, 0), (axis, 0))
-    weights, opt = over_rows(weights, state.learned, state.opt)
-    return weights, FastLevel(jax.tree.map(jnp.zeros_like, state.learned), opt)
+    over_rows = jax.vmap(move_row, (axis, axis, 0, axis), (axis, 0))
+    weights, opt = over_rows(weights, state.learned, state.opt, state.opened)
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    return weights, zeros._replace(opt=opt)
+
+
+def _scaled(by, opened, updates):
+    """The updates of layers, which lead, by what they were opened, `[L]`."""
+    return jax.tree.map(
+        lambda u: u * (by * opened).reshape(-1, *[1] * (u.ndim - 1)), updates
+    )

@@ -65,7 +65,7 @@ class LMState(NamedTuple):
 
     Attributes:
       blocks: mixers and fast CMS weights.
-      levels: gradients and rule states of the fast CMS levels.
+      levels: gradients, factors and rule states of the fast CMS levels.
       held: the unfinished chunk; None without fast levels.
       position: tokens read.
     """
@@ -312,7 +312,10 @@ def _rows_first(state: LMState) -> LMState:
     held = state.held
     if held is not None:
         held = held._replace(mixers=_swap(held.mixers))
-    levels = tuple(v._replace(learned=_swap(v.learned)) for v in state.levels)
+    levels = tuple(
+        v._replace(learned=_swap(v.learned), opened=_swap(v.opened))
+        for v in state.levels
+    )
     return state._replace(blocks=_swap(state.blocks), levels=levels, held=held)
 
 
@@ -328,7 +331,7 @@ def _begin(model, rows, horizon=None):
     if config.cms.gradient == "none":
         blocks = blocks._replace(fast=jax.lax.stop_gradient(blocks.fast))
     levels = tuple(
-        cms.begin_level(level, weights, axis=1)
+        cms.begin_level(level, weights, axis=1)._replace(opened=_closed(config, rows))
         for level, weights in _moving(config, blocks.fast)
     )
     held = None
@@ -341,14 +344,32 @@ def _begin(model, rows, horizon=None):
     return LMState(blocks, levels, held, jnp.zeros((rows,), jnp.int32))
 
 
+def _closed(config, rows):
+    """The sums of generated factors before the first token."""
+    if config.cms.rates != "generated":
+        return None
+    parts = len(config.pattern)
+    zeros = jnp.zeros((config.layers // parts, rows), jnp.float32)
+    return zeros if parts == 1 else (zeros,) * parts
+
+
 def _moving(config, fast):
     """The levels that have fast weights, and these."""
     levels = (config.cms.whole[i] for i in config.fast[: len(fast)])
     return tuple(zip(levels, fast, strict=True))
 
 
+class _Read(NamedTuple):
+    """Logits, the mixers' new states, and the factors that tokens give to the moves of
+    fast levels, `[L, B, T, F]`; None where rates are not generated."""
+
+    logits: Array
+    mixers: PyTree
+    opened: PyTree | None
+
+
 def _read(model, tokens, mixers, fast, *, aligned, learn):
-    """Logits and new mixer states of `[B, T]` tokens, the fast weights fixed."""
+    """What `[B, T]` tokens make of a model, the fast weights fixed."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
     x = model.embed(tokens) * model.config.d_model**0.5
 
@@ -357,10 +378,10 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
         x, state = nnx.merge(graphdef, params)(
             x, BlockState(mixer, fast), aligned=aligned, learn=learn
         )
-        return x, state.mixer
+        return x, (state.mixer, state.opened)
 
-    x, mixers = jax.lax.scan(layer, x, (params, mixers, fast))
-    return full_precision(model.embed.attend(model.norm(x))), mixers
+    x, (mixers, opened) = jax.lax.scan(layer, x, (params, mixers, fast))
+    return _Read(full_precision(model.embed.attend(model.norm(x))), mixers, opened)
 
 
 def _read_and_blame(model, tokens, labels, mixers, fast):
@@ -400,8 +421,8 @@ def _blame(graphdef, params, chunk):
     moving = _moving(nnx.merge(graphdef, params).config, chunk.fast)
 
     def objective(fast):
-        logits, after = _read_chunk(graphdef, params, chunk._replace(fast=fast))
-        return jnp.sum(next_token_loss(logits, chunk.labels)), (logits, after)
+        read = _read_chunk(graphdef, params, chunk._replace(fast=fast))
+        return jnp.sum(next_token_loss(read.logits, chunk.labels)), read
 
     fast = tuple(cms.noted(*one) for one in moving)
     gradient, read = jax.grad(objective, has_aux=True)(fast)
@@ -431,15 +452,17 @@ def _blame_constant_backward(graphdef, residuals, cotangents):
 _blame_constant.defvjp(_blame_constant_forward, _blame_constant_backward)
 
 
-def _accumulate(model, levels, learned):
-    return tuple(
-        level._replace(learned=jax.tree.map(jnp.add, level.learned, more))
-        if model.learning.levels[i]
-        else level
-        for i, level, more in zip(
-            model.config.fast[: len(levels)], levels, learned, strict=True
+def _accumulate(model, levels, learned, read):
+    def gathered(which, level):
+        if not model.learning.levels[model.config.fast[which]]:
+            return level
+        opened = jax.tree.map(lambda a: jnp.sum(a[..., which], axis=2), read.opened)
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
+        return level._replace(
+            learned=add(level.learned, learned[which]), opened=add(level.opened, opened)
         )
-    )
+
+    return tuple(gathered(which, level) for which, level in enumerate(levels))
 
 
 class _Life(NamedTuple):
@@ -459,8 +482,10 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
     length = tokens.shape[1]
     position = state.position + length
     if not state.levels or not learn.cms:
-        mixers, fast = state.blocks
-        logits, mixers = _read(model, tokens, mixers, fast, aligned=True, learn=learn)
+        mixers, fast, _ = state.blocks
+        logits, mixers, _ = _read(
+            model, tokens, mixers, fast, aligned=True, learn=learn
+        )
         blocks, held = BlockState(mixers, fast), _let_go(state.held)
         return logits, LMState(blocks, state.levels, held, position)
 
@@ -468,7 +493,7 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
     if not fresh:
         state = _settle(model, state, tokens[:, 0])
     start = jnp.zeros((), jnp.int32) if fresh else state.position
-    life = _Life(*state.blocks, state.levels, start)
+    life = _Life(state.blocks.mixer, state.blocks.fast, state.levels, start)
     labels = tokens[:, 1:] if labels is None else labels
     known = labels.shape[1] // chunk * chunk  # tokens of chunks with all their labels
     outputs = []
@@ -481,7 +506,7 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
         outputs.append(jnp.moveaxis(logits, 0, 1))
     mixers, rest = life.mixers, tokens[:, known:]
     if known < length:
-        logits, mixers = _read(
+        logits, mixers, _ = _read(
             model, rest, mixers, life.fast, aligned=True, learn=learn
         )
         outputs.append(logits)
@@ -497,15 +522,13 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
 def _live(model, life, xs):
     """Reads a base chunk of `[C, B]` tokens and labels, and moves what is due then."""
     tokens, labels = (a.T for a in xs)
-    learned, (logits, mixers) = _read_and_blame(
-        model, tokens, labels, life.mixers, life.fast
-    )
+    learned, read = _read_and_blame(model, tokens, labels, life.mixers, life.fast)
     life = life._replace(
-        mixers=mixers,
-        levels=_accumulate(model, life.levels, learned),
+        mixers=read.mixers,
+        levels=_accumulate(model, life.levels, learned, read),
         position=life.position + tokens.shape[1],
     )
-    return _move_due(model, life), jnp.moveaxis(logits, 1, 0)
+    return _move_due(model, life), jnp.moveaxis(read.logits, 1, 0)
 
 
 def _move_due(model, life, rows=None):
@@ -537,7 +560,7 @@ def _move(model, which, weights, state, rows=None):
     config = model.config
     rate, start = model.inner_rates()[which], model.blocks.starts()[which]
     if config.cms.gradient == "none":
-        rate, start = jax.lax.stop_gradient((rate, start))
+        rate, start, state = jax.lax.stop_gradient((rate, start, state))
     level = config.cms.whole[config.fast[which]]
     moved, after = cms.move(config.cms, level, rate, start, weights, state, axis=1)
     if rows is not None:
@@ -552,16 +575,18 @@ def _settle(model, state, token):
 
     def settle():
         labels = jnp.concatenate([state.held.tokens[:, 1:], token[:, None]], axis=1)
-        learned, _ = _read_and_blame(
+        learned, read = _read_and_blame(
             model, state.held.tokens, labels, state.held.mixers, state.blocks.fast
         )
         levels = tuple(
             _where_level(complete, new, old)
             for new, old in zip(
-                _accumulate(model, state.levels, learned), state.levels, strict=True
+                _accumulate(model, state.levels, learned, read),
+                state.levels,
+                strict=True,
             )
         )
-        life = _Life(*state.blocks, levels, state.position)
+        life = _Life(state.blocks.mixer, state.blocks.fast, levels, state.position)
         life = _move_due(model, life, complete)
         held = state.held._replace(count=jnp.where(complete, 0, state.held.count))
         blocks = state.blocks._replace(fast=life.fast)
@@ -578,8 +603,8 @@ def _step(model, state, token, *, learn):
         held = _hold(state, token, config.base_chunk)
     else:
         held = _let_go(state.held)
-    mixers, fast = state.blocks
-    logits, mixers = _read(
+    mixers, fast, _ = state.blocks
+    logits, mixers, _ = _read(
         model, token[:, None], mixers, fast, aligned=False, learn=learn
     )
     state = LMState(BlockState(mixers, fast), state.levels, held, state.position + 1)
@@ -622,5 +647,7 @@ def _where(rows, new, old, axis=1):
 
 def _where_level(rows, new, old):
     return cms.FastLevel(
-        _where(rows, new.learned, old.learned), _where(rows, new.opt, old.opt, axis=0)
+        _where(rows, new.learned, old.learned),
+        _where(rows, new.opt, old.opt, axis=0),
+        _where(rows, new.opened, old.opened),
     )

@@ -126,7 +126,7 @@ def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
     def gradient(slowest, held, tokens, labels):
         def loss(slowest):
             fast = (*held.blocks.fast[:slow], slowest)
-            logits, _ = lm._read(
+            logits, *_ = lm._read(
                 model, tokens, held.blocks.mixer, fast, aligned=True, learn=True
             )
             return lm.next_token_loss(logits, labels).sum()

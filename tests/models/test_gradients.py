@@ -116,13 +116,13 @@ def first_order_by_definition(config, params, tokens):
     chunk = config.base_chunk
     model = nnx.merge(graphdef, params)
     begun = lm._begin(model, tokens.shape[0])
-    mixers, start = begun.blocks
+    mixers, start, _ = begun.blocks
     fast, levels, moves = start, list(begun.levels), []
     for n in range((LENGTH - 2) // chunk):
         part = slice(n * chunk, (n + 1) * chunk)
 
         def objective(fast, mixers=mixers, part=part):
-            logits, after = lm._read(
+            logits, after, _ = lm._read(
                 model, tokens[:, part], mixers, fast, aligned=True, learn=True
             )
             labels = tokens[:, part.start + 1 : part.stop + 1]
@@ -148,14 +148,14 @@ def first_order_by_definition(config, params, tokens):
 
     def loss(params):
         model = nnx.merge(graphdef, params)
-        mixers, start = lm._begin(model, tokens.shape[0]).blocks
+        mixers, start, _ = lm._begin(model, tokens.shape[0]).blocks
         losses = []
         for n, begin in enumerate(range(0, LENGTH - 1, chunk)):
             fast = start
             if n:
                 fast = jax.tree.map(jnp.add, start, moves[n - 1])
             part = slice(begin, min(begin + chunk, LENGTH - 1))
-            logits, mixers = lm._read(
+            logits, mixers, _ = lm._read(
                 model, tokens[:, part], mixers, fast, aligned=True, learn=True
             )
             labels = tokens[:, part.start + 1 : part.stop + 1]

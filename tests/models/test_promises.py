@@ -238,7 +238,7 @@ def gradient_of_chunk(config, state, tokens, labels):
 
     def loss(slow):
         fast = (inside.blocks.fast[0], slow, inside.blocks.fast[2])
-        logits, _ = lm._read(
+        logits, *_ = lm._read(
             model, tokens, inside.held.mixers, fast, aligned=True, learn=True
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

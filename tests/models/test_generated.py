@@ -1,0 +1,139 @@
+"""CMS moves that the mixers rule over: how long, on what, and with what gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.models import lm
+from hope_jax.models.cms import CMSConfig
+from hope_jax.models.learning import Learning
+from tests.models import small
+
+
+def generated(config, **changes):
+    cms = dataclasses.replace(config.cms, rates="generated", **changes)
+    return dataclasses.replace(config, name=f"{config.name}, generated", cms=cms)
+
+
+def opened_by(params, name, value):
+    """The parameters with `value` for what opens moves: the kernel, or the bias."""
+
+    def choose(path, leaf):
+        keys = jax.tree_util.keystr(path)
+        wanted = "'open'" in keys and f"'{name}'" in keys
+        return jnp.broadcast_to(value, leaf.shape) if wanted else leaf
+
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+MODELS = {
+    "hope": dataclasses.replace(small.HOPE, layers=1),
+    "hybrid": dataclasses.replace(small.HYBRID, layers=2),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def ruled(request):
+    return generated(MODELS[request.param])
+
+
+def tokens_of(length=small.LENGTH):
+    return jax.random.randint(jax.random.key(3), (2, length), 0, small.VOCAB)
+
+
+def test_factors_are_those_of_a_moves_own_tokens(ruled):
+    """Factors of 1 are the plain model; of 0, one whose levels stand still; of 2,
+    neither; all alike before the first move."""
+    params = small.built(ruled)[1]
+    cms = dataclasses.replace(ruled.cms, rates="learned", pull=0.0)
+    plain = dataclasses.replace(ruled, cms=cms)
+    ruled = dataclasses.replace(ruled, cms=dataclasses.replace(ruled.cms, pull=0.0))
+
+    def without(state):
+        return type(state)(
+            {
+                k: without(v) if hasattr(v, "items") else v
+                for k, v in state.items()
+                if k != "open"
+            }
+        )
+
+    def read(bias):
+        own = opened_by(params, "bias", bias)
+        return small.reading(ruled)(own, tokens_of(), None)[0]
+
+    one, none, two = read(0.0), read(-1e9), read(1e9)
+    want, _ = small.reading(plain)(without(params), tokens_of(), None)
+    np.testing.assert_allclose(one, want, atol=1e-5)
+    still, _ = lm.apply(
+        small.built(ruled)[0], params, tokens_of(), learn=_no_cms(ruled)
+    )
+    np.testing.assert_allclose(none, still, atol=1e-5)
+    first = ruled.base_chunk
+    for other in (none, two):
+        np.testing.assert_allclose(other[:, :first], one[:, :first], atol=1e-6)
+        assert np.abs(other - one)[:, first:].max() > 1e-4
+
+
+def _no_cms(config):
+    levels = tuple(i not in config.fast for i in range(len(config.cms.levels)))
+    return Learning(levels=levels)
+
+
+@pytest.mark.parametrize("gradient", ["first_order", "exact"])
+def test_what_opens_a_move_has_a_gradient(gradient):
+    """Equal to finite differences of the bias, whether moves are constants or not: a
+    first move depends on it in no other way. The kernel, which starts at zero, has one
+    too: what the mixers read enters."""
+    ruled = generated(small.HOPE, gradient=gradient)
+    graphdef, params = small.built(ruled)
+    tokens = tokens_of(2 * ruled.base_chunk + 1)
+
+    def loss(params):
+        logits, _ = lm.apply(graphdef, params, tokens[:, :-1], labels=tokens[:, 1:])
+        return lm.next_token_loss(logits, tokens[:, 1:]).mean()
+
+    run = jax.jit(loss)
+    slope = jax.jit(jax.grad(loss))(params)["blocks"]["open"]
+    assert np.abs(slope["kernel"][...]).max() > 1e-6
+    slope = slope["bias"][...]
+    for layer in range(ruled.layers):
+        at = (layer, 0)  # of the only level that moves so soon
+        shift = jnp.zeros_like(slope).at[at].set(0.1)
+        up, down = (run(opened_by(params, "bias", s * shift)) for s in (1, -1))
+        numeric = (up - down) / 0.2
+        assert abs(numeric) > 1e-5
+        np.testing.assert_allclose(slope[at], numeric, rtol=0.05)
+
+
+def test_pieces_and_single_tokens_open_the_same_moves(ruled):
+    shape = jax.tree.leaves(
+        [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(small.built(ruled)[1])
+            if "'kernel'" in (name := jax.tree_util.keystr(path)) and "'open'" in name
+        ]
+    )[0].shape
+    kernel = jax.random.normal(jax.random.key(7), shape)
+    params = opened_by(small.built(ruled)[1], "kernel", kernel)
+    tokens = tokens_of()
+    whole, after = small.reading(ruled)(params, tokens, None)
+    state, parts = None, []
+    for a, b in [(0, 8), (8, 9), (9, small.LENGTH)]:
+        part, state = small.reading(ruled)(params, tokens[:, a:b], state)
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-4)
+    for a, b in zip(after.levels, state.levels, strict=True):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3), a.opened, b.opened
+        )
+
+
+def test_rates_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="rates='generated' is about levels that move"):
+        CMSConfig(rates="generated")
+    with pytest.raises(ValueError, match="rates must be one of learned, generated"):
+        CMSConfig(rates="made")
