@@ -1,0 +1,25 @@
+"""A run is read on and on, and what moved is written down."""
+
+import pytest
+
+from experiments import long_text, quickstart
+from hope_jax.train import loop
+from hope_jax.train.metrics import read_result
+
+
+def test_a_run_is_read_to_its_end(tmp_path):
+    config = quickstart.rows("smoke")["hope"]
+    assert loop.train(config, tmp_path / "run").finished
+    made = long_text.main(
+        [f"--checkpoint={tmp_path / 'run'}", "--tokens=2048", f"--out={tmp_path}"]
+    )
+    saved = read_result(tmp_path / "long_text" / "hope-s0.json")["metrics"]
+    assert saved == made | {"tokens": 2048}
+    assert 0 < made["after 2048 tokens/nats"] < 10
+    assert made["after 2048 tokens/main"] > 0 < made["after 2048 tokens/CMS 1"]
+
+
+def test_too_few_tokens_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        long_text.main(["--checkpoint=nowhere", "--tokens=3"])
+    assert "--tokens must be at least 1024, got 3" in capsys.readouterr().err
