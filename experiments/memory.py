@@ -14,7 +14,8 @@ model that has seen which values occur in the row.
 Groups:
   bisection  from a static MLP memory to the self-modifying layer to the letter of the
              equations, each row with one more switch turned
-  recall     Hope with MLP and with matrix memories beside the gated delta rule
+  recall     Hope with MLP and with matrix memories beside the gated delta rule, after
+             400 and 1,200 steps; `high` is 400 steps at twice the highest rate
   laws       rate law, retention, erasure, momentum and targets around Hope's defaults
   static     MLP memories with decay as static mixers (Titans), as published and with
              what was learned here
@@ -108,9 +109,13 @@ def _recall() -> dict[str, Row]:
         "hope_matrix": _hope(MATRIX),
         "hope": _hope(),
     }
-    return {
+    both = {
         f"recall_{steps}_{name}": Row(layer=layer, steps=steps)
         for steps, (name, layer) in itertools.product((400, 1200), layers.items())
+    }
+    return both | {
+        f"recall_high_{name}": Row(layer=layer, rates=(2e-2,))
+        for name, layer in layers.items()
     }
 
 

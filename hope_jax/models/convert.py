@@ -66,7 +66,7 @@ def stack_levels(
 
     def convert(path, fresh):
         names = _names(path)
-        if "rates" in names:
+        if "rates" in names or "open" in names:
             return fresh
         if "mixer" in names or "levels" not in names:
             return trained[names]

@@ -187,6 +187,7 @@ def system(config: ModelConfig) -> System:
             if part.name in mixer.ends:
                 ends[part.name] = "backprop" if part.period else "attend"
         edges += mixer.edges
+    readers = tuple(ends)
     for i, level in enumerate(config.cms.whole):
         name = f"CMS {i + 1}"
         fast = i in inside
@@ -197,6 +198,8 @@ def system(config: ModelConfig) -> System:
         )
         if fast:
             edges.append(Edge(slow.name, name, "initialise"))
+            if config.cms.rates == "generated":
+                edges += [Edge(reader, name, "generate") for reader in readers]
         edges += [Edge(below, name, kind) for below, kind in ends.items()]
         ends = {name: "backprop"}
     return System(tuple(boxes), tuple(edges))

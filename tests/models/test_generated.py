@@ -132,6 +132,13 @@ def test_pieces_and_single_tokens_open_the_same_moves(ruled):
         )
 
 
+def test_the_picture_shows_who_rules():
+    made = [e for e in lm.system(generated(small.HOPE)).edges if e.kind == "generate"]
+    plain = [e for e in lm.system(small.HOPE).edges if e.kind == "generate"]
+    more = [(e.source, e.target) for e in made if e not in plain]
+    assert more == [("main memory", "CMS 1"), ("main memory", "CMS 2")]
+
+
 def test_rates_of_nothing_are_refused():
     with pytest.raises(ValueError, match="rates='generated' is about levels that move"):
         CMSConfig(rates="generated")
