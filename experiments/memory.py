@@ -14,8 +14,7 @@ model that has seen which values occur in the row.
 Groups:
   bisection  from a static MLP memory to the self-modifying layer to the letter of the
              equations, each row with one more switch turned
-  recall     Hope with MLP and with matrix memories beside the gated delta rule, after
-             400 and 1,200 steps; `high` is 400 steps at twice the highest rate
+  recall     Hope with MLP and with matrix memories beside the gated delta rule
   laws       rate law, retention, erasure, momentum and targets around Hope's defaults
   static     MLP memories with decay as static mixers (Titans), as published and with
              what was learned here
@@ -109,13 +108,9 @@ def _recall() -> dict[str, Row]:
         "hope_matrix": _hope(MATRIX),
         "hope": _hope(),
     }
-    both = {
+    return {
         f"recall_{steps}_{name}": Row(layer=layer, steps=steps)
         for steps, (name, layer) in itertools.product((400, 1200), layers.items())
-    }
-    return both | {
-        f"recall_high_{name}": Row(layer=layer, rates=(2e-2,))
-        for name, layer in layers.items()
     }
 
 
@@ -145,6 +140,9 @@ def _laws() -> dict[str, Row]:
         "unit_values": _hope(unit_values=True),
         "slices": _hope(inputs="slice"),
         "no_silu": _hope(conv_activation="none"),
+        "half_lives_from_8_chunks": _hope(half_life_start=8.0),
+        "half_lives_from_32_chunks": _hope(half_life_start=32.0),
+        "matrix_half_lives_from_8_chunks": _hope(MATRIX, half_life_start=8.0),
         "matrix_targets_all": _hope(MATRIX, targets="all"),
         "matrix_projections_take_all": _hope(MATRIX, projection_rate=None),
         "matrix_slices": _hope(MATRIX, inputs="slice"),

@@ -23,11 +23,14 @@ def unit(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B K"]
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + epsilon)
 
 
-def first_half_lives(chunk: int, heads: int, longest: int = 0) -> Float[Array, " H"]:
-    """Tokens after which a fresh head has forgotten half: from two chunks to many, the
-    last head's at least `longest`."""
-    most = max(2.0 * chunk * _LONGEST_HALF_LIFE, longest)
-    return jnp.geomspace(2.0 * chunk, most, heads, dtype=jnp.float32)
+def first_half_lives(
+    chunk: int, heads: int, longest: int = 0, shortest: float = 2.0
+) -> Float[Array, " H"]:
+    """Tokens after which a fresh head has forgotten half: from `shortest` chunks to
+    many, the last head's at least `longest` tokens."""
+    least = shortest * chunk
+    most = max(least * _LONGEST_HALF_LIFE, longest)
+    return jnp.geomspace(least, most, heads, dtype=jnp.float32)
 
 
 class Dense(nnx.Linear):

@@ -387,6 +387,7 @@ def test_configs_that_cannot_be(options, message):
     [
         (dict(conv=0), "conv must be at least 1, got 0"),
         (dict(rate_start=1.0), "rate_start must lie strictly .* got 1.0"),
+        (dict(half_life_start=0.5), "half_life_start must be at least 1 chunk"),
         (dict(momentum_start=0.0), "momentum_start must lie strictly .* got 0.0"),
     ],
 )
