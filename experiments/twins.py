@@ -11,8 +11,9 @@ The models of the quickstart and their relatives, trained on as many tokens of t
 text in one order, with as many parameters:
 
   hope              the quickstart's
-  hope_matrix       with matrix memories
-  hope_generated    the mixers say how long the moves of the CMS levels are
+  hope_learned      the moves of its CMS levels are as long as learned rates say alone,
+                    not as its mixers say
+  hope_matrix_learned   the same with matrix memories
   hope_still        Hope whose CMS levels never move while it reads
   hope_attention    attention in place of the memories, CMS levels that move
   transformer       attention, and nothing that moves
@@ -48,8 +49,8 @@ RESULTS = Path(__file__).parent / "results"
 NAME = "twins"
 MODELS = {
     "hope": "hope_tiny",
-    "hope_matrix": "hope_matrix_tiny",
-    "hope_generated": "hope_tiny",
+    "hope_learned": "hope_tiny",
+    "hope_matrix_learned": "hope_matrix_tiny",
     "hope_still": "hope_tiny",
     "hope_attention": "hope_attention_tiny",
     "transformer": "transformer_tiny",
@@ -70,10 +71,9 @@ def rows(scale: str) -> dict[str, RunConfig]:
     size = {"vocab": shared.model.vocab, "context": shared.model.context}
     size |= quickstart.SIZE[scale]
     made = {row: dataclasses.replace(zoo.get(n), **size) for row, n in MODELS.items()}
+    for row in ("hope_learned", "hope_matrix_learned", "hope_still"):
+        made[row] = config_lib.override(made[row], ["cms.rates=learned"])
     made["hope_still"] = _still(made["hope_still"])
-    made["hope_generated"] = config_lib.override(
-        made["hope_generated"], ["cms.rates=generated"]
-    )
     return {
         row: dataclasses.replace(shared, experiment=NAME, row=row, model=model)
         for row, model in made.items()

@@ -16,6 +16,8 @@ from hope_jax.models.self_modifying import MATRIX, MLP, SelfModifyingConfig
 from hope_jax.models.titans import TitansConfig
 from hope_jax.models.tnt import TNTConfig
 
+# A self-modifying layer says how long the moves of its CMS levels are: ahead of rates
+# learned alone in `experiments/twins.py`.
 _FAMILIES = {  # name -> its mixer, and whether its MLPs are levels of several clocks
     "hope": ("self_modifying", True),
     "hope_matrix": ("self_modifying", True),
@@ -36,7 +38,8 @@ class _Size:
     def model(self, family: str, name: str) -> ModelConfig:
         mixer, several = _FAMILIES[family]
         levels = self.levels if several else CMSConfig().levels
-        cms = CMSConfig(levels=levels, hidden=self.hidden[family])
+        rates = "generated" if mixer == "self_modifying" else "learned"
+        cms = CMSConfig(levels=levels, hidden=self.hidden[family], rates=rates)
         memory = self.shared.memory
         if family == "hope_matrix":
             matrix = dataclasses.replace(MATRIX, chunk=memory.memory.chunk)
