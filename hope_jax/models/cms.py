@@ -141,7 +141,8 @@ class CMSConfig:
         if self.rates == "generated" and not self.fast:
             raise ValueError(
                 "rates='generated' is about levels that move while reading, and none "
-                "of `levels` does: give one a finite period and a rate, or leave it."
+                "of `levels` does: give one a finite period and a rate, or use "
+                "rates='learned'."
             )
         for level in self.levels:
             if level.rate >= self.rate_bound:
