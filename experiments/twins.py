@@ -11,9 +11,10 @@ The models of the quickstart and their relatives, trained on as many tokens of t
 text in one order, with as many parameters:
 
   hope              the quickstart's
+  hope_matrix       with matrix memories
   hope_learned      the moves of its CMS levels are as long as learned rates say alone,
                     not as its mixers say
-  hope_matrix_learned   the same with matrix memories
+  hope_matrix_learned   both of these
   hope_still        Hope whose CMS levels never move while it reads
   hope_attention    attention in place of the memories, CMS levels that move
   transformer       attention, and nothing that moves
@@ -49,6 +50,7 @@ RESULTS = Path(__file__).parent / "results"
 NAME = "twins"
 MODELS = {
     "hope": "hope_tiny",
+    "hope_matrix": "hope_matrix_tiny",
     "hope_learned": "hope_tiny",
     "hope_matrix_learned": "hope_matrix_tiny",
     "hope_still": "hope_tiny",

@@ -43,7 +43,7 @@ def test_a_smoke_run_writes_results_and_a_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rows=hop"], "no row 'hop'; there are hope, hope_learned"),
+        (["--rows=hop"], "no row 'hop'; there are hope, hope_matrix"),
         (["--scale=smoke"], "needs --out"),
     ],
 )
