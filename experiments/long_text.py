@@ -6,7 +6,7 @@ Expect:  experiments/README.md has the numbers.
 Cost:    ten minutes for MLP memories on one CPU core, a third of that for matrices.
 
 One row reads the training text from its first file on, its memories and CMS levels
-never reset. By every tenth of the way: the loss in nats a token, and how far each
+never reset. At every tenth of the way: the loss in nats a token, and how far each
 layer's weights stand from where they started, as a share of their start's norm.
 """
 
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax.data import text
 from hope_jax.data.tokenizer import encode_documents
 from hope_jax.models import lm
 from hope_jax.stream.reader import open_checkpoint
@@ -35,15 +34,9 @@ PARTS, WINDOW = 10, 1024
 def measure(checkpoint: str, tokens: int) -> tuple[object, dict[str, float]]:
     """The run's config, and what was measured of it."""
     opened = open_checkpoint(checkpoint)
-    reader, data = opened.reader, opened.config.data
-    corpus = text.load(
-        data.path,
-        max_train_bytes=data.max_train_bytes,
-        max_validation_bytes=data.max_validation_bytes,
-        undecodable=data.undecodable,
-    )
+    reader = opened.reader
     documents, size = [], 0
-    for document in corpus.train:
+    for document in opened.config.data.load().train:
         (ids,) = encode_documents(opened.tokenizer, [document])
         documents.append(ids)
         size += len(ids)
@@ -56,9 +49,9 @@ def measure(checkpoint: str, tokens: int) -> tuple[object, dict[str, float]]:
         raise ValueError(f"the training text has {size} tokens, fewer than {tokens}.")
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def read(params, state, text):
-        logits, state = reader.apply(params, text[:, :-1], state, True, True)
-        return state, jnp.mean(lm.next_token_loss(logits, text[:, 1:]))
+    def read(params, state, tokens):
+        logits, state = reader.apply(params, tokens[:, :-1], state, True, True)
+        return state, jnp.mean(lm.next_token_loss(logits, tokens[:, 1:]))
 
     start = reader.initial_state(opened.params, 1)
     state = jax.tree.map(jnp.copy, start)

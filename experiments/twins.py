@@ -37,7 +37,6 @@ import numpy as np
 
 from experiments import quickstart
 from hope_jax.core import config as config_lib
-from hope_jax.data import text
 from hope_jax.evaluate import ablation
 from hope_jax.models import lm, zoo
 from hope_jax.models.block import ModelConfig
@@ -95,23 +94,12 @@ def measure(config: RunConfig, folder: Path) -> dict[str, float]:
     outcome = loop.train(config, folder, resume=True)
     if not outcome.finished:
         raise SystemExit(128 + outcome.stopped_by)
-    return ask(config, folder)
-
-
-def ask(config: RunConfig, folder: Path) -> dict[str, float]:
     opened = open_checkpoint(folder)
     log = metrics.read_log(folder / "metrics.jsonl")
     last = [line for line in log if line["step"] > config.train.steps - LAST]
-    data = config.data
-    corpus = text.load(
-        data.path,
-        max_train_bytes=data.max_train_bytes,
-        max_validation_bytes=data.max_validation_bytes,
-        undecodable=data.undecodable,
-    )
     measured = measure_parts(
         opened,
-        corpus.validation,
+        config.data.load().validation,
         rows=[row for row in ablation.rows(config.model) if row.facts and row.learn],
         count=TEXTS[config.scale],
         length=opened.reader.window(LEAST[config.scale]),

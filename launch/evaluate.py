@@ -94,12 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"rows must be at least 1, got {options.rows}.")
         opened = open_checkpoint(options.checkpoint, options.set)
         config = opened.config
-        corpus = text.load(
-            options.data or config.data.path,
-            max_train_bytes=config.data.max_train_bytes,
-            max_validation_bytes=config.data.max_validation_bytes,
-            undecodable=config.data.undecodable,
-        )
+        corpus = config.data.load(options.data)
     documents = corpus.validation
     if options.split == "all":
         documents = (*corpus.train, *corpus.validation)

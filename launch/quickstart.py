@@ -116,13 +116,7 @@ def run(
             row: config_lib.override(config, [f"data.path={data}"])
             for row, config in rows.items()
         }
-    shared = rows["hope"].data
-    corpus = text.load(
-        shared.path,
-        max_train_bytes=shared.max_train_bytes,
-        max_validation_bytes=shared.max_validation_bytes,
-        undecodable=shared.undecodable,
-    )
+    corpus = rows["hope"].data.load()
     if all((folder / row / EVALUATION).exists() for row in rows):
         # Training prints it.
         console.print(corpus.summary(), markup=False, soft_wrap=True)

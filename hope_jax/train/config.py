@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from hope_jax import optim
-from hope_jax.data.text import Undecodable
+from hope_jax.data import text
 from hope_jax.models import lm
 from hope_jax.optim import options
 
@@ -32,12 +32,22 @@ class DataConfig:
     path: str | None = None
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     vocab: int = 4096
-    undecodable: Undecodable = "raise"
+    undecodable: text.Undecodable = "raise"
     max_train_bytes: int | None = None
     max_validation_bytes: int | None = 250_000
 
     def __post_init__(self):
         _at_least(self, vocab=257)
+
+    def load(self, path: str | None = None) -> text.Corpus:
+        """The text, or that of another `path` under the same limits; errors are those
+        of `hope_jax.data.text.load`."""
+        return text.load(
+            path or self.path,
+            max_train_bytes=self.max_train_bytes,
+            max_validation_bytes=self.max_validation_bytes,
+            undecodable=self.undecodable,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

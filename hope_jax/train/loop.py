@@ -250,12 +250,7 @@ def load_source(config: RunConfig, workdir: str | os.PathLike | None) -> Source:
       ValueError: the model's vocabulary is smaller than the tokenizer's, or the text
         does not fill a batch.
     """
-    corpus = text.load(
-        config.data.path,
-        max_train_bytes=config.data.max_train_bytes,
-        max_validation_bytes=config.data.max_validation_bytes,
-        undecodable=config.data.undecodable,
-    )
+    corpus = config.data.load()
     _say(corpus.summary())
     tokens = load_tokenizer(config.data, corpus, workdir)
     if tokens.vocab_size > config.model.vocab:

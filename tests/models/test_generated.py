@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.models import lm
-from hope_jax.models.cms import CMSConfig
+from hope_jax.models import convert, lm
+from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.learning import Learning
-from tests.models import small
+from tests.models import small, test_promises
 
 
 def generated(config, **changes):
@@ -22,8 +22,7 @@ def opened_by(params, name, value):
     """The parameters with `value` for what opens moves: the kernel, or the bias."""
 
     def choose(path, leaf):
-        keys = jax.tree_util.keystr(path)
-        wanted = "'open'" in keys and f"'{name}'" in keys
+        wanted = f"['open']['{name}']" in jax.tree_util.keystr(path)
         return jnp.broadcast_to(value, leaf.shape) if wanted else leaf
 
     return jax.tree_util.tree_map_with_path(choose, params)
@@ -40,14 +39,10 @@ def ruled(request):
     return generated(MODELS[request.param])
 
 
-def tokens_of(length=small.LENGTH):
-    return jax.random.randint(jax.random.key(3), (2, length), 0, small.VOCAB)
-
-
 def test_factors_are_those_of_a_moves_own_tokens(ruled):
     """Factors of 1 are the plain model; of 0, one whose levels stand still; of 2,
     neither; all alike before the first move."""
-    params = small.built(ruled)[1]
+    params = opened_by(small.built(ruled)[1], "kernel", 0.0)
     cms = dataclasses.replace(ruled.cms, rates="learned", pull=0.0)
     plain = dataclasses.replace(ruled, cms=cms)
     ruled = dataclasses.replace(ruled, cms=dataclasses.replace(ruled.cms, pull=0.0))
@@ -63,13 +58,13 @@ def test_factors_are_those_of_a_moves_own_tokens(ruled):
 
     def read(bias):
         own = opened_by(params, "bias", bias)
-        return small.reading(ruled)(own, tokens_of(), None)[0]
+        return small.reading(ruled)(own, small.some_tokens(), None)[0]
 
     one, none, two = read(0.0), read(-1e9), read(1e9)
-    want, _ = small.reading(plain)(without(params), tokens_of(), None)
+    want, _ = small.reading(plain)(without(params), small.some_tokens(), None)
     np.testing.assert_allclose(one, want, atol=1e-5)
     still, _ = lm.apply(
-        small.built(ruled)[0], params, tokens_of(), learn=_no_cms(ruled)
+        small.built(ruled)[0], params, small.some_tokens(), learn=_no_cms(ruled)
     )
     np.testing.assert_allclose(none, still, atol=1e-5)
     first = ruled.base_chunk
@@ -86,11 +81,11 @@ def _no_cms(config):
 @pytest.mark.parametrize("gradient", ["first_order", "exact"])
 def test_what_opens_a_move_has_a_gradient(gradient):
     """Equal to finite differences of the bias, whether moves are constants or not: a
-    first move depends on it in no other way. The kernel, which starts at zero, has one
+    first move depends on it in no other way. The kernel has one
     too: what the mixers read enters."""
     ruled = generated(small.HOPE, gradient=gradient)
     graphdef, params = small.built(ruled)
-    tokens = tokens_of(2 * ruled.base_chunk + 1)
+    tokens = small.some_tokens(length=2 * ruled.base_chunk + 1)
 
     def loss(params):
         logits, _ = lm.apply(graphdef, params, tokens[:, :-1], labels=tokens[:, 1:])
@@ -110,26 +105,45 @@ def test_what_opens_a_move_has_a_gradient(gradient):
 
 
 def test_pieces_and_single_tokens_open_the_same_moves(ruled):
-    shape = jax.tree.leaves(
-        [
-            leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(small.built(ruled)[1])
-            if "'kernel'" in (name := jax.tree_util.keystr(path)) and "'open'" in name
-        ]
-    )[0].shape
-    kernel = jax.random.normal(jax.random.key(7), shape)
-    params = opened_by(small.built(ruled)[1], "kernel", kernel)
-    tokens = tokens_of()
-    whole, after = small.reading(ruled)(params, tokens, None)
+    tokens = small.some_tokens()
+    whole, after = small.read(ruled, tokens)
     state, parts = None, []
     for a, b in [(0, 8), (8, 9), (9, small.LENGTH)]:
-        part, state = small.reading(ruled)(params, tokens[:, a:b], state)
+        part, state = small.read(ruled, tokens[:, a:b], state)
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-4)
     for a, b in zip(after.levels, state.levels, strict=True):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3), a.opened, b.opened
         )
+
+
+def test_factors_leak_neither_from_the_future_nor_between_rows(ruled):
+    """The first promise, bit for bit; what opens moves depends on what was read."""
+    test_promises.test_1_no_future_no_other_row_and_the_past_arrives(ruled)
+    _, state = small.read(ruled, small.some_tokens())
+    opened = jnp.concatenate(jax.tree.leaves([v.opened for v in state.levels]), axis=1)
+    assert np.ptp(opened) > 1e-3
+
+
+@pytest.mark.parametrize("promise", ["test_1_in_bfloat16", "test_3_rows_in_bfloat16"])
+def test_promises_in_bfloat16(promise):
+    config = test_promises.half_precision(generated(small.HOPE))
+    with jax.numpy_dtype_promotion("standard"):
+        getattr(test_promises, promise)(config)
+
+
+def test_stacked_levels_open_afresh():
+    """Weights of one moving level into two: factors of 1 for both, and their count."""
+    level = CMSLevel(period=4, rate=0.5)
+    one = dataclasses.replace(MODELS["hope"].cms, levels=(level,), rates="generated")
+    config = dataclasses.replace(MODELS["hope"], cms=one)
+    two = (level, CMSLevel(period=8, rate=0.5))
+    stacked, params = convert.stack_levels(config, small.built(config)[1], two)
+    kernel = params["blocks"]["open"]["kernel"][...]
+    assert kernel.shape == (1, config.d_model, 2) and not kernel.any()
+    logits, _ = small.reading(stacked)(params, small.some_tokens(), None)
+    assert np.isfinite(logits).all()
 
 
 def test_the_picture_shows_who_rules():
