@@ -149,8 +149,13 @@ def _live(
     def activate(x):
         return jax.nn.silu(x) if config.conv_activation == "silu" else x
 
+    def ration(eta, left):
+        if memory.rate_law != "budget":
+            return eta, left
+        return eta * left / (1.0 + left), left * (1.0 - eta)
+
     def step(state, seen):
-        memories, windows, count = state
+        memories, windows, count, (left, main_left) = state
         anchors, main_anchor = memories.anchors
         source = {"eta": seen["gates"], "alpha": seen["gates"]} | seen
 
@@ -177,24 +182,32 @@ def _live(
             theta=theta,
         )
 
-        def learn(state, anchor, share):
+        def learn(state, anchor, share, left):
+            rate, left = ration(share * eta, left)
             own = v if config.targets == "none" else target(anchor, v)
             own = own / _norm(v) if config.scale_free else own
-            return tick(level, state, token._replace(v=own, eta=share * eta))[0]
+            return tick(level, state, token._replace(v=own, eta=rate))[0], left
 
-        projection = jax.vmap(learn)(memories.projection, anchors, head.share)
+        projection, left = jax.vmap(learn)(
+            memories.projection, anchors, head.share, left
+        )
         own = target(main_anchor, v) if config.targets == "all" else v
-        main, y = tick(main_level, memories.main, token._replace(v=own))
+        rate, main_left = ration(eta, main_left)
+        main, y = tick(main_level, memories.main, token._replace(v=own, eta=rate))
 
         count = count + 1
         refresh = lambda every, new, old: jax.tree.map(  # noqa: E731
             lambda a, b: jnp.where(count % every == 0, a, b), new, old
         )
+        left = (
+            refresh(config.projection_chunk, jnp.ones_like(left), left),
+            refresh(memory.chunk, jnp.ones_like(main_left), main_left),
+        )
         after = (
             refresh(config.projection_chunk, projection.params, anchors),
             refresh(memory.chunk, main.params, main_anchor),
         )
-        return (Memories(projection, main, after), windows, count), y
+        return (Memories(projection, main, after), windows, count, left), y
 
     start = Memories(
         projection=jax.vmap(lambda weights: begin(level, weights))(head.projection),
@@ -202,7 +215,9 @@ def _live(
         anchors=(head.projection, head.main),
     )
     windows = {name: jnp.zeros_like(kernel) for name, kernel in head.conv.items()}
-    (memories, _, _), y = jax.lax.scan(step, (start, windows, jnp.int32(0)), seen)
+    left = jnp.ones_like(head.share), jnp.ones((), jnp.float32)
+    begun = start, windows, jnp.int32(0), left
+    (memories, *_), y = jax.lax.scan(step, begun, seen)
     return memories, y
 
 

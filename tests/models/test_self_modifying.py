@@ -139,6 +139,7 @@ LAYERS = {
             unit_values=True,
         ),
     ),
+    "budget, delta": (11, remembering(memory=dict(rate_law="budget", dgd="both"))),
     "no targets of their own": (5, remembering(targets="none", inputs="slice")),
     "matrix": (
         11,
@@ -224,6 +225,20 @@ def test_pieces_make_the_whole(layer, size):
     for start in range(size, 13, size):
         y, state = layer(x[:, start : start + size], state)
         assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == shapes
+        reads.append(y)
+    close(jnp.concatenate(reads, axis=1), expected)
+    close(state, end)
+
+
+def test_pieces_share_the_budget_of_their_chunk():
+    """Rows cut anywhere: what a chunk has left is kept, and whole again in the next."""
+    graphdef, params = build(remembering(memory=dict(rate_law="budget")))
+    run = jax.jit(lambda x, state: call(graphdef, params, x, state, aligned=False))
+    x = tokens(13)
+    expected, end = jax.jit(lambda x: call(graphdef, params, x))(x)
+    state, reads = nnx.merge(graphdef, params).initial_state(ROWS), []
+    for start in range(0, 13, 3):
+        y, state = run(x[:, start : start + 3], state)
         reads.append(y)
     close(jnp.concatenate(reads, axis=1), expected)
     close(state, end)
@@ -440,11 +455,12 @@ def test_one_write_can_be_read_at_once():
         configured(chunk=8, projection_chunk=16),
         remembering(chunk=8, projection_chunk=16),
         remembering(8, 16, dict(rate_law="energy")),
+        remembering(8, 16, dict(rate_law="budget")),
         SelfModifyingConfig(
             memory=dataclasses.replace(MATRIX, chunk=8), projection_chunk=16
         ),
     ],
-    ids=["literal", "output", "energy", "matrix"],
+    ids=["literal", "output", "energy", "budget", "matrix"],
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_long_monotonous_texts_stay_bounded(seed, config):
