@@ -15,7 +15,8 @@ Groups:
   bisection  from a static MLP memory to the self-modifying layer to the letter of the
              equations, each row with one more switch turned
   recall     Hope with MLP and with matrix memories beside the gated delta rule
-  laws       rate law, retention, erasure, momentum and targets around Hope's defaults
+  laws       rate law, retention, erasure, momentum and targets around Hope's
+             defaults, which are `recall_400_hope` and `recall_400_hope_matrix`
   static     MLP memories with decay as static mixers (Titans), as published and with
              what was learned here
 """
@@ -74,7 +75,9 @@ def _mixer(memory: MemoryConfig, **gates) -> MemoryMixerConfig:
 
 
 _BEFORE = MemoryConfig(expansion=2, dgd="none", retention="none")  # rates up to 1/chunk
-_PLAIN = dict(targets="none", projection_rate=None, scale_free=False)
+_PLAIN = dict(
+    targets="none", projection_rate=None, scale_free=False, half_life_start=16.0
+)
 
 
 def _bisection() -> dict[str, Row]:
@@ -115,24 +118,33 @@ def _recall() -> dict[str, Row]:
 
 
 def _laws() -> dict[str, Row]:
-    """Hope's MLP memories with one choice changed."""
+    """Hope's memories with one choice changed; Hope itself is in `recall`, at 1e-2."""
 
     def mlp(**changes):
         return _hope(dataclasses.replace(MLP, **changes))
 
-    zero = dict(toward="zero")
+    zero, free = dict(toward="zero"), dict(retention="none", toward="zero")
     rows = {
-        "law_output": mlp(),
         "law_energy": mlp(rate_law="energy"),
         "law_budget": mlp(rate_law="budget"),
         "law_chunk": mlp(rate_law="token"),
         "law_non_expansive": mlp(rate_law="non_expansive"),
         "toward_zero": mlp(**zero),
-        "no_retention": mlp(retention="none", **zero),
+        "no_retention": mlp(**free),
         "delta_erases_all": mlp(dgd="both"),
         "delta_erases_what_was_written": mlp(dgd="both", erases="written"),
         "momentum": mlp(rule="momentum"),
         "momentum_delta_energy": mlp(rule="momentum", dgd="both", rate_law="energy"),
+        "half_lives_from_16_tokens": _hope(half_life_start=16.0),
+        "half_lives_from_64_tokens": _hope(half_life_start=64.0),
+        "matrix_half_lives_from_16_tokens": _hope(MATRIX, half_life_start=16.0),
+        "matrix_half_lives_from_64_tokens": _hope(MATRIX, half_life_start=64.0),
+        "matrix_toward_zero": _hope(dataclasses.replace(MATRIX, **zero)),
+        "matrix_no_retention": _hope(dataclasses.replace(MATRIX, **free)),
+        "matrix_without_delta": _hope(dataclasses.replace(MATRIX, dgd="none")),
+        "matrix_targets_all": _hope(MATRIX, targets="all"),
+        "matrix_projections_take_all": _hope(MATRIX, projection_rate=None),
+        "matrix_slices": _hope(MATRIX, inputs="slice"),
         "tanh": mlp(activation="tanh"),
         "targets_all": _hope(targets="all"),
         "targets_none": _hope(targets="none"),
@@ -140,13 +152,6 @@ def _laws() -> dict[str, Row]:
         "unit_values": _hope(unit_values=True),
         "slices": _hope(inputs="slice"),
         "no_silu": _hope(conv_activation="none"),
-        "half_lives_from_8_chunks": _hope(half_life_start=8.0),
-        "half_lives_from_32_chunks": _hope(half_life_start=32.0),
-        "matrix_half_lives_from_8_chunks": _hope(MATRIX, half_life_start=8.0),
-        "matrix_targets_all": _hope(MATRIX, targets="all"),
-        "matrix_projections_take_all": _hope(MATRIX, projection_rate=None),
-        "matrix_slices": _hope(MATRIX, inputs="slice"),
-        "matrix_toward_zero": _hope(dataclasses.replace(MATRIX, **zero)),
     }
     return {f"laws_{n}": Row(layer=v, rates=RATES[:1]) for n, v in rows.items()}
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from hope_jax.optim import capture
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
-_LONGEST_HALF_LIFE = 16  # chunks, of the head that forgets most slowly at the start
+_SPREAD = 16  # of half-lives over the heads, at the start
 
 
 def full_precision(x: Array) -> Array:
@@ -24,13 +24,12 @@ def unit(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B K"]
 
 
 def first_half_lives(
-    chunk: int, heads: int, longest: int = 0, shortest: float = 2.0
+    shortest: float, heads: int, longest: float = 0.0
 ) -> Float[Array, " H"]:
-    """Tokens after which a fresh head has forgotten half: from `shortest` chunks to
-    many, the last head's at least `longest` tokens."""
-    least = shortest * chunk
-    most = max(least * _LONGEST_HALF_LIFE, longest)
-    return jnp.geomspace(least, most, heads, dtype=jnp.float32)
+    """Tokens after which a fresh head has forgotten half: from `shortest` to 16 times
+    that, the last head's at least `longest`."""
+    most = max(_SPREAD * shortest, longest)
+    return jnp.geomspace(shortest, most, heads, dtype=jnp.float32)
 
 
 class Dense(nnx.Linear):

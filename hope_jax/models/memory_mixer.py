@@ -259,7 +259,7 @@ class MemoryMixer(nnx.Module):
         retains, steps = memory.retention != "none", gates.rate == "step"
         rate = _softplus_inverse(_STEP_START) if steps else 0.0
         self.eta = gate(gates.rate != "one", level(rate, *writes))
-        half_life = first_half_lives(memory.chunk, heads)
+        half_life = first_half_lives(2 * memory.chunk, heads)
         decay = math.log(2.0) / (_STEP_START * half_life)
         self.log_decay = param(retains and steps, _spread(jnp.log(decay), channels))
         alpha = half_life_to_retention(half_life)

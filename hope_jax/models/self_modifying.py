@@ -80,9 +80,10 @@ class SelfModifyingConfig:
       rate_start: where η starts, as a fraction of its bound.
       projection_rate: where the share of η that each projection memory takes starts; it
         is learned, in (0, 1). None is all of it, to the letter of the equations.
-      half_life_start: chunks of the projections after which the head that forgets most
-        quickly has forgotten half of what is read from it, at the start; the others'
-        follow in equal ratios, the last one's is at least 1,024 tokens.
+      half_life_start: tokens after which the head that forgets most quickly has
+        forgotten half of what is read from it, at the start, and no fewer than two
+        chunks of the projections; the others' follow in equal ratios, the last one's
+        is 16 times it and at least 1,024 tokens.
       momentum_start: where the inner momentum θ starts.
       unit_values: gives values and self-generated targets unit norm, as keys have.
       scale_free: reads what is generated as `‖x‖ M(x / ‖x‖)`, for a memory learns at
@@ -102,7 +103,7 @@ class SelfModifyingConfig:
     rate: float | None = None
     rate_start: float = 0.5
     projection_rate: float | None = 0.1
-    half_life_start: float = 2.0
+    half_life_start: float = 256.0
     momentum_start: float = 0.5
     unit_values: bool = False
     scale_free: bool = True
@@ -137,10 +138,10 @@ class SelfModifyingConfig:
                 raise ValueError(
                     f"{name} must lie strictly between 0 and 1, got {value}."
                 )
-        if not self.half_life_start >= 1:
+        if not 1 <= self.half_life_start < math.inf:
             raise ValueError(
-                "half_life_start must be at least 1 chunk, or what is written is half "
-                f"forgotten before its chunk ends; got {self.half_life_start}."
+                "half_life_start must be a number of tokens, at least 1, got "
+                f"{self.half_life_start}; retention 'none' forgets nothing."
             )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -563,10 +564,8 @@ def _retention_start(config: SelfModifyingConfig, heads: int) -> Array:
 
     Toward zero both layers of an MLP decay, so its answers by the square.
     """
-    chunk = config.projection_chunk
-    half_life = first_half_lives(
-        chunk, heads, _LONGEST_HALF_LIFE, config.half_life_start
-    )
+    shortest = max(config.half_life_start, 2 * config.projection_chunk)
+    half_life = first_half_lives(shortest, heads, _LONGEST_HALF_LIFE)
     if config.memory.architecture == "mlp" and config.memory.toward == "zero":
         half_life = 2.0 * half_life
     alpha = half_life_to_retention(half_life)

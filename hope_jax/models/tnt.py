@@ -480,7 +480,7 @@ def _asked(config, q, projected):
 def _gate_start(config: TNTConfig, heads: int) -> Float[Array, "G M H"]:
     """Half the bound for η, half for θ, and half-lives of two to many spans."""
     spans = [config.global_chunk] + [config.shard] * len(config.local_chunks)
-    alpha = jnp.stack([first_half_lives(span, heads) for span in spans])
+    alpha = jnp.stack([first_half_lives(2 * span, heads) for span in spans])
     alpha = half_life_to_retention(alpha)
     starts = {"alpha": jnp.log(alpha) - jnp.log1p(-alpha)}
     return jnp.stack([starts.get(g, jnp.zeros_like(alpha)) for g in config.gates])

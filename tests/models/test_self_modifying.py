@@ -330,11 +330,11 @@ def test_without_learning_the_memory_stays(layer, aligned, read):
     assert int(after.position[0]) == 13
 
 
-@pytest.mark.parametrize("chunks", [2.0, 8.0])
-def test_at_the_start_a_memory_outlives_its_chunk(chunks):
+@pytest.mark.parametrize("asked, given", [(2.0, 128), (256.0, 256), (1024.0, 1024)])
+def test_at_the_start_a_memory_outlives_its_chunk(asked, given):
     """The half-life that a fresh layer gives every token is at least its chunk; that
     of the head that forgets most quickly is about what the config says."""
-    config = SelfModifyingConfig(half_life_start=chunks)
+    config = SelfModifyingConfig(half_life_start=asked, projection_chunk=64)
     layer = SelfModifyingTitans(32, 4, config, jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 4 * config.projection_chunk, 32))
     made = layer.gates(x).reshape(1, -1, 4, 8)[0]  # a fresh memory passes it on
@@ -343,9 +343,8 @@ def test_at_the_start_a_memory_outlives_its_chunk(chunks):
     half_life = -1.0 / jnp.log2(jax.nn.sigmoid(logit))
     assert jnp.min(half_life) >= config.projection_chunk
     assert jnp.median(half_life[-1]) >= 1000
-    assert jnp.max(half_life) <= 50 * chunks * config.projection_chunk
-    middle = float(jnp.median(half_life[0]) / config.projection_chunk)
-    assert 0.7 * chunks < middle < 1.4 * chunks
+    assert jnp.max(half_life) <= 50 * given
+    assert 0.7 * given < float(jnp.median(half_life[0])) < 1.4 * given
 
 
 def test_fresh_memories_pass_their_input_on():
@@ -406,7 +405,8 @@ def test_configs_that_cannot_be(options, message):
     [
         (dict(conv=0), "conv must be at least 1, got 0"),
         (dict(rate_start=1.0), "rate_start must lie strictly .* got 1.0"),
-        (dict(half_life_start=0.5), "half_life_start must be at least 1 chunk"),
+        (dict(half_life_start=0.5), "half_life_start must be a number of tokens"),
+        (dict(half_life_start=float("inf")), "got inf; retention 'none' forgets"),
         (dict(momentum_start=0.0), "momentum_start must lie strictly .* got 0.0"),
     ],
 )
