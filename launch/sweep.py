@@ -16,7 +16,6 @@ A second start reads what is finished and trains the rest.
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import itertools
 import json
@@ -37,6 +36,7 @@ from rich.table import Table
 
 from hope_jax import optim, plot
 from hope_jax.core import config as config_lib
+from hope_jax.core.config import did_you_mean
 from hope_jax.core.level import Fast, Slow, hope_update
 from hope_jax.data.synthetic.recall import RecallConfig, batch
 from hope_jax.evaluate import recall
@@ -589,8 +589,7 @@ def _known(choice: str, given: Sequence[str], there: Sequence[str]) -> None:
         if choice == "rule" and name.startswith("optax."):
             rule_lib.from_optax(name)  # refuses an unknown one
         elif name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, there)
             others = " and optax.<name>" if choice == "rule" else ""
             raise ValueError(
                 f"{flag}: there is no {choice} {name!r}; there are "

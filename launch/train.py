@@ -6,7 +6,6 @@ Any field of the row's config can be set: --set model.d_model=256 --set train.st
 SIGTERM and Ctrl-C save and stop (exit code 128 + signal); --resume goes on from there.
 """
 
-import difflib
 import importlib
 import os
 import pkgutil
@@ -47,13 +46,15 @@ def load_row(experiment: str, row: str | None, scale: str):
     Raises:
       ValueError: no such experiment or row; lists those that exist.
     """
+    from hope_jax.core.config import did_you_mean
+
     config = _rows(experiment, scale)
     if row is None and len(config) == 1:
         (row,) = config
     if row not in config:
         raise ValueError(
             f"--row={row} is no row of {experiment}; its rows are {', '.join(config)}."
-            + _near(row, config)
+            + did_you_mean(row, config)
         )
     return config[row]
 
@@ -67,6 +68,8 @@ def experiments() -> list[str]:
 
 
 def _rows(experiment: str, scale: str):
+    from hope_jax.core.config import did_you_mean
+
     for name in (f"experiments.{experiment}", experiment):
         try:
             module = importlib.import_module(name)
@@ -80,13 +83,8 @@ def _rows(experiment: str, scale: str):
     raise ValueError(
         f"--experiment={experiment} is neither a module under experiments/ nor "
         f"importable; there are {', '.join(experiments())}."
-        + _near(experiment, experiments())
+        + did_you_mean(experiment, experiments())
     )
-
-
-def _near(name: str | None, names) -> str:
-    near = difflib.get_close_matches(name or "", names, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _describe(config) -> str:

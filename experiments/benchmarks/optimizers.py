@@ -31,7 +31,6 @@ for each.
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
 import statistics
@@ -54,6 +53,7 @@ from jaxtyping import PyTree
 
 from experiments.benchmarks import timing
 from hope_jax import optim
+from hope_jax.core.config import did_you_mean
 from hope_jax.models import lm
 from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig
@@ -449,8 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = names() if flags.only is None else tuple(flags.only.split(","))
     for name in wanted:
         if name not in names():
-            near = difflib.get_close_matches(name, names(), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, names())
             parser.error(f"--only: no rule {name!r}; {', '.join(names())}.{hint}")
     size = SIZES[flags.size]
     if flags.rounds is not None:

@@ -2,6 +2,9 @@
 
 A config holds ints, floats, bools, strings, None, tuples and other configs; its
 annotations say which, and every value that comes in as text or JSON is held to them.
+Where a field may hold one of several configs, it is annotated
+`Annotated[Base, KINDS]` with a `Kinds`, the registry of them, and the field `kind` of
+each says which one it is.
 """
 
 import dataclasses
@@ -10,13 +13,96 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 C = TypeVar("C")
 Json = Any
 
 _MISSING = object()
+
+
+class Kinds:
+    """The configs that a field may hold, by kind.
+
+    Args:
+      what: the thing they are kinds of, for messages.
+      made: for each kind the config that its name alone stands for. Its class is a
+        frozen dataclass with a field `kind`; several kinds may share one.
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Disc:
+    ...     kind: Literal["disc"] = "disc"
+    ...     radius: float = 1.0
+    >>> shapes = Kinds("shape", {"disc": Disc()})
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Drawing:
+    ...     shape: Annotated[Any, shapes] = Disc()
+    >>> override(Drawing(), ["shape=disc", "shape.radius=2"]).shape
+    Disc(kind='disc', radius=2.0)
+    """
+
+    def __init__(self, what: str, made: Mapping[str, Any]):
+        self.what = what
+        self._made = dict(made)
+        for kind, config in self._made.items():
+            if config.kind != kind:
+                raise ValueError(f"the {what} {kind!r} calls itself {config.kind!r}.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def get(self, kind: str, path: str = "") -> Any:
+        """What a kind stands for; `path` is the field that asks for it.
+
+        Raises:
+          ValueError: there is no such kind.
+        """
+        if kind not in self._made:
+            raise ValueError(
+                f"{path or self.what} must be one of {', '.join(self)}, got {kind!r}."
+                f"{did_you_mean(kind, self)}"
+            )
+        return self._made[kind]
+
+    def of(self, value: Any, path: str = "") -> Any:
+        """`value`, or what it stands for if it is a name; see `get`."""
+        return self.get(value, path) if isinstance(value, str) else value
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """The end of a message on a name that is not `known`: a likely one, or nothing.
+
+    >>> did_you_mean("mometum", ["momentum", "muon"])
+    " Did you mean 'momentum'?"
+    """
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def at_least(config: Any, **bounds: float) -> None:
+    """Refuses a config whose fields are below their bounds; None is no number.
+
+    Raises:
+      ValueError: names the field and its value.
+    """
+    for name, bound in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}.")
+
+
+def one_of(config: Any, **choices: Iterable[Any]) -> None:
+    """Refuses a config with a field that is none of its choices.
+
+    Raises:
+      ValueError: names the field and its value.
+    """
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise ValueError(f"{name} must be one of {known}, got {value!r}.")
 
 
 def to_json(config: Any) -> Json:
@@ -31,7 +117,9 @@ def to_json(config: Any) -> Json:
 def from_json(cls: type[C], data: Json) -> C:
     """The config of type `cls` that `to_json` wrote.
 
-    Fields that are absent take their defaults.
+    Fields that are absent take their defaults. A class whose fields have changed has a
+    `migrated` class method, which is given the data of its configs as they were saved
+    and returns them with its fields of today.
 
     Raises:
       ValueError: an unknown field, a missing one without a default, or a value of
@@ -51,7 +139,8 @@ def override(config: C, settings: Iterable[str]) -> C:
       settings: `"path=value"`, where the path joins field names and tuple indices with
         dots (`model.cms.0.period=64`). Values are read by the field's annotation:
         numbers, `true` and `false`, `none` where it is allowed, `a,b,c` for a tuple of
-        scalars, JSON for a whole config or a tuple of configs.
+        scalars, the name of a kind (`model.mixer=tnt`; then `model.mixer.shard=64`) or
+        several, JSON for a whole config or a tuple of configs.
 
     Raises:
       ValueError: no such field, or not such a value.
@@ -143,6 +232,14 @@ def _decode(hint: Any, value: Json, path: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         return _decode_config(hint, value, path)
+    kinds = _kinds(hint)
+    if kinds is not None:
+        if isinstance(value, str):
+            return kinds.get(value, path)
+        if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
+            raise _wrong(path, value, f"a {kinds.what}: a name, or fields with a kind")
+        cls = type(kinds.get(value["kind"], _join(path, "kind")))
+        return _decode_config(cls, value, path)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return _first(arguments, value, path, hint)
@@ -177,6 +274,8 @@ def _decode(hint: Any, value: Json, path: str) -> Any:
 def _decode_config(cls: Any, value: Json, path: str) -> Any:
     if not isinstance(value, Mapping):
         raise _wrong(path, value, f"the fields of {cls.__name__}")
+    if hasattr(cls, "migrated"):
+        value = cls.migrated(value)
     hints = _hints(cls)
     for name in value:
         _known(cls, hints, name, path)
@@ -198,6 +297,8 @@ def _first(hints: tuple, value: Json, path: str, hint: Any) -> Any:
     if value is None and types.NoneType in hints:
         return None
     members = [h for h in hints if h is not types.NoneType]
+    if isinstance(value, list | tuple) or isinstance(value, Mapping):
+        members = [h for h in members if _is_tuple(h) != isinstance(value, Mapping)]
     if len(members) == 1:  # its error says more than the union's
         return _decode(members[0], value, path)
     for member in members:
@@ -218,9 +319,14 @@ def _set(hint: Any, data: Json, path: list[str], text: str, at: str) -> Json:
             raise ValueError(f"{at} is none, so it has no field {name!r} to set.")
         members = [h for h in typing.get_args(hint) if h is not types.NoneType]
         hint = next((h for h in members if _fits(h, data, at)), members[0])
+    kinds = _kinds(hint)
+    if kinds is not None:
+        hint = type(kinds.get(data["kind"], at))
     if dataclasses.is_dataclass(hint):
         hints = _hints(hint)
         _known(hint, hints, name, at)
+        if kinds is not None and name == "kind":
+            raise ValueError(f"{_join(at, name)} is not set by itself: set {at}.")
         inner = data.get(name)
         return {**data, name: _set(hints[name], inner, rest, text, _join(at, name))}
     if typing.get_origin(hint) is tuple:
@@ -245,11 +351,17 @@ def _fits(hint: Any, data: Json, path: str) -> bool:
 
 def _parse(hint: Any, text: str, path: str) -> Any:
     """The value of type `hint` that `text` writes."""
+    kinds = _kinds(hint)
+    if kinds is not None and not text.startswith("{"):
+        return kinds.get(text, path)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if types.NoneType in arguments and text.lower() in ("none", "null"):
             return None
         members = [h for h in arguments if h is not types.NoneType]
+        if any(_kinds(h) is not None for h in members):  # one kind, or a tuple of them
+            several = "," in text and not text.startswith("{") or text.startswith("[")
+            members = [h for h in members if _is_tuple(h) == several] or members
         for member in members:
             try:
                 return _parse(member, text, path)
@@ -279,7 +391,7 @@ def _parse(hint: Any, text: str, path: str) -> Any:
         parts = [part.strip() for part in inner.split(",") if part.strip()]
         hints = _element_hints(arguments, len(parts), path, text)
         return tuple(_parse(h, p, path) for h, p in zip(hints, parts, strict=True))
-    if origin is tuple or dataclasses.is_dataclass(hint):
+    if origin is tuple or dataclasses.is_dataclass(hint) or kinds is not None:
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -296,17 +408,24 @@ def _parse(hint: Any, text: str, path: str) -> Any:
 def _known(cls: Any, hints: Mapping[str, Any], name: str, path: str) -> None:
     if name in hints:
         return
-    near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
-    if near:
-        hint = f"Did you mean {near[0]!r}?"
-    else:
-        hint = f"Its fields are {', '.join(hints)}."
+    hint = did_you_mean(name, hints) or f" Its fields are {', '.join(hints)}."
     where = f"{path} ({cls.__name__})" if path else cls.__name__
-    raise ValueError(f"{where} has no field {name!r}. {hint}")
+    raise ValueError(f"{where} has no field {name!r}.{hint}")
+
+
+def _kinds(hint: Any) -> Kinds | None:
+    """The registry that an annotation names."""
+    if typing.get_origin(hint) is not Annotated:
+        return None
+    return next((m for m in hint.__metadata__ if isinstance(m, Kinds)), None)
+
+
+def _is_tuple(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
 
 
 def _hints(cls: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
@@ -326,6 +445,9 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def _name(hint: Any) -> str:
+    kinds = _kinds(hint)
+    if kinds is not None:
+        return f"a {kinds.what}"
     if hint in _WORDS:
         return _WORDS[hint]
     return hint.__name__ if isinstance(hint, type) else str(hint)

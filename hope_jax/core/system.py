@@ -1,7 +1,6 @@
 """Systems of levels: what is in them, what passes between them, how they run."""
 
 import dataclasses
-import difflib
 import graphlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from hope_jax.core.clock import Clock
+from hope_jax.core.config import did_you_mean
 from hope_jax.core.level import (
     Level,
     LevelState,
@@ -92,7 +92,7 @@ class Edge:
         if self.kind not in get_args(Kind):
             raise ValueError(
                 f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}."
-                + _did_you_mean(self.kind, get_args(Kind))
+                + did_you_mean(self.kind, get_args(Kind))
             )
         if self.kind == "backprop" and not self.differentiable:
             raise ValueError(
@@ -146,7 +146,7 @@ class System:
                 if end not in names:
                     raise ValueError(
                         f"{edge}: there is no level {end!r}."
-                        + _did_you_mean(end, names)
+                        f"{did_you_mean(end, names)} Known: {', '.join(names)}."
                     )
             self._check_clocks(edge)
         _order(self, ("backprop",), names, "backprop edges form a circle")
@@ -157,7 +157,10 @@ class System:
             if box.name == name:
                 return box
         names = [box.name for box in self.boxes]
-        raise KeyError(f"there is no level {name!r}." + _did_you_mean(name, names))
+        raise KeyError(
+            f"there is no level {name!r}.{did_you_mean(name, names)} Known: "
+            f"{', '.join(names)}."
+        )
 
     def _check_clocks(self, edge: Edge):
         source, target = self[edge.source].clock, self[edge.target].clock
@@ -469,11 +472,6 @@ def _order(system, kinds, names, complaint) -> list[list[str]]:
         generations.append(ready)
         sorter.done(*ready)
     return generations
-
-
-def _did_you_mean(name: str, known) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
 # Showing ------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ state (a few numbers) goes on at the exact example. Store `fingerprint` with it 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,8 @@ import grain
 import numpy as np
 from absl import flags
 from PIL import Image, ImageOps
+
+from hope_jax.core.config import did_you_mean
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 PARTS = {"valid": 0.15, "test": 0.2}  # of each class; the rest is "train"
@@ -367,11 +368,9 @@ def _digits(split):
 
 def _folder(root: Path, split: str):
     if not root.is_dir():
-        near = difflib.get_close_matches(str(root), ["digits"], n=1)
-        hint = " Did you mean 'digits'?" if near else ""
         raise FileNotFoundError(
-            f"data names no folder: {str(root)!r}.{hint} Give 'digits', 'tfds:NAME' or "
-            "a folder whose sub-folders are classes."
+            f"data names no folder: {str(root)!r}.{did_you_mean(root, ['digits'])}"
+            " Give 'digits', 'tfds:NAME' or a folder whose sub-folders are classes."
         )
     parted = (root / "train").is_dir()
     if parted:

@@ -17,13 +17,14 @@ Each takes the memory's output, the value it should have been, and the token's t
 and their own derivatives, which the level above needs, are finite at r = 0.
 """
 
-import difflib
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from hope_jax.core.config import did_you_mean
 
 Bias = Callable[[Array, Array, Array], Array]
 
@@ -143,10 +144,9 @@ def build(name: str, power: float = 3.0) -> Bias:
       ValueError: unknown name, or `lp` with a power below 1, where it is not convex.
     """
     if name not in BIASES:
-        near = difflib.get_close_matches(str(name), BIASES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"There is no bias {name!r}; the names are {', '.join(BIASES)}.{hint}"
+            f"There is no bias {name!r}; the names are {', '.join(BIASES)}."
+            f"{did_you_mean(name, BIASES)}"
         )
     if name != "lp":
         return BIASES[name]

@@ -9,10 +9,10 @@ The layer around the memory (convolutions, norms, output gate) is one for all po
 `models.memory_mixer`; where a paper's layer differs, that is not reproduced here.
 """
 
-import difflib
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from hope_jax.core.config import did_you_mean
 from hope_jax.memory.compose import MIRRORS, MemoryConfig
 from hope_jax.memory.gates import GateConfig
 
@@ -454,10 +454,9 @@ def get(name: str, chunk: int | None = None) -> Point:
       ValueError: no point has this name, or it has no chunk to set.
     """
     if name not in POINTS:
-        near = difflib.get_close_matches(name, POINTS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"no memory is named {name!r}; there are {', '.join(POINTS)}.{hint}"
+            f"no memory is named {name!r}; there are {', '.join(POINTS)}."
+            f"{did_you_mean(name, POINTS)}"
         )
     if chunk is None:
         return POINTS[name]()

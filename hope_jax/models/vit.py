@@ -5,13 +5,13 @@ read from the mean over patches, not from a token of its own.
 """
 
 import dataclasses
-import difflib
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from hope_jax.core.config import did_you_mean
 from hope_jax.models.layers import Dense
 
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -113,11 +113,9 @@ def get(name: str, **changes) -> ViTConfig:
       ValueError: no such size; the message says which there are.
     """
     if name not in SIZES:
-        near = difflib.get_close_matches(name, SIZES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"no vision transformer is named {name!r}.{hint} There are "
-            f"{', '.join(SIZES)}."
+            f"no vision transformer is named {name!r}.{did_you_mean(name, SIZES)}"
+            f" There are {', '.join(SIZES)}."
         )
     return dataclasses.replace(SIZES[name], **changes)
 

@@ -6,8 +6,8 @@ chunks, periods and inner rates are ours, for the paper prints none.
 """
 
 import dataclasses
-import difflib
 
+from hope_jax.core.config import did_you_mean
 from hope_jax.memory import named
 from hope_jax.models import lm, mixers
 from hope_jax.models.block import ModelConfig
@@ -136,11 +136,10 @@ def get(name: str) -> ModelConfig:
     pattern = [mixer.strip() for mixer in family.split(",")]
     known = family in _FAMILIES or set(pattern) <= set(mixers.names())
     if size not in _SIZES or not known:
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"no model is named {name!r}.{hint} A name is a family or a mixer, and a "
-            f"size: {', '.join((*_FAMILIES, *mixers.names()))}; {', '.join(_SIZES)}."
+            f"no model is named {name!r}.{did_you_mean(name, names())} A name is a "
+            f"family or a mixer, and a size: {', '.join(_FAMILIES)}, "
+            f"{', '.join(mixers.names())}; {', '.join(_SIZES)}."
         )
     if family in _FAMILIES:
         return _SIZES[size].model(family, name)

@@ -1,6 +1,5 @@
 """Optimizers by name, each an optax transformation on one clock or several."""
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -11,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PyTree
 
+from hope_jax.core.config import did_you_mean
 from hope_jax.core.level import Differentiate
 from hope_jax.optim import (
     adaptive,
@@ -403,11 +403,9 @@ def check_name(field: str, name: str) -> None:
     """Refuses a name that no optimizer has; `field` asks for it."""
     if name in RULES:
         return
-    near = difflib.get_close_matches(name, RULES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"There is no optimizer {name!r}, which {field} asks for; the names are "
-        f"{', '.join(RULES)}.{hint}"
+        f"{', '.join(RULES)}.{did_you_mean(name, RULES)}"
     )
 
 

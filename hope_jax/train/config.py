@@ -4,16 +4,10 @@ import dataclasses
 from typing import Literal
 
 from hope_jax import optim
+from hope_jax.core.config import at_least
 from hope_jax.data import text
 from hope_jax.models import lm
 from hope_jax.optim import options
-
-
-def _at_least(config, **least):
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= bound:
-            raise ValueError(f"{name} must be at least {bound}, got {value}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +31,7 @@ class DataConfig:
     max_validation_bytes: int | None = 250_000
 
     def __post_init__(self):
-        _at_least(self, vocab=257)
+        at_least(self, vocab=257)
 
     def load(self, path: str | None = None) -> text.Corpus:
         """The text, or that of another `path` under the same limits; errors are those
@@ -99,7 +93,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         optim.rules_of(self)
-        _at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
+        at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
         for name in ("final_fraction", "b1", "b2"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name != "final_fraction" and value == 1):
@@ -138,7 +132,7 @@ class TrainConfig:
     keep: int = 3
 
     def __post_init__(self):
-        _at_least(
+        at_least(
             self,
             steps=1,
             batch=1,

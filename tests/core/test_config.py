@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
@@ -193,3 +193,83 @@ def test_what_no_config_can_hold():
 
 def _with_rate(value):
     return dataclasses.replace(RUN.model, rate=value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    kind: Literal["ring"] = "ring"
+    width: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One class of two kinds."""
+
+    kind: Literal["bar", "rod"] = "bar"
+    length: float | None = None
+    ends: Memory = Memory()
+
+
+SHAPES = config_lib.Kinds(
+    "shape", {"ring": Ring(), "bar": Bar(), "rod": Bar(kind="rod", length=9.0)}
+)
+Shape = Annotated[Ring | Bar, SHAPES]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    shape: Shape | tuple[Shape, ...] = Ring()
+    other: Shape | None = None
+
+    @classmethod
+    def migrated(cls, data):
+        if "width" not in data:
+            return data
+        data = dict(data)
+        return data | {"shape": {"kind": "ring", "width": data.pop("width")}}
+
+
+def test_a_kind_is_chosen_by_its_name_and_then_set():
+    made = config_lib.override(Drawing(), ["shape=rod", "shape.ends.chunk=3"])
+    assert made.shape == Bar(kind="rod", length=9.0, ends=Memory(chunk=3))
+    made = config_lib.override(made, ["other=bar", "other.length=2", "shape=ring"])
+    assert made == Drawing(shape=Ring(), other=Bar(length=2.0))
+    made = config_lib.override(made, ["shape=ring, bar", "shape.1.length=4"])
+    assert made.shape == (Ring(), Bar(length=4.0))
+    made = config_lib.override(made, ['shape={"kind": "rod"}', "other=none"])
+    assert made == Drawing(shape=Bar(kind="rod"))
+
+
+def test_kinds_go_to_json_and_back():
+    for shape in (Ring(width=3), (Bar(kind="rod"), Ring())):
+        drawing = Drawing(shape=shape, other=Bar())
+        data = json.loads(json.dumps(config_lib.to_json(drawing)))
+        assert config_lib.from_json(Drawing, data) == drawing
+    assert config_lib.from_json(Drawing, {"shape": "bar"}).shape == Bar()
+
+
+def test_what_was_saved_before_is_migrated():
+    assert config_lib.from_json(Drawing, {"width": 5}) == Drawing(shape=Ring(width=5))
+    assert config_lib.differences({"width": 5}, Drawing(shape=Ring(width=5))) == []
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("shape=rung", "shape must be one of ring, bar, rod, .* mean 'ring'"),
+        ("shape=ring,rung", "shape must be one of ring, bar, rod, got 'rung'"),
+        ("shape.length=2", r"shape \(Ring\) has no field 'length'"),
+        ("shape.kind=bar", r"shape\.kind is not set by itself: set shape"),
+        ("other.width=2", "other is none, so it has no field 'width'"),
+        ('shape={"width": 2}', "shape must be a shape: a name, or fields with a kind"),
+    ],
+)
+def test_kinds_are_checked(setting, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.override(Drawing(), [setting])
+
+
+def test_a_registry_is_checked():
+    with pytest.raises(ValueError, match="the shape 'disc' calls itself 'ring'"):
+        config_lib.Kinds("shape", {"disc": Ring()})
+    assert SHAPES.of("rod").length == 9.0 and SHAPES.of(Ring()) == Ring()
