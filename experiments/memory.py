@@ -34,10 +34,10 @@ import numpy as np
 
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
-from hope_jax.models.block import ModelConfig
+from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
-from hope_jax.models.memory_mixer import MemoryMixerConfig
-from hope_jax.models.self_modifying import MATRIX, MLP, SelfModifyingConfig
+from hope_jax.models.mixers.memory import MemoryMixerConfig
+from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
 from hope_jax.train.metrics import read_result, write_result
 from launch import sweep
 
@@ -188,9 +188,6 @@ def settings(row: Row, rate: float, smoke: bool) -> sweep.SweepConfig:
 
 
 def model(row: Row, config: sweep.SweepConfig) -> ModelConfig:
-    if isinstance(row.layer, SelfModifyingConfig):
-        made = sweep.model_for(config, "self_modifying")
-        return dataclasses.replace(made, memory=row.layer)
     if isinstance(row.layer, str):
         return sweep.published(config, [row.layer])[0].model
     return sweep.model_for(config, row.layer)

@@ -13,6 +13,7 @@ Both rows read as many tokens of the same text in one order; only the model diff
 import dataclasses
 
 from hope_jax.models import zoo
+from hope_jax.models.config import ModelConfig, with_context
 from hope_jax.train.config import (
     DataConfig,
     OptimizerConfig,
@@ -44,6 +45,12 @@ OPTIMIZER = {
 }
 
 
+def model(name: str, vocab: int, scale: str) -> ModelConfig:
+    """The model that the zoo calls so, in the size and for the rows of a scale."""
+    sized = dataclasses.replace(zoo.get(name), vocab=vocab, **SIZE[scale])
+    return with_context(sized, TRAIN[scale].seq_len)
+
+
 def rows(scale: str) -> dict[str, RunConfig]:
     """One config a row; rows differ in the model alone.
 
@@ -53,13 +60,12 @@ def rows(scale: str) -> dict[str, RunConfig]:
     if scale not in TRAIN:
         raise ValueError(f"scale must be one of {', '.join(TRAIN)}, got {scale!r}.")
     vocab = DATA[scale].vocab if DATA[scale].tokenizer == "bpe" else 257
-    size = {"context": TRAIN[scale].seq_len, **SIZE[scale]}
     return {
         row: RunConfig(
             experiment="quickstart",
             row=row,
             scale=scale,
-            model=dataclasses.replace(zoo.get(name), vocab=vocab, **size),
+            model=model(name, vocab, scale),
             data=DATA[scale],
             optimizer=OPTIMIZER[scale],
             train=TRAIN[scale],

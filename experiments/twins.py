@@ -38,8 +38,8 @@ import numpy as np
 from experiments import quickstart
 from hope_jax.core import config as config_lib
 from hope_jax.evaluate import ablation
-from hope_jax.models import lm, zoo
-from hope_jax.models.block import ModelConfig
+from hope_jax.models import lm
+from hope_jax.models.config import ModelConfig
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import loop, metrics
 from hope_jax.train.config import RunConfig
@@ -69,9 +69,8 @@ def rows(scale: str) -> dict[str, RunConfig]:
       ValueError: a scale that is not "full" or "smoke".
     """
     shared = quickstart.rows(scale)["hope"]
-    size = {"vocab": shared.model.vocab, "context": shared.model.context}
-    size |= quickstart.SIZE[scale]
-    made = {row: dataclasses.replace(zoo.get(n), **size) for row, n in MODELS.items()}
+    vocab = shared.model.vocab
+    made = {row: quickstart.model(n, vocab, scale) for row, n in MODELS.items()}
     for row in ("hope_learned", "hope_matrix_learned", "hope_still"):
         made[row] = config_lib.override(made[row], ["cms.rates=learned"])
     made["hope_still"] = _still(made["hope_still"])

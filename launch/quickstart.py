@@ -239,7 +239,8 @@ def draw(
         },
         title=corpus.name,
     )
-    system.draw(lm.system(rows["hope"].model), folder / "levels.png")
+    hope = rows["hope"]
+    system.draw(lm.system(hope.model, hope.train.seq_len), folder / "levels.png")
 
 
 def table(rows: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Table:

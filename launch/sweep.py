@@ -44,10 +44,11 @@ from hope_jax.memory import compose, named
 from hope_jax.memory import rule as rule_lib
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.models import lm
-from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig
+from hope_jax.models.config import ModelConfig, with_context
 from hope_jax.models.learning import Learning
-from hope_jax.models.memory_mixer import MemoryMixerConfig
+from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.models.mixers.memory import MemoryMixerConfig
 from hope_jax.stream.reader import reader_of
 from hope_jax.train import metrics
 from hope_jax.train import state as state_lib
@@ -221,25 +222,22 @@ def _published(config: SweepConfig, name: str) -> Point:
         return Point(name, cell, choices, chunk, None, str(error))
 
 
-def model_for(config: SweepConfig, mixer: MemoryMixerConfig | str) -> ModelConfig:
-    """The language model that a point is trained as; `mixer` or its name.
+def model_for(config: SweepConfig, mixer: MixerConfig | str) -> ModelConfig:
+    """The language model that a point is trained as; `mixer` or its kind.
 
     Raises:
       ValueError: sizes or choices that do not go together.
     """
-    which = {"mixer": mixer}
-    if isinstance(mixer, MemoryMixerConfig):
-        which = {"mixer": "memory", "associative": mixer}
-    return ModelConfig(
+    made = ModelConfig(
         name="sweep",
         vocab=config.task.vocab,
-        context=config.task.length,
         d_model=config.d_model,
         layers=config.layers,
         heads=config.heads,
+        mixer=mixer,
         cms=CMSConfig(hidden=config.hidden),
-        **which,
     )
+    return with_context(made, config.task.length)
 
 
 def train(

@@ -99,7 +99,7 @@ def _describe(config) -> str:
         [
             json.dumps(config_lib.to_json(config), indent=2),
             f"\n{lm.count_parameters(config.model):,} parameters\n",
-            system.describe(lm.system(config.model)),
+            system.describe(lm.system(config.model, config.train.seq_len)),
             "\nThe outer optimizer:\n",
             loop.describe(config),
         ]

@@ -16,7 +16,8 @@ import pytest
 from experiments import quickstart
 from hope_jax import optim
 from hope_jax.core import config as config_lib
-from hope_jax.models import mixers, zoo
+from hope_jax.models import zoo
+from hope_jax.models.mixers import MIXERS
 from launch import table
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,7 @@ def test_optimizers_and_sizes_are_all_named():
     sizes = {name.rpartition("_")[2] for name in zoo.names()}
     assert SPANS >= sizes
     families = {name.rpartition("_")[0] for name in zoo.names()}
-    by_mixer = families & set(mixers.names())
+    by_mixer = families & set(MIXERS)
     assert by_mixer <= SPANS
     assert {f"{name}_" for name in families - by_mixer} <= SPANS
 

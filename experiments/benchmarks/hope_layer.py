@@ -27,13 +27,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.benchmarks import timing
-from hope_jax.models.attention import Attention
-from hope_jax.models.reference import self_modifying_reference
-from hope_jax.models.self_modifying import (
+from hope_jax.models.mixers.attention import Attention
+from hope_jax.models.mixers.self_modifying import (
     MLP,
     SelfModifyingConfig,
     SelfModifyingTitans,
 )
+from hope_jax.models.reference import self_modifying_reference
 from hope_jax.train.metrics import write_benchmark
 
 RESULTS = Path(__file__).parents[1] / "results"

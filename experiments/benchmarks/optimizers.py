@@ -55,8 +55,8 @@ from experiments.benchmarks import timing
 from hope_jax import optim
 from hope_jax.core.config import did_you_mean
 from hope_jax.models import lm
-from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig
+from hope_jax.models.config import ModelConfig
 from hope_jax.optim import groups, options
 from hope_jax.train.config import OptimizerConfig
 from hope_jax.train.metrics import write_benchmark

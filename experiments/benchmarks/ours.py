@@ -14,7 +14,7 @@ from hope_jax.kernels.chunk import begin_memory, commit, piece
 from hope_jax.kernels.select import memory_scan, scan_chunks
 from hope_jax.memory import named
 from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
-from hope_jax.models.memory_mixer import MemoryMixer, MemoryMixerConfig
+from hope_jax.models.mixers.memory import MemoryMixer, MemoryMixerConfig
 from hope_jax.train import metrics, sharding
 
 Arrays = dict[str, Any]

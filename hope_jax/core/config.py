@@ -52,6 +52,12 @@ class Kinds:
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
 
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._made
+
     def get(self, kind: str, path: str = "") -> Any:
         """What a kind stands for; `path` is the field that asks for it.
 

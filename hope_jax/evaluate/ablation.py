@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from hope_jax.models import learning, mixers
-from hope_jax.models.block import ModelConfig
+from hope_jax.models import learning
+from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Controls, Learning
 from hope_jax.stream.reader import Reader, reader_of
 
@@ -99,8 +99,8 @@ def rows(config: ModelConfig) -> list[Row]:
     fast = config.fast
     everything = learning.off(config)
     memories, changes = learning.has_memories(config), learning.modifies_itself(config)
-    no_memory = f"{config.mixer} has no memory that learns while reading"
-    no_projection = f"the projections of {config.mixer} are no memories"
+    no_memory = f"{config.kinds} has no memory that learns while reading"
+    no_projection = f"the projections of {config.kinds} are no memories"
     no_level = "no CMS level moves while reading"
 
     def made(name, learn, reason="", facts=False):
@@ -152,34 +152,9 @@ def rechunked(config: ModelConfig, factor: float) -> ModelConfig:
       ValueError: the model has no chunk that is part of its function, or none so long.
     """
 
-    def scaled(chunk):
-        if chunk * factor < 1 or not float(chunk * factor).is_integer():
-            raise ValueError(f"a chunk of {chunk} has no part of {factor}")
-        return int(chunk * factor)
-
-    if config.pattern == ("self_modifying",):
-        layer = config.memory
-        memory = dataclasses.replace(layer.memory, chunk=scaled(layer.memory.chunk))
-        changed = dataclasses.replace(
-            layer,
-            memory=memory,
-            projection_chunk=scaled(layer.projection_chunk),
-            rate=layer.rate_bound,
-        )
-        return dataclasses.replace(config, memory=changed)
-    if config.pattern == ("memory",):
-        layer = config.associative
-        if layer.memory.gradient == "exact":
-            raise ValueError("its chunk is a matter of speed, not of what it computes")
-        memory = dataclasses.replace(layer.memory, chunk=scaled(layer.memory.chunk))
-        changed = dataclasses.replace(layer, memory=memory)
-        return dataclasses.replace(config, associative=changed)
-    if len(config.pattern) == 1 and mixers.takes_chunk(config.mixer):
-        part = mixers.get(config.mixer, config).parts[0]
-        if part.period == 1:
-            raise ValueError("its chunk is a matter of speed, not of what it computes")
-        return dataclasses.replace(config, chunk=scaled(part.period))
-    raise ValueError(f"{config.mixer} has no chunk of a memory alone")
+    if len(config.pattern) > 1:
+        raise ValueError(f"{config.kinds} has no chunk of a memory alone")
+    return dataclasses.replace(config, mixer=config.mixer.rechunked(factor))
 
 
 def texts(

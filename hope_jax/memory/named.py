@@ -447,6 +447,11 @@ POINTS: dict[str, Callable[..., Point]] = {
 }
 
 
+def memories() -> tuple[str, ...]:
+    """The points that have a memory: all but the non-parametric ends."""
+    return tuple(name for name, make in POINTS.items() if make().memory is not None)
+
+
 def get(name: str, chunk: int | None = None) -> Point:
     """The named point, with another chunk if one is given.
 

@@ -1,7 +1,5 @@
 """Pre-norm residual blocks: a sequence mixer, then the chain of continuum memory."""
 
-import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -9,133 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from hope_jax.models import mixers
-from hope_jax.models.cms import CMSConfig
+from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, SwiGLU, full_precision
 from hope_jax.models.learning import Learning
-from hope_jax.models.memory_mixer import MemoryMixerConfig
-from hope_jax.models.self_modifying import SelfModifyingConfig
-from hope_jax.models.titans import TitansConfig
-from hope_jax.models.tnt import TNTConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A language model, complete in one place.
-
-    Attributes:
-      name: what the zoo calls it.
-      vocab: entries of its vocabulary.
-      d_model: width of the residual stream, a multiple of `heads`.
-      layers: number of blocks.
-      heads: heads of the mixer.
-      mixer: a name of `mixers.names()`: `self_modifying` (Hope), `attention`
-        (Transformer++, Hope-Attention) or a memory; or several, separated by commas,
-        which the layers repeat (`gated_delta_net,sliding_window`).
-      context: tokens that attention looks back over: those of a training row. No
-        parameter has its shape, so it may be raised on a trained model.
-      window: tokens that `sliding_window` looks back over.
-      chunk: tokens per chunk of the named memories among the mixers; None is each
-        one's own. It is part of the function where they are anchored.
-      memory: the mixer `self_modifying`.
-      associative: the mixer `memory`.
-      titans: the mixers `titans_mac`, `titans_mag` and `titans_mal`.
-      tnt: the mixer `tnt`.
-      cms: the chain of MLPs; one level of infinite period is a Transformer block.
-      dtype: compute type of projections and MLPs; memories stay in float32.
-    """
-
-    name: str = "custom"
-    vocab: int = 257
-    d_model: int = 128
-    layers: int = 2
-    heads: int = 4
-    mixer: str = "self_modifying"
-    context: int = 256
-    window: int = 64
-    chunk: int | None = None
-    memory: SelfModifyingConfig = SelfModifyingConfig()
-    associative: MemoryMixerConfig = MemoryMixerConfig()
-    titans: TitansConfig = TitansConfig()
-    tnt: TNTConfig = TNTConfig()
-    cms: CMSConfig = CMSConfig()
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        for name in ("vocab", "d_model", "layers", "heads", "context", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.d_model % self.heads:
-            raise ValueError(
-                f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})."
-            )
-        if self.layers % len(self.pattern):
-            raise ValueError(
-                f"layers ({self.layers}) must be a multiple of the {len(self.pattern)} "
-                f"mixers of the pattern {self.mixer!r}."
-            )
-        if self.dtype not in DTYPES:
-            raise ValueError(
-                f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
-            )
-        if self.chunk is not None and not any(map(mixers.takes_chunk, self.pattern)):
-            raise ValueError(
-                f"chunk ({self.chunk}) is that of named memories, and {self.mixer!r} "
-                "has none; leave it None."
-            )
-        for name in self.pattern:
-            even = mixers.get(name, self).even
-            if even and (self.d_model // self.heads) % 2:
-                raise ValueError(
-                    f"d_model / heads must be even for the rotary positions of {name}, "
-                    f"got {self.d_model // self.heads}."
-                )
-        chunks = [self.mixer_chunk] + [int(p) for p in self.fast_periods]
-        for inner, outer in zip(chunks, chunks[1:], strict=False):
-            if outer % inner:
-                raise ValueError(
-                    f"cms.levels: a period ({outer}) must be a multiple of the next "
-                    f"faster chunk ({inner}), so that clocks nest; a level of rate 0 "
-                    "never moves while reading and needs no clock."
-                )
-
-    @property
-    def pattern(self) -> tuple[str, ...]:
-        """The mixers of consecutive layers, repeated over them all."""
-        return tuple(name.strip() for name in self.mixer.split(","))
-
-    @property
-    def mixer_chunk(self) -> int:
-        """Tokens after which every clock of the mixers stands at a boundary."""
-        return math.lcm(*(mixers.get(name, self).chunk for name in self.pattern))
-
-    @property
-    def fast(self) -> tuple[int, ...]:
-        """Indices of the CMS levels that move while reading, fast first."""
-        return self.cms.fast
-
-    def within(self, horizon: int | None) -> tuple[int, ...]:
-        """Those of `fast` that move before `horizon` tokens are read; None for all."""
-        periods = (self.cms.levels[i].period for i in self.fast)
-        count = sum(horizon is None or period < horizon for period in periods)
-        return self.fast[:count]
-
-    @property
-    def fast_periods(self) -> tuple[int, ...]:
-        return tuple(int(self.cms.levels[i].period) for i in self.fast)
-
-    @property
-    def base_chunk(self) -> int | None:
-        """Tokens between two moves of the fastest CMS level; None without one."""
-        return self.fast_periods[0] if self.fast else None
-
-    @property
-    def span(self) -> int:
-        """Tokens after which the mixers and the fastest CMS level are at a boundary:
-        there a row may be read in parallel."""
-        return self.base_chunk or self.mixer_chunk  # which divides the former
+from hope_jax.models.mixers.base import MixerConfig
 
 
 class BlockState(NamedTuple):
@@ -179,16 +54,17 @@ class CMSBlock(nnx.Module):
 class Block(nnx.Module):
     """`y, state = block(x, state)`: mixer and CMS chain, both residual.
 
-    `mixer` names its mixer; by default it is that of a model with only one.
+    Its mixer is by default that of a model with only one.
     """
 
     def __init__(
-        self, config: ModelConfig, mixer: str | None = None, *, rngs: nnx.Rngs
+        self, config: ModelConfig, mixer: MixerConfig | None = None, *, rngs: nnx.Rngs
     ):
         dtype = DTYPES[config.dtype]
         self.config = config
         self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
-        self.mixer = mixers.get(mixer or config.mixer, config).build(rngs)
+        mixer = mixer or config.mixer
+        self.mixer = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)
         self.levels = nnx.List(
             [CMSBlock(config, level.hidden, rngs=rngs) for level in config.cms.whole]
         )

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from hope_jax.models import lm
-from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSLevel
+from hope_jax.models.config import ModelConfig
 
 
 def stack_levels(

@@ -111,12 +111,12 @@ def resolve(config: Any, learn: bool | Learning) -> Learning:
             )
     if not learn.main and not has_memories(config):
         raise ValueError(
-            f"learn.main is False, but {config.name!r} (mixer {config.mixer!r}) has no "
+            f"learn.main is False, but {config.name!r} (mixer {config.kinds!r}) has no "
             "memory that learns while reading; leave it True."
         )
     if not learn.projections and not modifies_itself(config):
         raise ValueError(
-            f"learn.projections is False, but {config.name!r} (mixer {config.mixer!r}) "
+            f"learn.projections is False, but {config.name!r} (mixer {config.kinds!r}) "
             "has no projections that learn; leave it True."
         )
     for name, value in dataclasses.asdict(learn.controls).items():
@@ -142,25 +142,23 @@ def off(config: Any) -> Learning:
 
 def has_memories(config: Any) -> bool:
     """Whether a mixer of the model learns while it reads."""
-    from hope_jax.models import mixers  # which is made of what uses this file
-
-    parts = (mixers.get(name, config).parts for name in config.pattern)
-    return any(part.period > 0 for some in parts for part in some)
+    return any(part.period > 0 for mixer in config.pattern for part in mixer.parts)
 
 
 def modifies_itself(config: Any) -> bool:
     """Whether its projections are memories."""
-    return "self_modifying" in config.pattern
+    return any(mixer.modifies_itself for mixer in config.pattern)
 
 
 def missing_control(config: Any, name: str) -> str:
     """Why a field of `Controls` has no meaning for a model; "" if it has one."""
     if not has_memories(config):
-        return f"{config.mixer} has no memory that learns while reading"
-    if "tnt" in config.pattern:
-        return "the memories of tnt, global and local, have no controls"
+        return f"{config.kinds} has no memory that learns while reading"
+    for mixer in config.pattern:
+        if not mixer.controlled:
+            return f"the memories of {mixer.kind} have no controls"
     if name == "steps" and not modifies_itself(config):
         return (
-            f"the memories of {config.mixer} take one step a token by their definition"
+            f"the memories of {config.kinds} take one step a token by their definition"
         )
     return ""

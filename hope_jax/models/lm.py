@@ -11,6 +11,7 @@ it should not.
 """
 
 import collections
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -23,10 +24,12 @@ from jaxtyping import Array, Float, Int, PyTree
 from hope_jax.core.clock import Clock
 from hope_jax.core.system import Box, Edge, System
 from hope_jax.kernels.select import scan_chunks
-from hope_jax.models import cms, learning, mixers
-from hope_jax.models.block import BlockState, ModelConfig, unit
+from hope_jax.models import cms, learning
+from hope_jax.models.block import BlockState, unit
+from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, full_precision
 from hope_jax.models.learning import Learning
+from hope_jax.models.mixers.base import MixerConfig
 
 __all__ = [
     "LMState",
@@ -156,42 +159,51 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
     return jax.tree_util.tree_map_with_path(steps, params)
 
 
-def system(config: ModelConfig) -> System:
+def system(config: ModelConfig, row: int) -> System:
     """The model as levels and what passes between them; items are tokens.
 
     A mixer that layers repeat is shown once. It is the model in training, on rows of
-    `config.context` tokens: when it reads on, slower levels move by their own rules.
+    `row` tokens: when it reads on, slower levels move by their own rules.
     """
-    inside = config.within(config.context)
+    inside = config.within(row)
     sizes = collections.Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
         sizes[_owner(config, _names(path))] += leaf.size
 
     slow = Box(
         "slow weights",
-        Clock(period=config.context),
+        Clock(period=row),
         sizes["slow weights"],
         "next-token loss",
         "outer optimizer",
     )
     boxes, edges, ends = [slow], [], {}
-    for name in dict.fromkeys(config.pattern):
-        mixer = mixers.get(name, config)
+    seen = collections.Counter()
+    for mixer in dict.fromkeys(config.pattern):
+        called = {}  # two mixers of one kind differ in a number
         for part in mixer.parts:
-            size = sizes[name, part.start] // part.share
+            seen[part.name] += 1
+            again = f" {seen[part.name]}" if seen[part.name] > 1 else ""
+            called[part.name] = f"{part.name}{again}"
+        for part in mixer.parts:
+            name = called[part.name]
+            size = sizes[mixer, part.start] // part.share
             clock = Clock(period=part.period)
-            boxes.append(Box(part.name, clock, size, part.objective, part.rule))
-            starts = 0 < part.period < config.context
+            boxes.append(Box(name, clock, size, part.objective, part.rule))
+            starts = 0 < part.period < row
             kind = "initialise" if starts else "generate"
-            edges.append(Edge(slow.name, part.name, kind))
+            edges.append(Edge(slow.name, name, kind))
             if part.name in mixer.ends:
-                ends[part.name] = "backprop" if part.period else "attend"
-        edges += mixer.edges
+                ends[name] = "backprop" if part.period else "attend"
+        edges += [
+            dataclasses.replace(e, source=called[e.source], target=called[e.target])
+            for e in mixer.edges
+        ]
     readers = tuple(ends)
     for i, level in enumerate(config.cms.whole):
         name = f"CMS {i + 1}"
         fast = i in inside
-        period = level.period if level.period != float("inf") else config.context
+        period = level.period if level.period != float("inf") else row
         rule = level.rule.upper() if fast else "outer optimizer"
         boxes.append(
             Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
@@ -209,8 +221,8 @@ def _names(path) -> list[str]:
     return [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
 
 
-def _owner(config: ModelConfig, keys: list[str]) -> str | tuple[str, str]:
-    """The box that a parameter belongs to; in a mixer, its name and a part's start."""
+def _owner(config: ModelConfig, keys: list[str]) -> str | tuple[MixerConfig, str]:
+    """The box that a parameter belongs to; in a mixer, it and a part's start."""
     if "mixer" not in keys:
         if "levels" in keys:
             return f"CMS {int(keys[keys.index('levels') + 1]) + 1}"
@@ -218,7 +230,7 @@ def _owner(config: ModelConfig, keys: list[str]) -> str | tuple[str, str]:
     at = keys.index("mixer")
     mixer = config.pattern[int(keys[at - 1]) if "parts" in keys[:at] else 0]
     inside = ".".join(keys[at + 1 :])
-    for part in mixers.get(mixer, config).parts:
+    for part in mixer.parts:
         if part.start and inside.startswith(f"{part.start}."):
             return mixer, part.start
     return "slow weights"

@@ -17,7 +17,10 @@ from jaxtyping import Array, Float
 from hope_jax.core.level import LevelState, begin, tick
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import Tokens, build_architecture, memory_level
-from hope_jax.models.self_modifying import SelfModifyingConfig, SelfModifyingTitans
+from hope_jax.models.mixers.self_modifying import (
+    SelfModifyingConfig,
+    SelfModifyingTitans,
+)
 
 
 class Memories(NamedTuple):

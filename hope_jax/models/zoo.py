@@ -9,12 +9,15 @@ import dataclasses
 
 from hope_jax.core.config import did_you_mean
 from hope_jax.memory import named
-from hope_jax.models import lm, mixers
-from hope_jax.models.block import ModelConfig
+from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
-from hope_jax.models.self_modifying import MATRIX, MLP, SelfModifyingConfig
-from hope_jax.models.titans import TitansConfig
-from hope_jax.models.tnt import TNTConfig
+from hope_jax.models.config import ModelConfig
+from hope_jax.models.mixers import MIXERS
+from hope_jax.models.mixers.attention import AttentionConfig, SlidingWindowConfig
+from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
+from hope_jax.models.mixers.titans import TitansContextConfig, TitansWindowConfig
+from hope_jax.models.mixers.tnt import TNTConfig
 
 # A self-modifying layer says how long the moves of its CMS levels are: ahead of rates
 # learned alone in `experiments/twins.py`.
@@ -29,24 +32,35 @@ _LEAST_WIDTH = 8  # of a head
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Size:
-    """What the models of one size share; `hidden` is the MLP width of each family."""
+    """What the models of one size share.
+
+    Attributes:
+      shared: all but the mixer and the chain of MLPs.
+      mixers: those that are not what their name alone stands for.
+      levels: the clocks of a chain of several.
+      hidden: the MLP width of each family.
+    """
 
     shared: ModelConfig
+    mixers: tuple[MixerConfig, ...]
     levels: tuple[CMSLevel, ...]
     hidden: dict[str, int]
 
     def model(self, family: str, name: str) -> ModelConfig:
-        mixer, several = _FAMILIES[family]
+        kind, several = _FAMILIES[family]
         levels = self.levels if several else CMSConfig().levels
-        rates = "generated" if mixer == "self_modifying" else "learned"
+        rates = "generated" if kind == "self_modifying" else "learned"
         cms = CMSConfig(levels=levels, hidden=self.hidden[family], rates=rates)
-        memory = self.shared.memory
+        mixer = self.mixer(kind)
         if family == "hope_matrix":
-            matrix = dataclasses.replace(MATRIX, chunk=memory.memory.chunk)
-            memory = dataclasses.replace(memory, memory=matrix)
-        return dataclasses.replace(
-            self.shared, name=name, mixer=mixer, memory=memory, cms=cms
-        )
+            matrix = dataclasses.replace(MATRIX, chunk=mixer.memory.chunk)
+            mixer = dataclasses.replace(mixer, memory=matrix)
+        return dataclasses.replace(self.shared, name=name, mixer=mixer, cms=cms)
+
+    def mixer(self, kind: str) -> MixerConfig:
+        """The mixer of a kind at this size."""
+        mine = {mixer.kind: mixer for mixer in self.mixers}
+        return mine.get(kind) or MIXERS.get(kind)
 
 
 def _levels(*periods: int, rate: float) -> tuple[CMSLevel, ...]:
@@ -60,16 +74,23 @@ def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
             layers=layers,
             heads=heads,
             vocab=32_000,
-            context=4096,
-            window=1024,
-            memory=SelfModifyingConfig(
+            dtype="bfloat16",
+        ),
+        mixers=(
+            SelfModifyingConfig(
                 memory=dataclasses.replace(MLP, chunk=64), projection_chunk=64
             ),
-            titans=TitansConfig(
-                memory=named.get("titans").memory, segment=512, window=1024
+            AttentionConfig(context=4096),
+            AttentionConfig(kind="softmax_attention", context=4096),
+            SlidingWindowConfig(window=1024),
+            TitansContextConfig(memory=named.get("titans").memory, segment=512),
+            *(
+                TitansWindowConfig(
+                    kind=kind, memory=named.get("titans").memory, window=1024
+                )
+                for kind in ("titans_mag", "titans_mal")
             ),
-            tnt=TNTConfig(global_chunk=2048, shard=2048),
-            dtype="bfloat16",
+            TNTConfig(global_chunk=2048, shard=2048),
         ),
         levels=_levels(256, 1024, 65_536, 1_048_576, rate=0.1),
         hidden=hidden,
@@ -78,13 +99,9 @@ def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
 
 _SIZES: dict[str, _Size] = {
     "tiny": _Size(
-        shared=ModelConfig(
-            d_model=128,
-            layers=2,
-            heads=4,
-            vocab=4096,
-            context=256,
-            memory=SelfModifyingConfig(
+        shared=ModelConfig(d_model=128, layers=2, heads=4, vocab=4096),
+        mixers=(
+            SelfModifyingConfig(
                 memory=dataclasses.replace(MLP, chunk=32, expansion=2),
                 projection_chunk=32,
             ),
@@ -115,9 +132,7 @@ _SIZES: dict[str, _Size] = {
 def names() -> tuple[str, ...]:
     """Every family and every mixer at every size; nothing is built."""
     return tuple(
-        f"{family}_{size}"
-        for size in _SIZES
-        for family in (*_FAMILIES, *mixers.names())
+        f"{family}_{size}" for size in _SIZES for family in (*_FAMILIES, *MIXERS)
     )
 
 
@@ -134,18 +149,19 @@ def get(name: str) -> ModelConfig:
     """
     family, _, size = name.rpartition("_")
     pattern = [mixer.strip() for mixer in family.split(",")]
-    known = family in _FAMILIES or set(pattern) <= set(mixers.names())
+    known = family in _FAMILIES or set(pattern) <= set(MIXERS)
     if size not in _SIZES or not known:
         raise ValueError(
             f"no model is named {name!r}.{did_you_mean(name, names())} A name is a "
             f"family or a mixer, and a size: {', '.join(_FAMILIES)}, "
-            f"{', '.join(mixers.names())}; {', '.join(_SIZES)}."
+            f"{', '.join(MIXERS)}; {', '.join(_SIZES)}."
         )
     if family in _FAMILIES:
         return _SIZES[size].model(family, name)
     twin = _SIZES[size].model("transformer", name)
     target = lm.count_parameters(twin)
-    config = dataclasses.replace(twin, mixer=family)
+    mixer = tuple(_SIZES[size].mixer(kind) for kind in pattern)
+    config = dataclasses.replace(twin, mixer=mixer)
     while True:
         try:
             return matched(config, target)[0]
@@ -210,7 +226,7 @@ def matched(
             changes["parameters"] = (before, count(hidden))
             return dataclasses.replace(config, cms=cms), changes
     raise ValueError(
-        f"parameters ({parameters}) cannot be reached by the MLPs of {config.mixer!r} "
+        f"parameters ({parameters}) cannot be reached by the MLPs of {config.kinds!r} "
         f"within {tolerance:.1%}: the nearest count is {count(nearest)}, with "
         f"cms.hidden={nearest}. Change d_model, layers or heads."
     )

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.models import lm
 from hope_jax.train import checkpoint, loop
 from hope_jax.train.config import RunConfig
+
+_CONTEXT = re.compile(r"model\.mixer(\.\d+)?\.context")
 
 
 class Reader(NamedTuple):
@@ -103,8 +106,9 @@ def open_checkpoint(
     Args:
       directory: a workdir, or its `checkpoints` folder.
       settings: `"path=value"`, fields that the run's config must have. They change
-        nothing, for a model is what it was trained to be, but for `model.context`: no
-        parameter has its shape, so attention may look back over more than in training.
+        nothing, for a model is what it was trained to be, but for the `context` of
+        attention (`model.mixer.context`): no parameter has its shape, so it may look
+        back over more than in training.
 
     Raises:
       FileNotFoundError: no checkpoint there.
@@ -118,7 +122,7 @@ def open_checkpoint(
         data = json.loads(written.read_text(encoding="utf-8"))
         expected = config_lib.from_json(RunConfig, data)
     config, params, step = checkpoint.restore_params(directory, expected)
-    free = [one for one in settings if one.partition("=")[0] == "model.context"]
+    free = [one for one in settings if _CONTEXT.fullmatch(one.partition("=")[0])]
     config = config_lib.override(config, free)
     differing = config_lib.differences(config, config_lib.override(config, settings))
     if differing:

@@ -112,7 +112,8 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps of the whole run.
       batch: sequences of a step, over all devices.
-      seq_len: tokens of a sequence; must be `model.context` (`check_rows`).
+      seq_len: tokens of a sequence; those that attention to whole rows looks back over
+        (`check_rows`).
       workers: processes that read data; 0 reads in the training process.
       log_every: steps between two lines of `metrics.jsonl`.
       checkpoint_every: steps between two checkpoints; the last step is always saved.
@@ -184,12 +185,15 @@ def check_rows(config: RunConfig) -> None:
         over, or too short for any CMS level to move inside them.
     """
     seq_len, model = config.train.seq_len, config.model
-    if seq_len != model.context:
-        raise ValueError(
-            f"train.seq_len ({seq_len}) and model.context ({model.context}) must be "
-            "the same: rows are what attention looks back over. Set "
-            f"model.context={seq_len}, or train.seq_len={model.context}."
-        )
+    for i, mixer in enumerate(model.pattern):
+        context = getattr(mixer, "context", seq_len)
+        if seq_len != context:
+            place = f"model.mixer.{i}" if len(model.pattern) > 1 else "model.mixer"
+            raise ValueError(
+                f"train.seq_len ({seq_len}) and {place}.context ({context}) must be "
+                "the same: rows are what attention looks back over. Set "
+                f"{place}.context={seq_len}, or train.seq_len={context}."
+            )
     if model.fast and seq_len <= model.base_chunk:
         raise ValueError(
             f"train.seq_len ({seq_len}) must be more than the fastest period of "

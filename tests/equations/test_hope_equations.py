@@ -17,10 +17,14 @@ from flax import nnx
 from hope_jax.core.level import begin, unroll
 from hope_jax.memory.architecture import mlp
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
-from hope_jax.models.block import Block, ModelConfig
+from hope_jax.models.block import Block
 from hope_jax.models.cms import CMSConfig, CMSLevel
+from hope_jax.models.config import ModelConfig
+from hope_jax.models.mixers.self_modifying import (
+    SelfModifyingConfig,
+    SelfModifyingTitans,
+)
 from hope_jax.models.reference import self_modifying_reference
-from hope_jax.models.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 
 D, T = 4, 4
 NAMES = ("k", "v", "eta", "alpha", "main")
@@ -159,7 +163,7 @@ def forget(memory, k, eta, alpha):
 def test_equation_83_every_projection_is_read_from_its_memory():
     """k_t, v_t, eta_t, alpha_t = M_{., t-1}(x_t); y_t = M_{mem, t-1}(W_q x_t).
 
-    Implements: hope_jax.models.self_modifying.SelfModifyingTitans
+    Implements: hope_jax.models.mixers.self_modifying.SelfModifyingTitans
     """
     seen = life(configured())
     for t, x in enumerate(seen.x):
@@ -171,7 +175,7 @@ def test_equation_83_every_projection_is_read_from_its_memory():
 def test_equation_84_a_memory_makes_its_own_values():
     """v^_t = M_{., t-1}(v_t): seen in what a matrix without decay stores for k_t.
 
-    Implements: hope_jax.models.self_modifying.SelfModifyingTitans
+    Implements: hope_jax.models.mixers.self_modifying.SelfModifyingTitans
     """
     seen = life(
         configured(architecture="linear", bias="dot", dgd="none", retention="none")
@@ -250,7 +254,7 @@ def test_equation_87_the_objective_is_the_squared_error():
 def test_equation_88_delta_gradient_descent_with_decay(architecture):
     """M_t = M_{t-1} (alpha_t I - eta_t k_t k_t^T) - eta_t grad L(M_{t-1}; k_t, v^_t).
 
-    Implements: hope_jax.models.self_modifying.SelfModifyingTitans
+    Implements: hope_jax.models.mixers.self_modifying.SelfModifyingTitans
     """
     seen = life(configured(architecture=architecture))
     for t, x in enumerate(seen.x):
@@ -296,7 +300,7 @@ def test_equation_90_a_chunk_is_generated_at_its_start():
 
     Printed as C ceil(t / C), the end of the present chunk, which is not causal.
 
-    Implements: hope_jax.models.self_modifying.SelfModifyingTitans
+    Implements: hope_jax.models.mixers.self_modifying.SelfModifyingTitans
     """
     seen = life(configured(chunk=2, read="anchor"))
 
@@ -342,7 +346,7 @@ def holds_for_matrices(bias, error):
 def test_equation_91_memories_that_are_matrices(bias):
     """M_t = M_{t-1} (alpha_t I - eta_t k_t k_t^T) - eta_t grad L(M_xi; k_t, v^_t).
 
-    Implements: hope_jax.models.self_modifying.SelfModifyingTitans
+    Implements: hope_jax.models.mixers.self_modifying.SelfModifyingTitans
     """
     losses = {
         "dot": lambda m, k, v: -jnp.vdot(m @ k, v),
@@ -358,7 +362,7 @@ def test_equation_91_memories_that_are_matrices(bias):
 def test_equation_92_with_the_dot_product_this_is_the_gated_delta_rule():
     """M_t = M_{t-1} (alpha_t I - eta_t k_t k_t^T) + eta_t v^_t k_t^T (printed with -).
 
-    Implements: hope_jax.models.self_modifying.SelfModifyingTitans
+    Implements: hope_jax.models.mixers.self_modifying.SelfModifyingTitans
     """
     holds_for_matrices("dot", lambda m, k, v: -v)
 
@@ -366,7 +370,7 @@ def test_equation_92_with_the_dot_product_this_is_the_gated_delta_rule():
 def test_equation_93_with_the_squared_error():
     """M_t = M_{t-1} (alpha_t I - eta_t k_t k_t^T) - eta_t (M_xi k_t - v^_t) k_t^T.
 
-    Implements: hope_jax.models.self_modifying.SelfModifyingTitans
+    Implements: hope_jax.models.mixers.self_modifying.SelfModifyingTitans
     """
     holds_for_matrices("l2", lambda m, k, v: m @ k - v)
 
@@ -378,8 +382,7 @@ def hope():
     config = ModelConfig(
         d_model=D,
         heads=1,
-        context=8,
-        memory=configured(),
+        mixer=configured(),
         cms=CMSConfig(levels=levels, hidden=3),
     )
     block = Block(config, rngs=nnx.Rngs(0))

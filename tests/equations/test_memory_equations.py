@@ -20,8 +20,10 @@ from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
 from hope_jax.models import cms, lm
-from hope_jax.models.block import Block, ModelConfig
+from hope_jax.models.block import Block
 from hope_jax.models.cms import CMSConfig, CMSLevel
+from hope_jax.models.config import ModelConfig
+from hope_jax.models.mixers.attention import AttentionConfig
 
 T, K = 4, 3
 
@@ -103,8 +105,7 @@ def model(*levels, **options):
         d_model=4,
         layers=1,
         heads=1,
-        mixer="attention",
-        context=8,
+        mixer=AttentionConfig(context=8),
         cms=CMSConfig(levels=levels, **changes),
     )
 

@@ -80,11 +80,9 @@ def test_rows_switch_what_they_say():
 
 def test_other_chunks_keep_rates_and_shapes():
     changed = ablation.rechunked(HOPE, 0.5)
-    assert (changed.memory.memory.chunk, changed.memory.projection_chunk) == (1, 2)
-    free = dataclasses.replace(
-        HOPE, memory=dataclasses.replace(HOPE.memory, rate=None), context=8
-    )
-    assert ablation.rechunked(free, 0.5).memory.rate_bound == free.memory.rate_bound
+    assert (changed.mixer.memory.chunk, changed.mixer.projection_chunk) == (1, 2)
+    free = dataclasses.replace(HOPE, mixer=dataclasses.replace(HOPE.mixer, rate=None))
+    assert ablation.rechunked(free, 0.5).mixer.rate_bound == free.mixer.rate_bound
     shapes = [
         jax.tree.map(lambda x: x.shape, jax.eval_shape(build, jax.random.key(0)))
         for build in (

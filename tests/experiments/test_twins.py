@@ -25,7 +25,7 @@ def test_twins_differ_in_the_model_alone_and_are_of_one_size():
     still = rows["hope_still"].model
     moving = [dataclasses.replace(v, period=math.inf) for v in hope.model.cms.levels]
     assert still.cms.levels == tuple(moving)
-    assert still.memory == hope.model.memory
+    assert still.mixer == hope.model.mixer
 
 
 def test_a_smoke_run_writes_results_and_a_table(tmp_path, capsys):

@@ -84,8 +84,8 @@ def test_a_setting_that_is_the_checkpoints_is_accepted(trained):
 
 
 def test_the_context_of_a_trained_model_may_be_raised(trained):
-    opened = open_checkpoint(trained, ["model.context=640"])
-    assert opened.config.model.context == 640 > opened.config.train.seq_len
+    opened = open_checkpoint(trained, ["model.mixer.context=640"])
+    assert opened.config.model.mixer.context == 640 > opened.config.train.seq_len
     same = jax.tree.map(
         lambda a, b: a.shape == b.shape, opened.params, open_checkpoint(trained).params
     )

@@ -226,8 +226,8 @@ def test_named_points_are_all_there(tmp_path, no_training):
     assert kinds["softmax_attention"] == "non-parametric"
     models = {point.name: point.model for point in points}
     for name in ("rwkv7", "mamba2"):
-        assert models[name].associative.gates == named.get(name).gates
-    assert models["softmax_attention"].mixer == "softmax_attention"
+        assert models[name].mixer.gates == named.get(name).gates
+    assert models["softmax_attention"].kinds == "softmax_attention"
     said = start(f"--out={tmp_path}", "--grid=named", "--points=titans,delta_net")
     assert len(no_training) == 2
     assert [row["point"] for row in saved(tmp_path)["rows"]] == ["titans", "delta_net"]

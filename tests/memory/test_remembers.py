@@ -20,7 +20,7 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
-from hope_jax.models.self_modifying import MATRIX, MLP
+from hope_jax.models.mixers.self_modifying import MATRIX, MLP
 
 WIDTH = 16
 MEMORIES = {

@@ -6,9 +6,11 @@ import functools
 import jax
 
 from hope_jax.models import lm
-from hope_jax.models.block import ModelConfig
 from hope_jax.models.cms import CMSConfig, CMSLevel
-from hope_jax.models.self_modifying import MLP, SelfModifyingConfig
+from hope_jax.models.config import ModelConfig
+from hope_jax.models.mixers.attention import AttentionConfig, SlidingWindowConfig
+from hope_jax.models.mixers.memory import NamedConfig
+from hope_jax.models.mixers.self_modifying import MLP, SelfModifyingConfig
 
 VOCAB, LENGTH = 13, 21
 
@@ -18,9 +20,7 @@ HOPE = ModelConfig(
     d_model=8,
     layers=2,
     heads=2,
-    mixer="self_modifying",
-    context=64,
-    memory=SelfModifyingConfig(
+    mixer=SelfModifyingConfig(
         memory=dataclasses.replace(MLP, chunk=2, expansion=2), projection_chunk=4
     ),
     cms=CMSConfig(
@@ -32,17 +32,17 @@ HOPE = ModelConfig(
         hidden=12,
     ),
 )
-HOPE_ATTENTION = dataclasses.replace(HOPE, name="hope_attention", mixer="attention")
+HOPE_ATTENTION = dataclasses.replace(
+    HOPE, name="hope_attention", mixer=AttentionConfig(context=64)
+)
 TRANSFORMER = dataclasses.replace(
     HOPE_ATTENTION, name="transformer", cms=CMSConfig(hidden=24)
 )
 HYBRID = dataclasses.replace(
     HOPE,
     name="hybrid",
-    mixer="titans,sliding_window",
+    mixer=(NamedConfig(kind="titans", chunk=2), SlidingWindowConfig(window=5)),
     layers=4,
-    window=5,
-    chunk=2,
     cms=CMSConfig(
         levels=(CMSLevel(period=4, rate=0.5), CMSLevel(period=128)), hidden=8
     ),

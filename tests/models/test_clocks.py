@@ -20,6 +20,8 @@ from hope_jax.evaluate import language_model
 from hope_jax.models import cms, convert, lm, zoo
 from hope_jax.models.capture import dense_kernels
 from hope_jax.models.cms import CMSConfig, CMSLevel
+from hope_jax.models.config import with_context
+from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.optim import options
 from hope_jax.optim.capture import dgd_gradients
 from hope_jax.stream import generate
@@ -37,7 +39,7 @@ def chain(*levels, **changes):
     return dataclasses.replace(
         small.HOPE_ATTENTION,
         layers=1,
-        context=128,
+        mixer=AttentionConfig(context=128),
         vocab=BYTES.vocab_size,
         cms=CMSConfig(levels=levels, **{"hidden": 6, "pull": 0.1} | changes),
     )
@@ -293,11 +295,11 @@ def test_no_parameter_has_the_shape_of_the_context():
     """Every zoo family, and a reading at twice the context of training."""
     for name in ("hope_tiny", "hope_attention_tiny", "hope_100m"):
         config = zoo.get(name)
-        raised = dataclasses.replace(config, context=8 * config.context)
+        raised = with_context(config, 2048)
         shapes = jax.tree.map(lambda a: a.shape, lm.abstract(config))
         assert shapes == jax.tree.map(lambda a: a.shape, lm.abstract(raised))
         assert lm.abstract(config)["rates"].shape == (len(config.cms.levels),)
-    short = dataclasses.replace(THREE, context=16)
+    short = with_context(THREE, 16)
     _, params = small.built(short)
     tokens = some_tokens()
     seen, _ = small.reading(THREE)(params, tokens, None)

@@ -147,8 +147,10 @@ def test_stacked_levels_open_afresh():
 
 
 def test_the_picture_shows_who_rules():
-    made = [e for e in lm.system(generated(small.HOPE)).edges if e.kind == "generate"]
-    plain = [e for e in lm.system(small.HOPE).edges if e.kind == "generate"]
+    made = [
+        e for e in lm.system(generated(small.HOPE), 64).edges if e.kind == "generate"
+    ]
+    plain = [e for e in lm.system(small.HOPE, 64).edges if e.kind == "generate"]
     more = [(e.source, e.target) for e in made if e not in plain]
     assert more == [("main memory", "CMS 1"), ("main memory", "CMS 2")]
 

@@ -9,8 +9,11 @@ import pytest
 from flax import nnx
 
 import hope_jax
-from hope_jax.models import cms, convert, lm, mixers
-from hope_jax.models.block import Block, BlockState, Group, ModelConfig
+from hope_jax.models import cms, convert, lm
+from hope_jax.models.block import Block, BlockState, Group
+from hope_jax.models.config import ModelConfig
+from hope_jax.models.mixers.attention import SlidingWindowConfig
+from hope_jax.models.mixers.memory import NamedConfig
 from tests.models import small
 
 TWO_LAYERS = dataclasses.replace(small.HYBRID, layers=2)
@@ -83,16 +86,16 @@ def test_layers_repeat_the_pattern_in_its_order():
     for layer in range(4):
         weights = params["blocks"]["parts"][layer % 2]
         weights = jax.tree.map(lambda w, at=layer // 2: w[at], weights)
-        kind = ("titans", "sliding_window")[layer % 2]
-        block = nnx.graphdef(Block(config, kind, rngs=nnx.Rngs(0)))
+        mixer = config.pattern[layer % 2]
+        block = nnx.graphdef(Block(config, mixer, rngs=nnx.Rngs(0)))
         x, state = nnx.merge(block, weights)(x, learn=False)
         assert isinstance(state, BlockState)
     np.testing.assert_allclose(model.embed.attend(model.norm(x)), whole, atol=1e-5)
 
 
 def test_the_order_of_a_pattern_matters():
-    turned = dataclasses.replace(TWO_LAYERS, mixer="sliding_window, titans")
-    assert turned.pattern == ("sliding_window", "titans")
+    turned = dataclasses.replace(TWO_LAYERS, mixer=TWO_LAYERS.mixer[::-1])
+    assert turned.kinds == "sliding_window,titans"
     assert lm.count_parameters(turned) == lm.count_parameters(TWO_LAYERS)
     _, params = small.built(TWO_LAYERS)
     parts = params["blocks"]["parts"]
@@ -106,7 +109,7 @@ def test_the_order_of_a_pattern_matters():
 
 def test_a_window_is_all_that_sliding_attention_sees():
     config = dataclasses.replace(
-        small.TRANSFORMER, mixer="sliding_window", window=3, layers=1
+        small.TRANSFORMER, mixer=SlidingWindowConfig(window=3), layers=1
     )
     tokens = small.some_tokens(length=8)
     read = lambda t: small.read(config, t)[0]  # noqa: E731
@@ -114,7 +117,7 @@ def test_a_window_is_all_that_sliding_attention_sees():
     moved = np.abs(read(tokens) - read(changed)).max(axis=(0, 2)) > 0
     assert moved.tolist() == [True] * 3 + [False] * 5
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
-        dataclasses.replace(config, window=0)
+        SlidingWindowConfig(window=0)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,8 @@ def test_a_window_is_all_that_sliding_attention_sees():
             dict(mixer="attention,sliding_windw"),
             "got 'sliding_windw'. Did you mean 'sliding_window'?",
         ),
-        (dict(mixer="attention,"), "separated by commas, got ''"),
+        (dict(mixer="attention,"), "mixer must be one of .* got ''"),
+        (dict(mixer=()), "mixer must name at least one mixer"),
         (
             dict(mixer="self_modifying,sliding_window", d_model=12, heads=4),
             "d_model / heads must be even for the rotary positions of sliding_window",
@@ -141,9 +145,10 @@ def test_bad_patterns(changes, message):
 
 
 def test_clocks_nest_over_every_mixer_of_the_pattern():
-    config = ModelConfig(mixer="sliding_window,self_modifying", context=512)
-    assert config.mixer_chunk == config.memory.projection_chunk == 64
-    both = ModelConfig(mixer="titans,yaad,self_modifying", chunk=48, layers=3)
+    config = ModelConfig(mixer="sliding_window, self_modifying")
+    assert config.mixer_chunk == config.mixer[1].projection_chunk == 64
+    points = (NamedConfig(kind=kind, chunk=48) for kind in ("titans", "yaad"))
+    both = ModelConfig(mixer=(*points, "self_modifying"), layers=3)
     assert (both.mixer_chunk, both.span) == (192, 192)
     assert ModelConfig(mixer="mamba2,sliding_window").span == 1  # exact: any cut
     with pytest.raises(ValueError, match=r"a period \(96\) .* faster chunk \(64\)"):
@@ -162,22 +167,32 @@ def test_clocks_nest_over_every_mixer_of_the_pattern():
     ],
 )
 def test_described_levels_are_those_of_every_mixer(mixer, shown):
-    def model(mixer, layers):
-        takes = any(map(mixers.takes_chunk, mixer.split(",")))
-        return dataclasses.replace(
-            small.TRANSFORMER, mixer=mixer, layers=layers, chunk=4 if takes else None
-        )
+    made = {"self_modifying": small.HOPE.mixer}
+    made |= {kind: NamedConfig(kind=kind, chunk=4) for kind in ("titans", "yaad")}
+    pattern = tuple(made.get(kind, kind) for kind in mixer.split(","))
 
-    config = model(mixer, 6)
-    picture = lm.system(config)
+    def model(pattern, layers):
+        return dataclasses.replace(small.TRANSFORMER, mixer=pattern, layers=layers)
+
+    config = model(pattern, 6)
+    picture = lm.system(config, 64)
     assert sum(b.parameters for b in picture.boxes) == lm.count_parameters(config)
     clocks = {box.name: box.clock.period for box in picture.boxes}
     assert shown.items() <= clocks.items()
-    for name in set(config.pattern):  # as many as in a model of these layers alone
-        layers = 6 * config.pattern.count(name) // len(config.pattern)
-        alone = lm.system(model(name, layers))
-        for part in mixers.get(name, config).parts:
+    for mixer in set(config.pattern):  # as many as in a model of these layers alone
+        layers = 6 * config.pattern.count(mixer) // len(config.pattern)
+        alone = lm.system(model(mixer, layers), 64)
+        for part in mixer.parts:
             assert picture[part.name].parameters == alone[part.name].parameters
+
+
+def test_mixers_of_one_kind_are_told_apart():
+    """Two windows are two levels of the picture, each with its own parameters."""
+    windows = (SlidingWindowConfig(window=3), SlidingWindowConfig(window=9))
+    config = dataclasses.replace(small.TRANSFORMER, mixer=windows)
+    picture = lm.system(config, 64)
+    assert picture["sliding window"].clock == picture["sliding window 2"].clock
+    assert sum(b.parameters for b in picture.boxes) == lm.count_parameters(config)
 
 
 def test_stacked_levels_keep_the_logits_of_a_hybrid():

@@ -13,7 +13,7 @@ from hope_jax.memory import features
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models.layers import rotary
-from hope_jax.models.memory_mixer import MemoryMixer, MemoryMixerConfig
+from hope_jax.models.mixers.memory import MemoryMixer, MemoryMixerConfig
 
 D, HEADS, ROWS, LENGTH, CHUNK = 8, 2, 2, 10, 4
 

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from hope_jax.memory import named
-from hope_jax.models import mixers
-from hope_jax.models.attention import Attention
-from hope_jax.models.memory_mixer import MemoryMixer, MemoryMixerConfig
+from hope_jax.models.mixers import MIXERS
+from hope_jax.models.mixers.attention import Attention
+from hope_jax.models.mixers.memory import MemoryMixer, MemoryMixerConfig
 
 D, HEADS, ROWS, LENGTH, CHUNK = 8, 2, 2, 10, 4
 SIZES = (1, 3, 7)
@@ -67,7 +67,7 @@ def close(a, b):
 
 
 def test_every_point_is_a_mixer():
-    assert set(named.POINTS) <= set(mixers.names())
+    assert set(named.POINTS) <= set(MIXERS)
 
 
 @pytest.mark.parametrize("name", named.POINTS)

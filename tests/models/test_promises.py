@@ -348,7 +348,7 @@ def test_7_half_life_at_the_start_is_at_least_the_chunk():
     _, params = small.built(small.HOPE)
     bias = params["blocks"]["mixer"]["bias_alpha"][...]
     half_life = -np.log(2) / np.log(jax.nn.sigmoid(bias))
-    assert half_life.min() >= small.HOPE.memory.projection_chunk
+    assert half_life.min() >= small.HOPE.mixer.projection_chunk
 
 
 @LEARNERS

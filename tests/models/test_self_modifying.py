@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from hope_jax.memory.compose import MemoryConfig, build_architecture
-from hope_jax.models.reference import self_modifying_reference
-from hope_jax.models.self_modifying import (
+from hope_jax.models.mixers.self_modifying import (
     MATRIX,
     MLP,
     Seen,
     SelfModifyingConfig,
     SelfModifyingTitans,
 )
+from hope_jax.models.reference import self_modifying_reference
 
 D, HEADS, ROWS = 8, 2, 2
 

@@ -12,26 +12,25 @@ from flax import nnx
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models.layers import rotary
-from hope_jax.models.titans import (
+from hope_jax.models.mixers.titans import (
     MemoryAsContext,
     MemoryAsGate,
     MemoryAsLayer,
-    TitansConfig,
+    TitansContextConfig,
+    TitansWindowConfig,
 )
 
 D, HEADS, ROWS = 8, 2, 2
 VARIANTS = {"context": MemoryAsContext, "gate": MemoryAsGate, "layer": MemoryAsLayer}
 
 
-def configured(persistent=3, segment=4, window=3, conv=3, **memory):
+def configured(variant, persistent=3, segment=4, window=3, conv=3, **memory):
     options = dict(chunk=2, expansion=2, rule="momentum", dgd="none") | memory
-    return TitansConfig(
-        memory=MemoryConfig(**options),
-        segment=segment,
-        window=window,
-        persistent=persistent,
-        conv=conv,
-    )
+    shared = dict(memory=MemoryConfig(**options), persistent=persistent, conv=conv)
+    if variant == "context":
+        return TitansContextConfig(segment=segment, **shared)
+    kind = {"gate": "titans_mag", "layer": "titans_mal"}[variant]
+    return TitansWindowConfig(kind=kind, window=window, **shared)
 
 
 def build(variant, config, dtype=jnp.float32):
@@ -76,7 +75,7 @@ def reader(graphdef, params):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def layer(request):
-    return reader(*build(request.param, configured()))
+    return reader(*build(request.param, configured(request.param)))
 
 
 def close(a, b, tolerance=1e-5):
@@ -202,7 +201,7 @@ def test_layer_is_its_definition(variant):
     Two persistent vectors are a chunk of the memory, so the text before the text may
     be written as one with it.
     """
-    config = configured(persistent=2, architecture="linear", rule="gd")
+    config = configured(variant, persistent=2, architecture="linear", rule="gd")
     graphdef, params = build(variant, config)
     x = tokens(11)
 
@@ -309,7 +308,7 @@ def test_without_learning_the_memory_stays(layer, aligned, read):
 
 def test_context_without_memory_is_attention_in_blocks():
     """Nothing passes from a segment to the next but what the memory recalls."""
-    graphdef, params = build("context", configured())
+    graphdef, params = build("context", configured("context"))
     x = tokens(8)
     for silent in (False, True):
         read = reader(graphdef, silenced(params) if silent else params)
@@ -321,7 +320,7 @@ def test_context_without_memory_is_attention_in_blocks():
 
 @pytest.mark.parametrize("window, length", [(3, 13), (4, 12), (16, 13)])
 def test_a_gate_without_memory_looks_back_one_window(window, length):
-    graphdef, params = build("gate", configured(window=window))
+    graphdef, params = build("gate", configured("gate", window=window))
     read = reader(graphdef, silenced(params))
     x = tokens(length)
     y, _ = read(x, aligned=True)
@@ -333,7 +332,7 @@ def test_a_gate_without_memory_looks_back_one_window(window, length):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_persistent_tokens_may_be_none(variant):
-    graphdef, params = build(variant, configured(persistent=0))
+    graphdef, params = build(variant, configured(variant, persistent=0))
     read = reader(graphdef, params)
     x = tokens(5)
     y, _ = read(x, aligned=True)
@@ -344,7 +343,7 @@ def test_persistent_tokens_may_be_none(variant):
 
 @pytest.mark.parametrize("variant", ["gate", "layer"])
 def test_the_memory_reads_the_persistent_tokens_first(variant):
-    graphdef, params = build(variant, configured(persistent=3))
+    graphdef, params = build(variant, configured(variant, persistent=3))
 
     @jax.jit
     def both(params):
@@ -361,7 +360,7 @@ def test_the_memory_reads_the_persistent_tokens_first(variant):
 
 def test_memories_stay_in_float32():
     for variant in VARIANTS:
-        graphdef, params = build(variant, configured(), dtype=jnp.bfloat16)
+        graphdef, params = build(variant, configured(variant), dtype=jnp.bfloat16)
         x = tokens(5).astype(jnp.bfloat16)
         call = lambda x, s: nnx.merge(graphdef, params)(x, s)  # noqa: B023, E731
         with jax.numpy_dtype_promotion("standard"):  # for the library's own norm
@@ -376,7 +375,7 @@ def test_memories_stay_in_float32():
 
 def test_new_values_do_not_compile_again():
     for variant in VARIANTS:
-        graphdef, params = build(variant, configured(architecture="linear"))
+        graphdef, params = build(variant, configured(variant, architecture="linear"))
 
         @jax.jit
         def run(p, x, s, graphdef=graphdef):
@@ -390,7 +389,7 @@ def test_new_values_do_not_compile_again():
 
 def test_long_monotonous_texts_stay_bounded():
     """2,048 tokens of nearly one direction at the highest rate, nothing forgotten."""
-    config = configured(chunk=8, segment=16, window=8)
+    config = configured("gate", chunk=8, window=8)
     layer = MemoryAsGate(D, HEADS, config, jnp.float32, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(layer, nnx.Param)
     for gate in ("eta", "alpha"):
@@ -405,36 +404,37 @@ def test_long_monotonous_texts_stay_bounded():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "variant, options, message",
     [
-        (dict(segment=0), "segment must be at least 1, got 0"),
-        (dict(window=0), "window must be at least 1, got 0"),
-        (dict(persistent=-1), "persistent must not be negative, got -1"),
+        ("context", dict(segment=0), "segment must be at least 1, got 0"),
+        ("layer", dict(window=0), "window must be at least 1, got 0"),
+        ("gate", dict(persistent=-1), "persistent must be at least 0, got -1"),
         (
+            "context",
             dict(segment=3),
             r"segment \(3\) must be a multiple of memory.chunk \(2\)",
         ),
-        (dict(conv=0), "conv must be at least 1, got 0"),
+        ("layer", dict(conv=0), "conv must be at least 1, got 0"),
     ],
 )
-def test_configs_that_cannot_be(options, message):
+def test_configs_that_cannot_be(variant, options, message):
     with pytest.raises(ValueError, match=message):
-        configured(**options)
+        configured(variant, **options)
 
 
 def test_gates_must_fit_the_memory():
     with pytest.raises(ValueError, match="gates.rate='step' has no bound"):
-        TitansConfig(gates=GateConfig(rate="step"))
+        TitansContextConfig(gates=GateConfig(rate="step"))
 
 
 @pytest.mark.parametrize("heads", [3, 8])
 def test_heads_must_be_even(heads):
     with pytest.raises(ValueError, match=rf"an even multiple of heads \({heads}\)"):
-        MemoryAsGate(D, heads, configured(), jnp.float32, rngs=nnx.Rngs(0))
+        MemoryAsGate(D, heads, configured("gate"), jnp.float32, rngs=nnx.Rngs(0))
 
 
 def test_defaults_are_the_papers_memory():
-    memory = TitansConfig().memory
+    memory = TitansContextConfig().memory
     assert dataclasses.replace(memory, chunk=1) == MemoryConfig(
         architecture="mlp",
         bias="l2",

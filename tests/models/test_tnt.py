@@ -11,7 +11,7 @@ from flax import nnx
 
 from hope_jax.core.level import begin, tick
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
-from hope_jax.models.tnt import TNT, TNTConfig, stage2
+from hope_jax.models.mixers.tnt import TNT, TNTConfig, stage2
 
 D, HEADS, ROWS = 8, 2, 2
 

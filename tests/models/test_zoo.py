@@ -7,9 +7,10 @@ import jax
 import pytest
 
 from hope_jax.core import system
-from hope_jax.models import lm, mixers, zoo
-from hope_jax.models.block import ModelConfig
+from hope_jax.models import lm, zoo
 from hope_jax.models.cms import CMSConfig, CMSLevel
+from hope_jax.models.config import ModelConfig
+from hope_jax.models.mixers import MIXERS
 from tests.models import small
 
 SIZES = {"100m": 100e6, "340m": 340e6, "760m": 760e6, "1b3": 1.3e9}
@@ -45,29 +46,27 @@ def test_unknown_names(name, message):
         zoo.get(name)
 
 
-@pytest.mark.parametrize("name", [*mixers.names(), "retnet,sliding_window"])
+@pytest.mark.parametrize("name", [*MIXERS, "retnet,sliding_window"])
 def test_every_mixer_has_a_tiny_model_of_one_size(name):
     """Counted from shapes: no parameter is made."""
     twin = zoo.get("transformer_tiny")
     config = zoo.get(f"{name}_tiny")
-    assert config.mixer == name and config.name == f"{name}_tiny"
+    assert config.kinds == name and config.name == f"{name}_tiny"
     count = lm.count_parameters(config)
     assert abs(count / lm.count_parameters(twin) - 1) < 0.02
     fields = {"name", "mixer", "cms", "heads"}
     for field in {f.name for f in dataclasses.fields(config)} - fields:
         assert getattr(config, field) == getattr(twin, field)
     assert config.heads == (8 if name in SECOND_DEGREE else 4)
-    assert sum(box.parameters for box in lm.system(config).boxes) == count
+    assert sum(box.parameters for box in lm.system(config, 256).boxes) == count
 
 
 SECOND_DEGREE = {"deep_transformer", "omega_net", "dot", "atlas"}
 
 
-@pytest.mark.parametrize("name", mixers.names())
+@pytest.mark.parametrize("name", MIXERS)
 def test_every_mixer_reads_tokens_in_bfloat16(name):
-    config = ModelConfig(
-        vocab=7, d_model=8, heads=2, mixer=name, context=16, dtype="bfloat16"
-    )
+    config = ModelConfig(vocab=7, d_model=8, heads=2, mixer=name, dtype="bfloat16")
 
     def read(tokens):
         graphdef, params = lm.build(config, jax.random.key(0))
@@ -81,7 +80,7 @@ def test_every_mixer_reads_tokens_in_bfloat16(name):
 
 def test_names_are_those_of_every_family_and_mixer_at_every_size():
     assert {"hope_tiny", "titans_340m", "softmax_attention_1b3"} <= set(zoo.names())
-    assert len(zoo.names()) == 5 * (4 + len(mixers.names()))
+    assert len(zoo.names()) == 5 * (4 + len(MIXERS))
     assert "memory_tiny" in zoo.names()
 
 
@@ -131,9 +130,9 @@ def test_matched_refuses_what_no_width_reaches(count, tolerance, message):
 )
 def test_described_parameters_add_up(name):
     config = zoo.get(name)
-    boxes = lm.system(config).boxes
+    boxes = lm.system(config, 256).boxes
     assert sum(box.parameters for box in boxes) == lm.count_parameters(config)
-    assert "next-token loss" in str(system.describe(lm.system(config)))
+    assert "next-token loss" in str(system.describe(lm.system(config, 256)))
 
 
 def test_slow_levels_wait_for_their_period():
@@ -158,7 +157,6 @@ def test_slow_levels_wait_for_their_period():
             "mixer must be one of self_modifying, attention, .* got 'mam",
         ),
         (dict(mixer="titan"), "Did you mean 'titans'?"),
-        (dict(chunk=8), r"chunk \(8\) is that of named memories, and 'self_modifying'"),
         (
             dict(mixer="retnet", d_model=12, heads=4),
             "rotary positions of retnet, got 3",
@@ -167,7 +165,7 @@ def test_slow_levels_wait_for_their_period():
         (dict(dtype="float16"), "dtype must be one of .* got 'float16'"),
         (dict(mixer="attention", d_model=12, heads=4), "d_model / heads must be even"),
         (
-            dict(cms=CMSConfig(levels=(CMSLevel(period=100),)), context=64),
+            dict(cms=CMSConfig(levels=(CMSLevel(period=100),))),
             r"a period \(100\) must be a multiple of the next faster chunk \(64\)",
         ),
     ],

@@ -11,7 +11,7 @@ import optax
 from hope_jax import optim
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
-from hope_jax.models.self_modifying import MLP, SelfModifyingConfig
+from hope_jax.models.mixers.self_modifying import MLP, SelfModifyingConfig
 from hope_jax.optim import options
 from hope_jax.optim.capture import dgd_gradients
 from hope_jax.train import loop
@@ -122,9 +122,7 @@ def test_a_model_that_modifies_itself_trains_with_dgd():
     memory = SelfModifyingConfig(
         memory=dataclasses.replace(MLP, chunk=SEQ, expansion=2), projection_chunk=SEQ
     )
-    model = dataclasses.replace(
-        small.HOPE, layers=1, context=SEQ, memory=memory, cms=cms
-    )
+    model = dataclasses.replace(small.HOPE, layers=1, mixer=memory, cms=cms)
     _, groups, state, step = made(model)
     before = flat(state.params)
     for tokens in batches(model.vocab)[:2]:

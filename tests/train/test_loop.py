@@ -128,11 +128,11 @@ def test_a_gradient_that_is_nan_is_not_saved_either(tmp_path, monkeypatch):
     [
         (["train.batch=6"], r"batch \(6\) must be a multiple of the 4 devices"),
         (["model.vocab=256"], r"model.vocab \(256\) must be .* set model.vocab=257"),
-        (["train.seq_len=30000", "model.context=30000"], "(?s)seq_len=30000"),
+        (["train.seq_len=30000", "model.mixer.context=30000"], "(?s)seq_len=30000"),
         (
             ["train.seq_len=32"],
-            r"train.seq_len \(32\) and model.context \(16\) must be the same: .* Set "
-            "model.context=32, or train.seq_len=16",
+            r"train.seq_len \(32\) and model.mixer.context \(16\) must be the same: .* "
+            "Set model.mixer.context=32, or train.seq_len=16",
         ),
         (
             ["model.cms.levels.0.rate=0.1"],

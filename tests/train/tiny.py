@@ -1,7 +1,8 @@
 """A run small enough for tests: a byte-level model of one layer on a little text."""
 
 from hope_jax.models.cms import CMSConfig, CMSLevel
-from hope_jax.models.lm import ModelConfig
+from hope_jax.models.config import ModelConfig
+from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 
 # The MLP is a slow level: it moves every three steps of 16 tokens, so a run is mostly
@@ -10,8 +11,7 @@ MODEL = ModelConfig(
     d_model=16,
     layers=1,
     heads=2,
-    mixer="attention",
-    context=16,
+    mixer=AttentionConfig(context=16),
     cms=CMSConfig(levels=(CMSLevel(period=48, rate=0.0),), hidden=16),
 )
 

@@ -18,13 +18,15 @@ sees of a token, how long values are and how fast each memory moves; the default
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from hope_jax.core.config import at_least, one_of
+from hope_jax.core.system import Edge
 from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, form, piece
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
@@ -44,7 +46,8 @@ from hope_jax.models.layers import (
     unit,
 )
 from hope_jax.models.learning import Learning
-from hope_jax.models.memory_mixer import commit_where
+from hope_jax.models.mixers.base import MixerConfig, Part, scaled
+from hope_jax.models.mixers.memory import commit_where
 
 MLP = MemoryConfig(rule="gd", dgd="none", toward="start", rate_law="output")
 MATRIX = MemoryConfig(
@@ -57,10 +60,11 @@ MATRIX = MemoryConfig(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelfModifyingConfig:
+class SelfModifyingConfig(MixerConfig):
     """Sizes and switches of the layer.
 
     Attributes:
+      kind: its name.
       memory: the four choices all memories share; its `chunk` and `read` are the main
         memory's (the projection memories are read at their chunk's start). `MLP` and
         `MATRIX` are those that recall.
@@ -93,6 +97,7 @@ class SelfModifyingConfig:
         from itself grow over long texts until they overflow.
     """
 
+    kind: Literal["self_modifying"] = "self_modifying"
     memory: MemoryConfig = MLP
     projection_chunk: int = 64
     adaptive_q: bool = False
@@ -128,8 +133,7 @@ class SelfModifyingConfig:
                 f"projection_chunk ({self.projection_chunk}) must be a multiple of "
                 f"memory.chunk ({memory.chunk})."
             )
-        if self.conv < 1:
-            raise ValueError(f"conv must be at least 1, got {self.conv}.")
+        at_least(self, conv=1)
         if self.rate is not None and not 0 < self.rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {self.rate}.")
         for name in ("rate_start", "momentum_start", "projection_rate"):
@@ -143,12 +147,7 @@ class SelfModifyingConfig:
                 "half_life_start must be a number of tokens, at least 1, got "
                 f"{self.half_life_start}; retention 'none' forgets nothing."
             )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got "
-                    f"{getattr(self, name)!r}."
-                )
+        one_of(self, **_CHOICES)
 
     @property
     def rate_bound(self) -> float:
@@ -165,12 +164,63 @@ class SelfModifyingConfig:
         """The memories that make keys, values and gates, in stacking order."""
         return ("k", "v", "eta", "alpha") + ("q",) * self.adaptive_q
 
+    modifies_itself: ClassVar[bool] = True
+
+    def build(self, d_model, heads, dtype, *, rngs) -> "SelfModifyingTitans":
+        return SelfModifyingTitans(d_model, heads, self, dtype, rngs=rngs)
+
+    @property
+    def span(self) -> int:
+        return self.projection_chunk
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        recall = "recall of {}" if self.memory.bias == "l2" else "dot with {}"
+        own = recall.format("values" if self.targets == "none" else "own values")
+        stored = recall.format("own values" if self.targets == "all" else "values")
+        rule = "DGD" if self.memory.dgd != "none" else "GD"
+        rule += f" + {self.memory.rule}" if self.memory.rule != "gd" else ""
+        made = [
+            Part(
+                f"{_WORDS[projection]} memory",
+                self.projection_chunk,
+                own,
+                rule,
+                start="projection_start",
+                share=len(self.projections),
+            )
+            for projection in self.projections
+        ]
+        main = Part("main memory", self.memory.chunk, stored, rule, "main_start")
+        return (*made, main)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        return (self.parts[-1].name,)
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        *made, main = self.parts
+        return tuple(Edge(part.name, main.name, "generate") for part in made)
+
+    def rechunked(self, factor: float) -> "SelfModifyingConfig":
+        memory = dataclasses.replace(
+            self.memory, chunk=scaled(self.memory.chunk, factor)
+        )
+        return dataclasses.replace(
+            self,
+            memory=memory,
+            projection_chunk=scaled(self.projection_chunk, factor),
+            rate=self.rate_bound,
+        )
+
 
 _CHOICES = {
     "conv_activation": ("silu", "none"),
     "inputs": ("dense", "slice"),
     "targets": ("all", "projections", "none"),
 }
+_WORDS = {"k": "key", "v": "value", "q": "query", "eta": "rate", "alpha": "retention"}
 _LONGEST_HALF_LIFE = 1024  # tokens at least, of the head that forgets most slowly
 
 

@@ -19,13 +19,15 @@ memory learns only what attention gives out.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from hope_jax.core.config import at_least
+from hope_jax.core.system import Edge
 from hope_jax.kernels.chunk import commit
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
@@ -39,7 +41,8 @@ from hope_jax.models.layers import (
     where_rows,
 )
 from hope_jax.models.learning import Learning
-from hope_jax.models.memory_mixer import (
+from hope_jax.models.mixers.base import MixerConfig, Part, recalling, softmax
+from hope_jax.models.mixers.memory import (
     MemoryMixer,
     MemoryMixerConfig,
     MemoryMixerState,
@@ -47,49 +50,119 @@ from hope_jax.models.memory_mixer import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TitansConfig:
-    """Sizes and switches of all three variants.
+class TitansConfig(MixerConfig):
+    """What all three variants share.
 
     Attributes:
-      memory: the neural memory; its chunk divides `segment`.
+      kind: which one.
+      memory: the neural memory.
       gates: how the memory's keys and rates are made. Values have unit norm, which the
         equations leave free: else long monotonous texts drive the weights far out.
-      segment: tokens that attention sees at once in the context variant, which reads
-        the memory where the segment begins.
-      window: tokens that sliding attention looks back over in the two others.
       persistent: learned vectors before the text; 0 is none.
       conv: width of the memory's causal convolutions.
     """
 
+    kind: str
     memory: MemoryConfig = MemoryConfig(
         architecture="mlp", bias="l2", retention="decay", rule="momentum", dgd="none"
     )
     gates: GateConfig = GateConfig(unit_values=True)
-    segment: int = 64
-    window: int = 64
     persistent: int = 4
     conv: int = 4
 
+    even: ClassVar[bool] = True
+
     def __post_init__(self):
-        for name in ("segment", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.persistent < 0:
-            raise ValueError(
-                f"persistent must not be negative, got {self.persistent}: 0 is none."
-            )
+        at_least(self, persistent=0)
+        self.layer()  # refuses a memory, gates and conv that do not fit
+
+    def layer(self) -> MemoryMixerConfig:
+        """The neural memory as a layer."""
+        return MemoryMixerConfig(memory=self.memory, gates=self.gates, conv=self.conv)
+
+    @property
+    def _short(self) -> str:
+        return self.kind.removeprefix("titans_").upper()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        memory = recalling(f"{self._short} memory", self.memory, "memory.start")
+        return (memory, softmax(f"{self._short} attention"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TitansContextConfig(TitansConfig):
+    """Memory as context.
+
+    Attributes:
+      kind: its name.
+      segment: tokens that attention sees at once, a multiple of `memory.chunk`; the
+        memory is read where the segment begins.
+    """
+
+    kind: Literal["titans_mac"] = "titans_mac"
+    segment: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, segment=1)
         if self.segment % self.memory.chunk:
             raise ValueError(
                 f"segment ({self.segment}) must be a multiple of memory.chunk "
                 f"({self.memory.chunk})."
             )
-        self.mixer()  # refuses a memory, gates and conv that do not fit
 
-    def mixer(self) -> MemoryMixerConfig:
-        """The neural memory as a layer."""
-        return MemoryMixerConfig(memory=self.memory, gates=self.gates, conv=self.conv)
+    def build(self, d_model, heads, dtype, *, rngs) -> "MemoryAsContext":
+        return MemoryAsContext(d_model, heads, self, dtype, rngs=rngs)
+
+    @property
+    def span(self) -> int:
+        return self.segment
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        memory, attention = self.ends
+        return (
+            Edge(memory, attention, "generate"),
+            Edge(attention, memory, "attend"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TitansWindowConfig(TitansConfig):
+    """Memory as gate of attention, or as the layer below it.
+
+    Attributes:
+      kind: which of the two.
+      window: tokens that attention looks back over.
+    """
+
+    kind: Literal["titans_mag", "titans_mal"]
+    window: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, window=1)
+
+    def build(self, d_model, heads, dtype, *, rngs) -> "MemoryAsGate | MemoryAsLayer":
+        module = MemoryAsGate if self.kind == "titans_mag" else MemoryAsLayer
+        return module(d_model, heads, self, dtype, rngs=rngs)
+
+    @property
+    def span(self) -> int:
+        return self.parts[0].period
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        names = super().ends
+        return names if self.kind == "titans_mag" else names[1:]
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        if self.kind == "titans_mag":
+            return ()
+        memory, attention = self.parts
+        return (Edge(memory.name, attention.name, "generate"),)
 
 
 class Pairs(NamedTuple):
@@ -236,11 +309,17 @@ class MemoryAsContext(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, heads: int, config: TitansConfig, dtype, *, rngs: nnx.Rngs
+        self,
+        d_model: int,
+        heads: int,
+        config: TitansContextConfig,
+        dtype,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.config = config
         self.heads = Heads(d_model, heads, dtype, rngs=rngs)
-        self.memory = MemoryMixer(d_model, heads, config.mixer(), dtype, rngs=rngs)
+        self.memory = MemoryMixer(d_model, heads, config.layer(), dtype, rngs=rngs)
         self.persistent = _persistent(d_model, config, rngs)
         self.join = Gated(d_model, dtype, rngs=rngs)
 
@@ -340,11 +419,17 @@ class MemoryAsGate(nnx.Module):
     """MAG: `y, state = layer(x, state)`: sliding attention, gated by the memory."""
 
     def __init__(
-        self, d_model: int, heads: int, config: TitansConfig, dtype, *, rngs: nnx.Rngs
+        self,
+        d_model: int,
+        heads: int,
+        config: TitansWindowConfig,
+        dtype,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.config = config
         self.heads = Heads(d_model, heads, dtype, rngs=rngs)
-        self.memory = MemoryMixer(d_model, heads, config.mixer(), dtype, rngs=rngs)
+        self.memory = MemoryMixer(d_model, heads, config.layer(), dtype, rngs=rngs)
         self.persistent = _persistent(d_model, config, rngs)
         self.join = Gated(d_model, dtype, rngs=rngs)
 
@@ -394,11 +479,17 @@ class MemoryAsLayer(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, heads: int, config: TitansConfig, dtype, *, rngs: nnx.Rngs
+        self,
+        d_model: int,
+        heads: int,
+        config: TitansWindowConfig,
+        dtype,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.config = config
         self.heads = Heads(d_model, heads, dtype, rngs=rngs)
-        self.memory = MemoryMixer(d_model, heads, config.mixer(), dtype, rngs=rngs)
+        self.memory = MemoryMixer(d_model, heads, config.layer(), dtype, rngs=rngs)
         self.persistent = _persistent(d_model, config, rngs)
         self.out = dense(d_model, d_model, dtype, rngs, scale=0.5)
 

@@ -1,14 +1,72 @@
 """Softmax attention: the non-parametric level, over a sliding window of keys."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from hope_jax.core.config import at_least
 from hope_jax.models.layers import dense, rotary
 from hope_jax.models.learning import Learning
+from hope_jax.models.mixers.base import MixerConfig, Part, softmax
+
+
+class _Attention(MixerConfig):
+    """What both configs say."""
+
+    even: ClassVar[bool] = True
+
+    @property
+    def span(self) -> int:
+        return 1
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (softmax(self.kind.replace("_", " ")),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(_Attention):
+    """Attention to the whole row.
+
+    Attributes:
+      kind: `attention` (Transformer++, Hope-Attention), or `softmax_attention`, its
+        name among the points of `memory.named`.
+      context: tokens that a token looks back over, itself among them: those of a
+        training row. No parameter has its shape, so it may be raised on a trained
+        model.
+    """
+
+    kind: Literal["attention", "softmax_attention"] = "attention"
+    context: int = 256
+
+    def __post_init__(self):
+        at_least(self, context=1)
+
+    def build(self, d_model, heads, dtype, *, rngs) -> "Attention":
+        return Attention(d_model, heads, self.context, dtype, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlidingWindowConfig(_Attention):
+    """Attention to the last tokens only.
+
+    Attributes:
+      kind: its name.
+      window: tokens that a token looks back over, itself among them.
+    """
+
+    kind: Literal["sliding_window"] = "sliding_window"
+    window: int = 64
+
+    def __post_init__(self):
+        at_least(self, window=1)
+
+    def build(self, d_model, heads, dtype, *, rngs) -> "Attention":
+        return Attention(d_model, heads, self.window, dtype, rngs=rngs)
 
 
 class AttentionState(NamedTuple):

@@ -14,16 +14,17 @@ memory then does is `memory_level(config.memory, width)`, token by token.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from hope_jax.core.config import at_least, one_of
 from hope_jax.kernels.chunk import MemoryState, begin_memory, piece
 from hope_jax.kernels.select import Implementation, memory_scan
-from hope_jax.memory import features
+from hope_jax.memory import features, named
 from hope_jax.memory.compose import (
     MemoryConfig,
     Tokens,
@@ -44,16 +45,18 @@ from hope_jax.models.layers import (
     where_rows,
 )
 from hope_jax.models.learning import Learning
+from hope_jax.models.mixers.base import MixerConfig, Part, recalling, scaled
 
 _STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
 _ROBUST = ("huber", "huber_norm", "huber_switched", "value_shift")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryMixerConfig:
+class MemoryMixerConfig(MixerConfig):
     """A memory, and how a layer makes its tokens.
 
     Attributes:
+      kind: its name.
       memory: the memory each head has.
       gates: where its keys, rates and retentions come from.
       conv: width of the causal convolutions after k, v and q; 1 sees no other token.
@@ -64,6 +67,7 @@ class MemoryMixerConfig:
         memory, a multiple of its chunk; None goes back to the start.
     """
 
+    kind: Literal["memory"] = "memory"
     memory: MemoryConfig = MemoryConfig()
     gates: GateConfig = GateConfig()
     conv: int = 4
@@ -72,16 +76,8 @@ class MemoryMixerConfig:
     truncate: int | None = None
 
     def __post_init__(self):
-        for name in ("conv", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.impl not in get_args(Implementation):
-            raise ValueError(
-                f"impl must be one of {', '.join(get_args(Implementation))}, got "
-                f"{self.impl!r}."
-            )
+        at_least(self, conv=1, rank=1)
+        one_of(self, impl=get_args(Implementation))
         if self.truncate is not None and (
             self.truncate < 1 or self.truncate % self.memory.chunk
         ):
@@ -109,6 +105,75 @@ class MemoryMixerConfig:
             return 1.0 / (memory.chunk * memory.window)
         twice = memory.bias != "dot" and memory.dgd != "none"
         return 0.5 if twice else 1.0
+
+    def build(self, d_model, heads, dtype, *, rngs) -> "MemoryMixer":
+        return MemoryMixer(d_model, heads, self, dtype, rngs=rngs)
+
+    @property
+    def even(self) -> bool:
+        return self.gates.rotary
+
+    @property
+    def span(self) -> int:
+        return self.parts[0].period
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (recalling("memory", self.memory, "start"),)
+
+    def rechunked(self, factor: float) -> "MemoryMixerConfig":
+        if self.memory.gradient == "exact":
+            raise ValueError("its chunk is a matter of speed, not of what it computes")
+        chunk = scaled(self.memory.chunk, factor)
+        memory = dataclasses.replace(self.memory, chunk=chunk)
+        return dataclasses.replace(self, memory=memory)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedConfig(MixerConfig):
+    """A published memory, by its name in `memory.named`.
+
+    Attributes:
+      kind: that name.
+      chunk: tokens per chunk; None is the point's own. It is part of the function where
+        the point is anchored.
+    """
+
+    kind: str
+    chunk: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in named.memories():
+            named.get(self.kind)  # refuses an unknown one
+            raise ValueError(f"kind {self.kind!r} has no memory; it is attention.")
+        at_least(self, chunk=1)
+        self.layer  # refuses a chunk that does not fit  # noqa: B018
+
+    @property
+    def layer(self) -> MemoryMixerConfig:
+        """The same as four choices."""
+        point = named.get(self.kind, self.chunk)
+        return MemoryMixerConfig(memory=point.memory, gates=point.gates)
+
+    def build(self, d_model, heads, dtype, *, rngs) -> "MemoryMixer":
+        return self.layer.build(d_model, heads, dtype, rngs=rngs)
+
+    @property
+    def even(self) -> bool:
+        return self.layer.even
+
+    @property
+    def span(self) -> int:
+        return self.layer.span
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        title = named.get(self.kind).title
+        return (recalling(f"{title} memory", self.layer.memory, "start"),)
+
+    def rechunked(self, factor: float) -> "NamedConfig":
+        chunk = self.layer.rechunked(factor).memory.chunk
+        return dataclasses.replace(self, chunk=chunk)
 
 
 def _conflicts(memory: MemoryConfig, gates: GateConfig):

@@ -22,13 +22,14 @@ queries get unit norm; the sum of the reads is normalised and gated.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from hope_jax.core.config import at_least, one_of
 from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import (
@@ -48,7 +49,8 @@ from hope_jax.models.layers import (
     where_rows,
 )
 from hope_jax.models.learning import Learning
-from hope_jax.models.memory_mixer import Gate
+from hope_jax.models.mixers.base import MixerConfig, Part, recalling
+from hope_jax.models.mixers.memory import Gate
 
 _KEY_SPACE = MemoryConfig(  # Π: a Hebbian matrix, for which the chunk is a speed knob
     architecture="linear",
@@ -62,12 +64,13 @@ _KEY_SPACE = MemoryConfig(  # Π: a Hebbian matrix, for which the chunk is a spe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TNTConfig:
+class TNTConfig(MixerConfig):
     """Sizes and switches of the layer.
 
     Attributes:
-      memory: what all memories are; its `chunk` and `read` are not used, for the
-        hierarchy sets them.
+      kind: its name.
+      memory: what all memories are, but for `chunk` and `read`: the hierarchy sets
+        them.
       global_chunk: tokens per chunk of the global memory.
       local_chunks: tokens per chunk of each local memory, divisors of `shard`.
       shard: tokens after which local memories restart; it divides `global_chunk` or is
@@ -82,6 +85,7 @@ class TNTConfig:
         a memory without retention then overflows on long monotonous texts.
     """
 
+    kind: Literal["tnt"] = "tnt"
     memory: MemoryConfig = MemoryConfig(
         architecture="mlp", bias="l2", rule="gd", dgd="none", retention="none"
     )
@@ -101,11 +105,14 @@ class TNTConfig:
                 "itself: use toward='zero', erases='all' and rate_law='token', got "
                 f"{memory.toward!r}, {memory.erases!r}, {memory.rate_law!r}."
             )
-        for name in ("global_chunk", "shard", "conv"):
-            if getattr(self, name) < 1:
+        for name in ("chunk", "read"):
+            value = getattr(memory, name)
+            if value != getattr(MemoryConfig, name):
                 raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
+                    f"memory.{name} is set by the hierarchy, got {value!r}: leave it, "
+                    "and set global_chunk and local_chunks."
                 )
+        at_least(self, global_chunk=1, shard=1, conv=1)
         if not self.local_chunks:
             raise ValueError(
                 "local_chunks must name at least one chunk; without a local memory, "
@@ -134,16 +141,27 @@ class TNTConfig:
                 f"'decay', got {memory.features!r}, {memory.steps} and "
                 f"{memory.retention!r}."
             )
-        if self.projection not in ("sum", "unit", "none"):
-            raise ValueError(
-                f"projection must be sum, unit or none, got {self.projection!r}."
-            )
+        one_of(self, projection=("sum", "unit", "none"))
         if self.rates is not None:
             if len(self.rates) != self.count or not all(0 < r <= 1 for r in self.rates):
                 raise ValueError(
                     f"rates must hold {self.count} bounds in (0, 1], the global "
                     f"memory's first, got {self.rates}."
                 )
+
+    controlled: ClassVar[bool] = False
+
+    def build(self, d_model, heads, dtype, *, rngs) -> "TNT":
+        return TNT(d_model, heads, self, dtype, rngs=rngs)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        locals_ = (f"TNT local memory {i + 1}" for i in range(len(self.local_chunks)))
+        names = ("TNT global memory", *locals_)
+        return tuple(
+            recalling(name, memory, f"starts.{i}")
+            for i, (name, memory) in enumerate(zip(names, self.memories, strict=True))
+        )
 
     @property
     def count(self) -> int:

@@ -1,0 +1,175 @@
+"""A language model, complete in one config."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hope_jax.core.config import at_least, one_of
+from hope_jax.models.cms import CMSConfig
+from hope_jax.models.layers import DTYPES
+from hope_jax.models.mixers import MIXERS, Mixer
+from hope_jax.models.mixers.attention import AttentionConfig
+from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.models.mixers.self_modifying import SelfModifyingConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A language model.
+
+    Attributes:
+      name: what the zoo calls it.
+      vocab: entries of its vocabulary.
+      d_model: width of the residual stream, a multiple of `heads`.
+      layers: number of blocks.
+      heads: heads of the mixer.
+      mixer: a config of `models.mixers.MIXERS`, or its kind for the one it stands for:
+        `self_modifying` (Hope), `attention` (Transformer++, Hope-Attention), a memory;
+        or several, a pattern which the layers repeat
+        (`("gated_delta_net", "sliding_window")`, or the same with commas).
+      cms: the chain of MLPs; one level of infinite period is a Transformer block.
+      dtype: compute type of projections and MLPs; memories stay in float32.
+    """
+
+    name: str = "custom"
+    vocab: int = 257
+    d_model: int = 128
+    layers: int = 2
+    heads: int = 4
+    mixer: Mixer | tuple[Mixer, ...] = SelfModifyingConfig()
+    cms: CMSConfig = CMSConfig()
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        object.__setattr__(self, "mixer", _mixers(self.mixer))
+        at_least(self, vocab=1, d_model=1, layers=1, heads=1)
+        if self.d_model % self.heads:
+            raise ValueError(
+                f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})."
+            )
+        if self.layers % len(self.pattern):
+            raise ValueError(
+                f"layers ({self.layers}) must be a multiple of the {len(self.pattern)} "
+                f"mixers of the pattern {self.kinds!r}."
+            )
+        one_of(self, dtype=DTYPES)
+        for mixer in self.pattern:
+            if mixer.even and (self.d_model // self.heads) % 2:
+                raise ValueError(
+                    "d_model / heads must be even for the rotary positions of "
+                    f"{mixer.kind}, got {self.d_model // self.heads}."
+                )
+        chunks = [self.mixer_chunk] + [int(p) for p in self.fast_periods]
+        for inner, outer in zip(chunks, chunks[1:], strict=False):
+            if outer % inner:
+                raise ValueError(
+                    f"cms.levels: a period ({outer}) must be a multiple of the next "
+                    f"faster chunk ({inner}), so that clocks nest; a level of rate 0 "
+                    "never moves while reading and needs no clock."
+                )
+
+    @classmethod
+    def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Before mixers had configs of their own, `mixer` was a name or several and the
+        fields of every mixer stood beside it."""
+        beside = {
+            "context",
+            "window",
+            "chunk",
+            "memory",
+            "associative",
+            "titans",
+            "tnt",
+        }
+        if not beside & set(data):
+            return data
+        named = str(data.get("mixer", "self_modifying")).split(",")
+        made = [_from_before(name.strip(), data) for name in named]
+        rest = {name: value for name, value in data.items() if name not in beside}
+        return rest | {"mixer": made[0] if len(made) == 1 else made}
+
+    @property
+    def pattern(self) -> tuple[MixerConfig, ...]:
+        """The mixers of consecutive layers, repeated over them all."""
+        return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+
+    @property
+    def kinds(self) -> str:
+        """The names of the mixers, separated by commas."""
+        return ",".join(mixer.kind for mixer in self.pattern)
+
+    @property
+    def mixer_chunk(self) -> int:
+        """Tokens after which every clock of the mixers stands at a boundary."""
+        return math.lcm(*(mixer.span for mixer in self.pattern))
+
+    @property
+    def fast(self) -> tuple[int, ...]:
+        """Indices of the CMS levels that move while reading, fast first."""
+        return self.cms.fast
+
+    def within(self, horizon: int | None) -> tuple[int, ...]:
+        """Those of `fast` that move before `horizon` tokens are read; None for all."""
+        periods = (self.cms.levels[i].period for i in self.fast)
+        count = sum(horizon is None or period < horizon for period in periods)
+        return self.fast[:count]
+
+    @property
+    def fast_periods(self) -> tuple[int, ...]:
+        return tuple(int(self.cms.levels[i].period) for i in self.fast)
+
+    @property
+    def base_chunk(self) -> int | None:
+        """Tokens between two moves of the fastest CMS level; None without one."""
+        return self.fast_periods[0] if self.fast else None
+
+    @property
+    def span(self) -> int:
+        """Tokens after which the mixers and the fastest CMS level are at a boundary:
+        there a row may be read in parallel."""
+        return self.base_chunk or self.mixer_chunk  # which divides the former
+
+
+def with_context(config: ModelConfig, context: int) -> ModelConfig:
+    """The model whose attention to whole rows looks back over `context` tokens."""
+    pattern = tuple(
+        dataclasses.replace(mixer, context=context)
+        if isinstance(mixer, AttentionConfig)
+        else mixer
+        for mixer in config.pattern
+    )
+    return dataclasses.replace(config, mixer=pattern)
+
+
+def _mixers(given: Any) -> MixerConfig | tuple[MixerConfig, ...]:
+    """`given` with names replaced by what they stand for; a pattern of one is that."""
+    if isinstance(given, str) and "," in given:
+        given = tuple(name.strip() for name in given.split(","))
+    if not isinstance(given, tuple | list):
+        return MIXERS.of(given, "mixer")
+    if not given:
+        raise ValueError("mixer must name at least one mixer, got none.")
+    made = tuple(MIXERS.of(one, "mixer") for one in given)
+    return made[0] if len(made) == 1 else made
+
+
+def _from_before(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a mixer, as JSON, from the fields that it had in the model's."""
+    match kind:
+        case "self_modifying":
+            fields = data.get("memory", {})
+        case "memory":
+            fields = data.get("associative", {})
+        case "attention" | "softmax_attention":
+            fields = {"context": data.get("context", 256)}
+        case "sliding_window":
+            fields = {"window": data.get("window", 64)}
+        case "titans_mac" | "titans_mag" | "titans_mal":
+            unread = "window" if kind == "titans_mac" else "segment"
+            fields = {k: v for k, v in data.get("titans", {}).items() if k != unread}
+        case "tnt":
+            fields = data.get("tnt", {})
+        case _:
+            fields = {"chunk": data.get("chunk")}
+    return {"kind": kind, **fields}

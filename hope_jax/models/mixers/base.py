@@ -1,0 +1,103 @@
+"""What the config of a mixer is, and what it says of the mixer."""
+
+import abc
+from typing import ClassVar, NamedTuple
+
+from flax import nnx
+
+from hope_jax.core.system import Edge
+from hope_jax.memory import named
+from hope_jax.memory.compose import MemoryConfig
+
+
+class Part(NamedTuple):
+    """One level of a mixer, for the picture of the model it is in.
+
+    Attributes:
+      name: of its box.
+      period: tokens between two moves; 0 is non-parametric.
+      objective, rule: what it descends, and how, in words.
+      start: path, inside the mixer, of the parameters that are its initial state; ""
+        without any.
+      share: how many parts start there.
+    """
+
+    name: str
+    period: int
+    objective: str
+    rule: str
+    start: str = ""
+    share: int = 1
+
+
+class MixerConfig(abc.ABC):
+    """Base of the configs in `hope_jax.models.mixers.MIXERS`: frozen dataclasses, each
+    of which builds its mixer.
+
+    Attributes:
+      kind: its name in the registry, a field.
+      even: whether the width of a head must be even, for rotary positions.
+      modifies_itself: whether the projections are memories too.
+      controlled: whether `models.learning.Controls` reach its memories.
+    """
+
+    kind: str
+    even: ClassVar[bool] = False
+    modifies_itself: ClassVar[bool] = False
+    controlled: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def build(self, d_model: int, heads: int, dtype, *, rngs: nnx.Rngs) -> nnx.Module:
+        """The module: `y, state = module(x, state, aligned=, learn=)` on
+        `x: [B, T, d_model]`, and `initial_state(rows)`."""
+
+    @property
+    @abc.abstractmethod
+    def span(self) -> int:
+        """Tokens after which all its clocks stand at a boundary."""
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """Its levels."""
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Names of the parts whose answers leave it."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """What passes between its parts."""
+        return ()
+
+    def rechunked(self, factor: float) -> "MixerConfig":
+        """The same with chunks `factor` times as long, and inner rates as they are.
+
+        Raises:
+          ValueError: it has no chunk that is part of its function, or none so long.
+        """
+        raise ValueError(f"{self.kind} has no chunk of a memory alone")
+
+
+def softmax(name: str) -> Part:
+    """Attention as a level."""
+    return Part(name, 0, "regression on values", "softmax")
+
+
+def recalling(name: str, memory: MemoryConfig, start: str) -> Part:
+    """A memory of `memory.compose`; that of an exact one moves at every token."""
+    _, bias, _, rule = named.choices(memory)
+    period = 1 if memory.gradient == "exact" else memory.chunk
+    return Part(name, period, f"{bias} with values", rule, start)
+
+
+def scaled(chunk: int, factor: float) -> int:
+    """`factor` times a chunk.
+
+    Raises:
+      ValueError: that is no whole number of tokens.
+    """
+    if chunk * factor < 1 or not float(chunk * factor).is_integer():
+        raise ValueError(f"a chunk of {chunk} has no part of {factor}")
+    return int(chunk * factor)
