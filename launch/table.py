@@ -1,7 +1,8 @@
-"""The README's tables: equation -> function -> test, and the named memories.
+"""The tables of the pages: equation -> function -> test, and the named memories.
 
-Print one:               python -m launch.table [--table=memories]
-Put them in the README:  python -m launch.table --write README.md
+Print one:              python -m launch.table [--table=memories]
+Put it on its page:     python -m launch.table --write tests/README.md
+                        python -m launch.table --write hope_jax/memory/README.md
 
 An equation's test is named `test_equation_<number>_<what>` in tests/equations and has
 in its docstring a line `Implements: module.function`. The tests are parsed, not run.
@@ -52,13 +53,13 @@ def rows(folder: Path = _TESTS) -> list[Row]:
                     f"{path.name}: the docstring of {node.name} needs a line "
                     "'Implements: module.function'."
                 )
-            file = path.relative_to(folder.parent.parent).as_posix()
+            file = path.relative_to(folder.parent).as_posix()
             found.append(Row(int(name[1]), line[1], file, node.name))
     return sorted(found)
 
 
 def markdown(table: list[Row]) -> str:
-    """The rows as a Markdown table with links from the repository's root."""
+    """The rows as a Markdown table with links from `tests/`."""
     lines = ["| Equation | Function | Test |", "|---:|---|---|"]
     lines += [
         f"| {row.equation} | `{row.function}` | [`{row.test}`]({row.file}) |"
@@ -115,6 +116,7 @@ def _ratios(benchmarks: Path) -> dict[tuple[str, str], float]:
 
 
 TABLES = {"equations": lambda: markdown(rows()), "memories": memories}
+PAGES = {"equations": "tests/README.md", "memories": "hope_jax/memory/README.md"}
 
 
 def written(text: str) -> str:

@@ -26,7 +26,7 @@ def test_every_function_named_exists():
 def test_every_test_uses_what_it_names():
     """The function's name occurs in the file, so the table does not point elsewhere."""
     for row in table.rows():
-        text = (ROOT / row.file).read_text(encoding="utf-8")
+        text = (ROOT / "tests" / row.file).read_text(encoding="utf-8")
         assert f"def {row.test}(" in text
         name = row.function.rpartition(".")[2]
         code = [line for line in text.splitlines() if "Implements:" not in line]
@@ -57,8 +57,8 @@ def test_a_table_by_hand(tmp_path):
     tests = write(tmp_path, "y = x\n\n    Implements: a.b.c\n    ")
     assert table.markdown(table.rows(tests)) == (
         "| Equation | Function | Test |\n|---:|---|---|\n"
-        "| 2 | `a.b` | [`test_equation_2`](tests/equations/test_some.py) |\n"
-        "| 7 | `a.b.c` | [`test_equation_7_x`](tests/equations/test_some.py) |"
+        "| 2 | `a.b` | [`test_equation_2`](equations/test_some.py) |\n"
+        "| 7 | `a.b.c` | [`test_equation_7_x`](equations/test_some.py) |"
     )
 
 
