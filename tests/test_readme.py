@@ -25,7 +25,8 @@ TEXT = README.read_text(encoding="utf-8")
 
 SPANS = set(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"(?s)```.*?```", "", TEXT)))
 COMMANDS = re.findall(
-    r"python -m (launch\.\w+) ?(.*)", re.sub(r"\\\n\s*", "", TEXT).replace("`", "\n")
+    r"python -m ((?:launch|experiments)\.\w+) ?(.*)",
+    re.sub(r"\\\n\s*", "", TEXT).replace("`", "\n"),
 )
 PROGRAMS = sorted({program for program, _ in COMMANDS})
 MADE = ("runs/", ".venv")  # by the commands, so not there before

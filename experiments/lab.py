@@ -1,0 +1,333 @@
+"""What the experiments share: rows and seeds, result files, tables, curves, a command.
+
+An experiment says what its rows are, how one of them is measured with one seed, and how
+results read as a table; see `Experiment`. Its command measures what has no result file
+yet, then prints the table of what there is:
+
+    python -m experiments.NAME [--rows=A,B] [--seeds=0,1] [--scale=smoke --out=DIR]
+
+With `--out=DIR` results and pictures go there, and so all is measured anew; without,
+results go to experiments/results and pictures to runs/NAME.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hope_jax.core import config as config_lib
+from hope_jax.core.config import did_you_mean
+from hope_jax.plot import COLOURS
+from hope_jax.train import metrics
+from launch import command
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Task(NamedTuple):
+    """What one result file is of.
+
+    Attributes:
+      row: its name.
+      config: of the row, with this seed if it has a field `seed`.
+      seed: of all that is drawn.
+      flags: of the command; `flags.scale` is always there.
+      picture: a file for a picture of it.
+    """
+
+    row: str
+    config: Any
+    seed: int
+    flags: Any
+    picture: Path
+
+
+def _nothing(define) -> None:
+    """No flags but those that all have."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment.
+
+    Attributes:
+      name: of its folder of results.
+      doc: the docstring of its module, which `--helpshort` shows.
+      rows: the flags of the command -> name and config of every row.
+      measure: a task -> its metrics, flat: name to finite number.
+      table: results in the order of rows and seeds, as `metrics.read_result` has
+        them -> Markdown.
+      scales: of the command; "full" is the default and the only one whose numbers go
+        to `RESULTS`.
+      seeds: those that are run by default. None if all is of seed 0, without a flag.
+      define: defines flags of its own, as `launch.command.parse` says.
+      saved: a task -> what its result file has as its config.
+    """
+
+    name: str
+    doc: str
+    rows: Callable[[Any], Mapping[str, Any]]
+    measure: Callable[[Task], Mapping[str, float]]
+    table: Callable[[Sequence[Mapping[str, Any]]], str]
+    scales: tuple[str, ...] = ("full", "smoke")
+    seeds: tuple[int, ...] | None = None
+    define: Callable[[Any], None] = _nothing
+    saved: Callable[[Task], Any] = lambda task: task.config
+
+
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> str:
+    """The command of an experiment.
+
+    Args:
+      experiment: which one.
+      arguments: those of the process by default.
+
+    Returns:
+      The table, which is printed too.
+
+    Raises:
+      SystemExit: a wrong flag; the message is one line.
+    """
+    given = command.parse(
+        experiment.doc, functools.partial(_define, experiment), arguments
+    )
+    with command.fail_in_words():
+        if given.scale != "full" and not given.out:
+            raise ValueError(
+                f"--scale={given.scale} needs --out: {RESULTS} is of the full scale."
+            )
+        rows = experiment.rows(given)
+        wanted = chosen(rows, given.rows)
+        of = (0,) if experiment.seeds is None else seeds(given.seeds)
+    command.quiet_libraries()
+    folder = Path(given.out or RESULTS)
+    pictures = Path(given.out or Path("runs") / experiment.name)
+    picture = pictures / f"{experiment.name}.png"
+    other = []
+    for seed, row in itertools.product(of, wanted):
+        task = Task(row, _seeded(rows[row], seed), seed, given, picture)
+        file = _file(folder, experiment, row, seed)
+        config = experiment.saved(task)
+        if file.exists():
+            other += _differences(file, config)
+            continue
+        metrics.write_result(
+            folder,
+            experiment=experiment.name,
+            row=row,
+            scale=given.scale,
+            seed=seed,
+            config=config,
+            metrics=experiment.measure(task),
+        )
+        print(f"{row}, seed {seed}: {file}", flush=True)
+    if other:
+        print(
+            f"{len(other)} results are of other settings than today's; remove a file to"
+            f" measure it again.\n  {other[0]}"
+        )
+    made = experiment.table(results(folder, experiment.name, rows))
+    print(made)
+    return made
+
+
+def _define(experiment: Experiment, define) -> None:
+    define.list("rows", [], "some rows, separated by commas; all by default")
+    if experiment.seeds is not None:
+        default = ",".join(map(str, experiment.seeds))
+        define.string("seeds", default, "every row is run with each of them")
+    define.enum("scale", "full", experiment.scales, "how much")
+    define.string("out", None, "folder of results and pictures; needed but by full")
+    experiment.define(define)
+
+
+def _seeded(config: Any, seed: int) -> Any:
+    return dataclasses.replace(config, seed=seed) if hasattr(config, "seed") else config
+
+
+def _file(folder: Path, experiment: Experiment, row: str, seed: int) -> Path:
+    return folder / experiment.name / f"{row}-s{seed}.json"
+
+
+def _differences(file: Path, config: Any) -> list[str]:
+    """The file and what differs first, if what is kept is not what was asked for."""
+    found = config_lib.differences(metrics.read_result(file)["config"], config)
+    return [f"{file}: {found[0]}"] if found else []
+
+
+def results(folder: Path, name: str, rows: Iterable[str]) -> list[Mapping[str, Any]]:
+    """All results that there are of some rows, in their order and that of seeds."""
+    found = {row: [] for row in rows}
+    for result in metrics.read_results(folder, name):
+        if result["row"] in found:
+            found[result["row"]].append(result)
+    return [r for of in found.values() for r in sorted(of, key=lambda r: r["seed"])]
+
+
+def chosen(rows: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """The rows that `--rows` names, or all.
+
+    Raises:
+      ValueError: there is no such row.
+    """
+    rows, wanted = list(rows), list(dict.fromkeys(filter(None, wanted)))
+    for name in wanted:
+        if name not in rows:
+            raise ValueError(
+                f"--rows: no row {name!r}; there are {', '.join(rows)}."
+                + did_you_mean(name, rows)
+            )
+    return wanted or rows
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a flag between its commas.
+
+    >>> listed("a, b,,a")
+    ['a', 'b', 'a']
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def seeds(text: str) -> list[int]:
+    """The numbers of `--seeds`, each once.
+
+    Raises:
+      ValueError: something that is no seed.
+    """
+    parts = list(dict.fromkeys(listed(text)))
+    if not parts or not all(part.isdigit() and int(part) < 2**32 for part in parts):
+        raise ValueError(
+            f"--seeds must be whole numbers from 0 to 2**32 - 1, as in 0,1,2; got "
+            f"{text!r}."
+        )
+    return [int(part) for part in parts]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Learning rates that all that is compared tries: one budget.
+
+    Attributes:
+      low, high: the least and the largest.
+      rates: how many, even in their logarithm.
+    """
+
+    low: float
+    high: float
+    rates: int
+
+    def tried(self) -> np.ndarray:
+        """The rates."""
+        return np.geomspace(self.low, self.high, self.rates)
+
+    def best(self, scores: np.ndarray, trials: int | None = None) -> np.ndarray:
+        """The index of the least score along the first axis; NaN and inf never win.
+
+        Args:
+          scores: `[trials, ...]`, in the order in which all was tried.
+          trials: how many there had to be, `rates` by default.
+
+        Raises:
+          ValueError: the budget was overdrawn, or not used up.
+        """
+        budget = self.rates if trials is None else trials
+        if len(scores) != budget:
+            raise ValueError(
+                f"{len(scores)} trials were made, but everything has {budget}."
+            )
+        return np.where(np.isfinite(scores), scores, np.inf).argmin(axis=0)
+
+
+def table(
+    columns: Sequence[str], lines: Iterable[Sequence[Any]], words: int = 1
+) -> str:
+    """A Markdown table; `words` columns are set to the left, the others to the right.
+
+    >>> print(table(["rule", "steps"], [["momentum", 110]]))
+    | rule | steps |
+    |---|---:|
+    | momentum | 110 |
+    """
+    rule = "|---" * words + "|---:" * (len(columns) - words) + "|"
+    cells = ([*map(str, line)] for line in [columns, *lines])
+    head, *rest = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join([head, rule, *rest])
+
+
+def ranking(
+    numbers: Mapping[str, float],
+    names: Iterable[str],
+    columns: Mapping[str, str],
+    *,
+    title: str,
+    place: str = "",
+    by: str | None = None,
+    missing: str = "never",
+) -> str:
+    """A table of all that was compared, a line a name.
+
+    Args:
+      numbers: metrics, by `name_measure` or, with a place, `name_place_measure`.
+      names: what was compared.
+      columns: title -> format of its cells, whose fields are measures.
+      title: of the names.
+      place: where it was compared.
+      by: the measure that orders the lines, the least first; else as in `names`.
+      missing: stands in cells with a measure that there is not.
+
+    >>> numbers = {"sgd_loss": 1.0, "adam_loss": 0.5, "adam_steps": 70}
+    >>> columns = {"loss": "{loss:.2f}", "steps": "{steps}"}
+    >>> print(ranking(numbers, ["sgd", "adam"], columns, title="rule", by="loss"))
+    | rule | loss | steps |
+    |---|---:|---:|
+    | adam | 0.50 | 70 |
+    | sgd | 1.00 | never |
+    """
+    start = {name: f"{name}_{place}_" if place else f"{name}_" for name in names}
+    if by is not None:
+        least = {n: numbers.get(f"{at}{by}", np.inf) for n, at in start.items()}
+        start = {n: start[n] for n in sorted(start, key=least.__getitem__)}
+    lines = []
+    for name, at in start.items():
+        own = {k.removeprefix(at): v for k, v in numbers.items() if k.startswith(at)}
+        line = [name]
+        for form in columns.values():
+            try:
+                line.append(form.format_map(own))
+            except KeyError:
+                line.append(missing)
+        lines.append(line)
+    return table([title, *columns], lines)
+
+
+def style(number: int) -> dict[str, str]:
+    """Colour and dashes of the curve of that number: 12 are told apart."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "ls": ("-", "--")[number // len(COLOURS) % 2],
+    }
+
+
+def band(axes: Axes, at: Any, runs: np.ndarray, *, spread: str = "range", **line):
+    """The mean of `runs`, `[R, N]`, over `at`, and a band: their range or deviation."""
+    mean, deviation = runs.mean(axis=0), runs.std(axis=0)
+    low, high = runs.min(axis=0), runs.max(axis=0)
+    if spread == "deviation":
+        low, high = mean - deviation, mean + deviation
+    (drawn,) = axes.plot(at, mean, **line)
+    axes.fill_between(at, low, high, color=drawn.get_color(), alpha=0.12, lw=0)
+    return drawn
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a picture, and says where."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    print(f"picture: {file}")
