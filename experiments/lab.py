@@ -129,8 +129,8 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> str:
         print(f"{row}, seed {seed}: {file}", flush=True)
     if other:
         print(
-            f"{len(other)} results are of other settings than today's; remove a file to"
-            f" measure it again.\n  {other[0]}"
+            f"{len(other)} results are kept that are of other settings; remove a file "
+            f"to measure it again.\n  {other[0]}"
         )
     made = experiment.table(results(folder, experiment.name, rows))
     print(made)
@@ -156,8 +156,14 @@ def _file(folder: Path, experiment: Experiment, row: str, seed: int) -> Path:
 
 
 def _differences(file: Path, config: Any) -> list[str]:
-    """The file and what differs first, if what is kept is not what was asked for."""
-    found = config_lib.differences(metrics.read_result(file)["config"], config)
+    """The file and what differs first, if what is kept is not what was asked for.
+
+    Fields that were not there yet, or are no more, say nothing of that.
+    """
+    saved, now = metrics.read_result(file)["config"], config_lib.to_json(config)
+    found = config_lib.differences(saved, now)
+    found = [line for line in found if "saved nothing" not in line]
+    found = [line for line in found if not line.endswith("now nothing")]
     return [f"{file}: {found[0]}"] if found else []
 
 

@@ -9,6 +9,7 @@ everywhere.
 import contextlib
 import functools
 import logging
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,7 @@ def parse(
     for flag in flags.FLAGS.flags_by_module_dict()["absl.logging"]:
         if flag.name not in values:
             values[flag.name] = flag
+            values.register_flag_by_module("absl.logging", flag)
     full = f"{doc.strip()}\n\nflags:\n{values.get_help()}"
     for name, text in (("help", short), ("helpshort", short), ("helpfull", full)):
         flags.DEFINE_flag(_Help(name, text), flag_values=values)
@@ -59,7 +61,8 @@ def parse(
         if rest:
             raise flags.Error(f"not a flag: {' '.join(rest)}")
     except flags.Error as error:
-        fail(f"{' '.join(str(error).split())} (--helpshort lists the flags.)")
+        said = re.sub(r"flag (--\w+)=None: Flag .*", r"\1 is needed.", str(error))
+        fail(f"{' '.join(said.split())} (--helpshort lists the flags.)")
     if not values["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all at INFO
     return values
