@@ -120,7 +120,8 @@ def test_programs_end_with_their_status(tmp_path):
         '"""Adds."""\n'
         "from launch import command\n"
         "def main(arguments=None):\n"
-        "    given = command.parse(__doc__, lambda d: d.integer('n', 1, ''), arguments)\n"
+        "    define = lambda define: define.integer('n', 1, 'a number')\n"
+        "    given = command.parse(__doc__, define, arguments)\n"
         "    print(given.n)\n"
         "    return given.n if given.n else 'a table'\n"
         "command.run(main)\n"
