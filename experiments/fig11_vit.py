@@ -544,8 +544,8 @@ def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> None:
         for i, (name, outcome) in enumerate(outcomes.items()):
             values = getattr(outcome.curves, kind)
             at = settings.every * np.arange(1, values.shape[1] + 1)
-            label = f"{name.replace('_', ' ')} {values[:, -1].mean():.2g}"
-            lab.band(axes, at, values, label=label, **lab.style(i))
+            line = lab.style(i, f"{name} {values[:, -1].mean():.2g}")
+            lab.band(axes, at, values, **line)
         axes.set(
             xlabel="step", ylabel="cross-entropy", title=f"{title} loss", yscale="log"
         )
@@ -581,18 +581,15 @@ def _define(define) -> None:
     define.list("splits", ["train", "valid", "test"], "to train, tune and test on")
 
 
-main = functools.partial(
-    lab.main,
-    lab.Experiment(
-        name=NAME,
-        doc=__doc__,
-        rows=_rows,
-        measure=measure,
-        table=table,
-        scales=tuple(SETTINGS),
-        define=_define,
-        saved=_saved,
-    ),
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=_rows,
+    measure=measure,
+    table=table,
+    scales=tuple(SETTINGS),
+    define=_define,
+    saved=_saved,
 )
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ result file.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,8 +234,7 @@ def draw(file: Path, found: Search, settings: Settings) -> None:
 
     for i, (name, points) in enumerate(paths.items()):
         values = np.asarray(jax.vmap(lambda at: psi(at, cell))(points))
-        label = name.replace("_", " ")
-        curve.semilogy(values, lw=1.5, label=label, **lab.style(i))
+        curve.semilogy(values, lw=1.5, **lab.style(i, name))
     curve.axhline(settings.tolerance, color="#555555", ls=":", lw=1)
     last = [s[found.shown] for s in found.steps.values() if np.isfinite(s[found.shown])]
     curve.set(
@@ -257,15 +255,12 @@ def measure(task: lab.Task) -> dict[str, float]:
     return summary(found, task.config)
 
 
-main = functools.partial(
-    lab.main,
-    lab.Experiment(
-        name=NAME,
-        doc=__doc__,
-        rows=lambda flags: {"all": SETTINGS[flags.scale]},
-        measure=measure,
-        table=table,
-    ),
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: {"all": SETTINGS[flags.scale]},
+    measure=measure,
+    table=table,
 )
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ results go to experiments/results and pictures to runs/NAME.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +53,7 @@ def _nothing(define) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """An experiment.
+    """An experiment, and its command when it is called.
 
     Attributes:
       name: of its folder of results.
@@ -80,88 +79,82 @@ class Experiment:
     define: Callable[[Any], None] = _nothing
     saved: Callable[[Task], Any] = lambda task: task.config
 
+    def __call__(self, arguments: Sequence[str] | None = None) -> str:
+        """Measures what has no result file yet, and prints the table.
 
-def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> str:
-    """The command of an experiment.
+        Args:
+          arguments: those of the process by default.
 
-    Args:
-      experiment: which one.
-      arguments: those of the process by default.
+        Returns:
+          The table, which is printed too.
 
-    Returns:
-      The table, which is printed too.
-
-    Raises:
-      SystemExit: a wrong flag; the message is one line.
-    """
-    given = command.parse(
-        experiment.doc, functools.partial(_define, experiment), arguments
-    )
-    with command.fail_in_words():
-        if given.scale != "full" and not given.out:
-            raise ValueError(
-                f"--scale={given.scale} needs --out: {RESULTS} is of the full scale."
+        Raises:
+          SystemExit: a wrong flag; the message is one line.
+        """
+        given = command.parse(self.doc, self._define, arguments)
+        with command.fail_in_words():
+            if given.scale != "full" and not given.out:
+                raise ValueError(
+                    f"--scale={given.scale} needs --out: {RESULTS} has the full scale."
+                )
+            rows = self.rows(given)
+            wanted = chosen(rows, given.rows)
+            of = (0,) if self.seeds is None else seeds(given.seeds)
+        command.quiet_libraries()
+        folder = Path(given.out or RESULTS)
+        pictures = Path(given.out or Path("runs") / self.name)
+        picture = pictures / f"{self.name}.png"
+        other = []
+        for seed, row in itertools.product(of, wanted):
+            task = Task(row, _seeded(rows[row], seed), seed, given, picture)
+            config = self.saved(task)
+            file = folder / self.name / f"{row}-s{seed}.json"
+            if file.exists():
+                other += _differences(file, given.scale, config)
+                continue
+            metrics.write_result(
+                folder,
+                experiment=self.name,
+                row=row,
+                scale=given.scale,
+                seed=seed,
+                config=config,
+                metrics=self.measure(task),
             )
-        rows = experiment.rows(given)
-        wanted = chosen(rows, given.rows)
-        of = (0,) if experiment.seeds is None else seeds(given.seeds)
-    command.quiet_libraries()
-    folder = Path(given.out or RESULTS)
-    pictures = Path(given.out or Path("runs") / experiment.name)
-    picture = pictures / f"{experiment.name}.png"
-    other = []
-    for seed, row in itertools.product(of, wanted):
-        task = Task(row, _seeded(rows[row], seed), seed, given, picture)
-        file = _file(folder, experiment, row, seed)
-        config = experiment.saved(task)
-        if file.exists():
-            other += _differences(file, config)
-            continue
-        metrics.write_result(
-            folder,
-            experiment=experiment.name,
-            row=row,
-            scale=given.scale,
-            seed=seed,
-            config=config,
-            metrics=experiment.measure(task),
-        )
-        print(f"{row}, seed {seed}: {file}", flush=True)
-    if other:
-        print(
-            f"{len(other)} results are kept that are of other settings; remove a file "
-            f"to measure it again.\n  {other[0]}"
-        )
-    made = experiment.table(results(folder, experiment.name, rows))
-    print(made)
-    return made
+            print(f"{row}, seed {seed}: {file}", flush=True)
+        if other:
+            print(
+                f"{len(other)} results are kept that are of other settings; to measure "
+                f"one again remove its file.\n  {other[0]}"
+            )
+        made = self.table(results(folder, self.name, rows))
+        print(made)
+        return made
 
-
-def _define(experiment: Experiment, define) -> None:
-    define.list("rows", [], "some rows, separated by commas; all by default")
-    if experiment.seeds is not None:
-        default = ",".join(map(str, experiment.seeds))
-        define.string("seeds", default, "every row is run with each of them")
-    define.enum("scale", "full", experiment.scales, "how much")
-    define.string("out", None, "folder of results and pictures; needed but by full")
-    experiment.define(define)
+    def _define(self, define) -> None:
+        define.list("rows", [], "some rows, separated by commas; all by default")
+        if self.seeds is not None:
+            default = ",".join(map(str, self.seeds))
+            define.string("seeds", default, "every row is run with each of them")
+        define.enum("scale", "full", self.scales, "how much")
+        define.string("out", None, "folder of results and pictures; needed but by full")
+        self.define(define)
 
 
 def _seeded(config: Any, seed: int) -> Any:
     return dataclasses.replace(config, seed=seed) if hasattr(config, "seed") else config
 
 
-def _file(folder: Path, experiment: Experiment, row: str, seed: int) -> Path:
-    return folder / experiment.name / f"{row}-s{seed}.json"
-
-
-def _differences(file: Path, config: Any) -> list[str]:
+def _differences(file: Path, scale: str, config: Any) -> list[str]:
     """The file and what differs first, if what is kept is not what was asked for.
 
     Fields that were not there yet, or are no more, say nothing of that.
     """
-    saved, now = metrics.read_result(file)["config"], config_lib.to_json(config)
-    found = config_lib.differences(saved, now)
+    kept = metrics.read_result(file)
+    found = config_lib.differences(
+        {"scale": kept["scale"], "config": kept["config"]},
+        {"scale": scale, "config": config_lib.to_json(config)},
+    )
     found = [line for line in found if "saved nothing" not in line]
     found = [line for line in found if not line.endswith("now nothing")]
     return [f"{file}: {found[0]}"] if found else []
@@ -313,11 +306,12 @@ def ranking(
     return table([title, *columns], lines)
 
 
-def style(number: int) -> dict[str, str]:
-    """Colour and dashes of the curve of that number: 12 are told apart."""
+def style(number: int, name: str) -> dict[str, str]:
+    """Colour, dashes and label of a curve; 12 numbers are told apart."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "ls": ("-", "--")[number // len(COLOURS) % 2],
+        "label": name.replace("_", " "),
     }
 
 

@@ -54,7 +54,6 @@ from hope_jax.optim.learned import (
     meta_train,
     solve,
 )
-from hope_jax.plot import COLOURS
 from launch import command
 
 NAME = "learned_optimizers"
@@ -370,19 +369,16 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(file: Path, found: Found, settings: Settings) -> None:
     """For each cell the mean curve of every optimizer; bands are memories' extremes."""
-    names = list(found)
     styles = {}
-    for i, name in enumerate(names):
-        taught = name not in RULES
-        place = i - len(RULES) if taught else i
-        styles[name] = {"color": COLOURS[place], "ls": "-" if taught else ":"}
+    for i, name in enumerate(found):
+        dashes, number = (":", i) if name in RULES else ("-", i - len(RULES))
+        styles[name] = lab.style(number, name) | {"ls": dashes, "lw": 1.4}
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     panels = figure.subplots(len(FAMILIES), 2, squeeze=False).flat
     for panel, cell in zip(panels, cells(settings), strict=True):
-        for name in names:
+        for name in found:
             by_memory = found[name][cell].curves.mean(1)
-            line = styles[name] | dict(lw=1.4, label=name.replace("_", " "))
-            lab.band(panel, np.arange(cell.steps), by_memory, **line)
+            lab.band(panel, np.arange(cell.steps), by_memory, **styles[name])
         if cell.steps > settings.horizon:
             panel.axvline(settings.horizon, color="#555555", lw=0.8)
         panel.set(
@@ -390,7 +386,7 @@ def draw(file: Path, found: Found, settings: Settings) -> None:
             ylabel="log10 of the loss, mean over tasks",
             title=f"{cell.family}, {cell.steps} steps",
         )
-    lines = panel.get_lines()[: len(names)]
+    lines = panel.get_lines()[: len(found)]
     figure.legend(handles=lines, loc="outside lower center", ncols=5)
     lab.save(figure, file)
 
@@ -406,15 +402,12 @@ def measure(task: lab.Task) -> dict[str, float]:
     return summary(found)
 
 
-main = functools.partial(
-    lab.main,
-    lab.Experiment(
-        name=NAME,
-        doc=__doc__,
-        rows=lambda flags: {"all": SETTINGS[flags.scale]},
-        measure=measure,
-        table=table,
-    ),
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: {"all": SETTINGS[flags.scale]},
+    measure=measure,
+    table=table,
 )
 
 if __name__ == "__main__":

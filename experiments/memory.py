@@ -22,7 +22,6 @@ Groups:
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -227,17 +226,14 @@ def _define(define) -> None:
     define.enum("group", None, tuple(GROUPS), "whose rows", required=True)
 
 
-main = functools.partial(
-    lab.main,
-    lab.Experiment(
-        name=NAME,
-        doc=__doc__,
-        rows=lambda flags: GROUPS[flags.group](),
-        measure=measure,
-        table=table,
-        seeds=(0, 1, 2),
-        define=_define,
-    ),
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: GROUPS[flags.group](),
+    measure=measure,
+    table=table,
+    seeds=(0, 1, 2),
+    define=_define,
 )
 
 if __name__ == "__main__":

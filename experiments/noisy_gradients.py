@@ -420,15 +420,12 @@ def _compared(settings: Settings, file: Path) -> dict[tuple[str, str], Outcome]:
     return outcomes
 
 
-main = functools.partial(
-    lab.main,
-    lab.Experiment(
-        name=NAME,
-        doc=__doc__,
-        rows=lambda flags: dict.fromkeys(NOISES, SETTINGS[flags.scale]),
-        measure=lambda task: summary(_compared(task.config, task.picture), task.row),
-        table=table,
-    ),
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: dict.fromkeys(NOISES, SETTINGS[flags.scale]),
+    measure=lambda task: summary(_compared(task.config, task.picture), task.row),
+    table=table,
 )
 
 if __name__ == "__main__":

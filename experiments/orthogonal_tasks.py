@@ -31,7 +31,6 @@ the gradients that it received.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -279,7 +278,7 @@ def draw(
     for (left, right), leak in zip(panels, settings.leaks, strict=True):
         for i, name in enumerate(RULES):
             seeds = outcomes[name, leak].errors[:, :, 0]
-            line = lab.style(i) | dict(marker="o", ms=3, label=name.replace("_", " "))
+            line = lab.style(i, name) | {"marker": "o", "ms": 3}
             lab.band(left, after, seeds, spread="deviation", **line)
         left.set(
             xlabel="tasks learned so far",
@@ -317,15 +316,12 @@ def measure(task: lab.Task) -> dict[str, float]:
     return summary(outcomes)
 
 
-main = functools.partial(
-    lab.main,
-    lab.Experiment(
-        name=NAME,
-        doc=__doc__,
-        rows=lambda flags: {"all": SETTINGS[flags.scale]},
-        measure=measure,
-        table=table,
-    ),
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: {"all": SETTINGS[flags.scale]},
+    measure=measure,
+    table=table,
 )
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Cost:    five to ten minutes a training, nine in all, on one CPU core. What has 
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,17 +77,14 @@ def _define(define) -> None:
     define.string("workdir", None, "folder of the trainings", required=True)
 
 
-main = functools.partial(
-    lab.main,
-    lab.Experiment(
-        name=NAME,
-        doc=__doc__,
-        rows=lambda flags: rows(flags.scale),
-        measure=measure,
-        table=table,
-        seeds=(0, 1, 2),
-        define=_define,
-    ),
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: rows(flags.scale),
+    measure=measure,
+    table=table,
+    seeds=(0, 1, 2),
+    define=_define,
 )
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ back is farther than anything that any of them was trained on.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,16 +139,13 @@ def _define(define) -> None:
     define.string("workdir", None, "folder of the trainings", required=True)
 
 
-main = functools.partial(
-    lab.main,
-    lab.Experiment(
-        name=NAME,
-        doc=__doc__,
-        rows=lambda flags: rows(flags.scale),
-        measure=measure,
-        table=table,
-        define=_define,
-    ),
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: rows(flags.scale),
+    measure=measure,
+    table=table,
+    define=_define,
 )
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def made(tmp_path, monkeypatch):
     def run(*arguments):
         """Starts it; returns the rows and seeds that were measured, and the table."""
         tasks.clear()
-        said = lab.main(experiment, arguments)
+        said = experiment(arguments)
         return [(task.row, task.seed) for task in tasks], said
 
     run.tasks, run.folder = tasks, tmp_path / "results" / "made_up"
@@ -106,8 +106,10 @@ def test_kept_results_of_other_settings_are_told(made, capsys):
     capsys.readouterr()
     measured, _ = made("--seeds=0", "--size=5")
     said = capsys.readouterr().out
-    assert measured == [] and "size: saved 2, now 5" in said
+    assert measured == [] and "config.size: saved 2, now 5" in said
     assert said.startswith("1 results are kept that are of other settings")
+    made("--seeds=0", "--scale=smoke", f"--out={made.folder.parent}")
+    assert 'scale: saved "full", now "smoke"' in capsys.readouterr().out
 
 
 def test_results_and_pictures_go_where_they_are_sent(made, tmp_path):
@@ -129,7 +131,7 @@ def test_results_and_pictures_go_where_they_are_sent(made, tmp_path):
             ["--rows=wide,narow"],
             "no row 'narow'; there are wide, narrow. Did you mean 'narrow'?",
         ),
-        (["--scale=smoke"], "--scale=smoke needs --out: .* is of the full scale"),
+        (["--scale=smoke"], "--scale=smoke needs --out: .* has the full scale"),
         (["--scale=smok", "--out=x"], "--scale=smok: value should be one of"),
         (["--seeds="], "--seeds must be whole numbers"),
         (["--seeds=1,-2"], "--seeds must be whole numbers .* got '1,-2'"),
@@ -226,6 +228,5 @@ def test_results_of_before_are_read_and_left_as_they_are(
     folder = tmp_path / experiment.NAME
     shutil.copytree(lab.RESULTS / experiment.NAME, folder)
     monkeypatch.setattr(lab, "RESULTS", tmp_path)
-    (given,) = experiment.main.args
-    kept = dataclasses.replace(given, measure=forbidden)
-    assert line in lab.main(kept, arguments)
+    kept = dataclasses.replace(experiment.main, measure=forbidden)
+    assert line in kept(arguments)
