@@ -510,29 +510,23 @@ def summary(outcomes: dict[str, Outcome], settings: Settings) -> dict[str, float
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The same numbers to read, the best on `test` first."""
-    lines = []
-    for numbers, s in ((r["metrics"], r["config"]) for r in found):
-        percent = "{test_accuracy:.2%} ({test_accuracy_sd:.2%})"
-        columns = {
-            "rate": "{rate:.2g}",
-            "at edge": "{rate_at_edge:g}",
-            "decay": "{weight_decay:g}",
-            "train loss": "{train_loss:.4f} ({train_loss_sd:.4f})",
-            "test loss": "{test_loss:.4f} ({test_loss_sd:.4f})",
-            "test accuracy": percent,
-            f"steps to {s['target']:g}": "{steps_to_target:.0f}",
-            "ms a step": "{step_ms:.2f}",
-        }
-        names = [name for name in OPTIMIZERS if f"{name}_rate" in numbers]
-        more = {"title": "optimizer", "by": "test_loss", "missing": "not all"}
-        lines += [
-            f"Means over {s['seeds']} seeds (standard deviation) at step {s['steps']}; "
-            f"{s['rates'] * len(s['weight_decays'])} runs of tuning each, {s['rates']} "
-            f"rates from {s['low']:g} to {s['high']:g}.",
-            "",
-            lab.ranking(numbers, names, columns, **more),
-        ]
-    return "\n".join(lines)
+    columns = {
+        "rate": "{rate:.2g}",
+        "at edge": "{rate_at_edge:g}",
+        "decay": "{weight_decay:g}",
+        "train loss": "{train_loss:.4f} ({train_loss_sd:.4f})",
+        "test loss": "{test_loss:.4f} ({test_loss_sd:.4f})",
+        "test accuracy": "{test_accuracy:.2%} ({test_accuracy_sd:.2%})",
+        "steps to target": "{steps_to_target:.0f}",
+        "ms a step": "{step_ms:.2f}",
+    }
+    head = (
+        "Means over {seeds} seeds (standard deviation) at step {steps}, each tuned over"
+        " {rates} rates from {low:g} to {high:g} and decays {weight_decays}; the target"
+        " is a test loss of {target:g}."
+    )
+    more = {"by": "test_loss", "head": head, "missing": "not all"}
+    return lab.ranked(found, OPTIMIZERS, columns, **more)
 
 
 def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> None:

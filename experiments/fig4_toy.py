@@ -189,11 +189,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         "Steps to the optimum at the best rate: in the cell shown (k {shown_k:g}, "
         "a {shown_a:g}, w {shown_w:g}), and over all {cells} cells."
     )
-    lines = []
-    for numbers in (result["metrics"] for result in found):
-        ranked = lab.ranking(numbers, RULES, columns, title="rule")
-        lines += [head.format_map(numbers), "", ranked]
-    return "\n".join(lines)
+    return lab.ranked(found, RULES, columns, by="median_steps", head=head)
 
 
 def draw(file: Path, found: Search, settings: Settings) -> None:

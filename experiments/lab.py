@@ -260,50 +260,60 @@ def table(
     return "\n".join([head, rule, *rest])
 
 
-def ranking(
-    numbers: Mapping[str, float],
+def ranked(
+    found: Iterable[Mapping[str, Any]],
     names: Iterable[str],
     columns: Mapping[str, str],
     *,
-    title: str,
-    place: str = "",
-    by: str | None = None,
+    by: str,
+    head: str,
+    places: Callable[[Mapping[str, Any]], Iterable[str]] = lambda config: [""],
     missing: str = "never",
 ) -> str:
-    """A table of all that was compared, a line a name.
+    """Results of what was compared: a table a place, a line a name, the best first.
 
     Args:
-      numbers: metrics, by `name_measure` or, with a place, `name_place_measure`.
+      found: results with metrics `name_measure` or, with a place, `name_place_measure`.
       names: what was compared.
       columns: title -> format of its cells, whose fields are measures.
-      title: of the names.
-      place: where it was compared.
-      by: the measure that orders the lines, the least first; else as in `names`.
+      by: the measure that orders the lines, the least first.
+      head: a line above the tables, whose fields are of the config or metrics.
+      places: config -> where all was compared.
       missing: stands in cells with a measure that there is not.
 
-    >>> numbers = {"sgd_loss": 1.0, "adam_loss": 0.5, "adam_steps": 70}
+    >>> metrics = {"sgd_loss": 1.0, "adam_loss": 0.5, "adam_steps": 70}
+    >>> result = {"row": "all", "config": {"seeds": 5}, "metrics": metrics}
     >>> columns = {"loss": "{loss:.2f}", "steps": "{steps}"}
-    >>> print(ranking(numbers, ["sgd", "adam"], columns, title="rule", by="loss"))
-    | rule | loss | steps |
+    >>> more = {"by": "loss", "head": "{seeds} seeds"}
+    >>> print(ranked([result], ["sgd", "adam"], columns, **more))
+    5 seeds
+    <BLANKLINE>
+    | all | loss | steps |
     |---|---:|---:|
     | adam | 0.50 | 70 |
     | sgd | 1.00 | never |
     """
-    start = {name: f"{name}_{place}_" if place else f"{name}_" for name in names}
-    if by is not None:
-        least = {n: numbers.get(f"{at}{by}", np.inf) for n, at in start.items()}
-        start = {n: start[n] for n in sorted(start, key=least.__getitem__)}
-    lines = []
-    for name, at in start.items():
-        own = {k.removeprefix(at): v for k, v in numbers.items() if k.startswith(at)}
-        line = [name]
-        for form in columns.values():
-            try:
-                line.append(form.format_map(own))
-            except KeyError:
-                line.append(missing)
-        lines.append(line)
-    return table([title, *columns], lines)
+    parts = []
+    for result in found:
+        numbers = result["metrics"]
+        parts.append(head.format_map({**result["config"], **numbers}))
+        for place in places(result["config"]):
+            lines = []
+            for name in names:
+                at = f"{name}_{place}_" if place else f"{name}_"
+                own = {k[len(at) :]: v for k, v in numbers.items() if k.startswith(at)}
+                cells = [_cell(form, own, missing) for form in columns.values()]
+                lines.append((own.get(by, np.inf), [name, *cells]))
+            lines = [line for _, line in sorted(lines, key=lambda line: line[0])]
+            parts.append(table([place or result["row"], *columns], lines))
+    return "\n\n".join(parts)
+
+
+def _cell(form: str, numbers: Mapping[str, float], missing: str) -> str:
+    try:
+        return form.format_map(numbers)
+    except KeyError:
+        return missing
 
 
 def style(number: int, name: str) -> dict[str, str]:
@@ -324,6 +334,26 @@ def band(axes: Axes, at: Any, runs: np.ndarray, *, spread: str = "range", **line
     (drawn,) = axes.plot(at, mean, **line)
     axes.fill_between(at, low, high, color=drawn.get_color(), alpha=0.12, lw=0)
     return drawn
+
+
+def points(axes: Axes, names: Sequence[str], series: Mapping[str, Any]) -> None:
+    """A line a name, the first on top; on it, for each of `series`, mean and range.
+
+    Args:
+      axes: where.
+      names: of the lines.
+      series: label -> `[R]` numbers of every name.
+    """
+    at = np.arange(len(names))
+    for i, (label, runs) in enumerate(series.items()):
+        runs = np.stack(list(runs))
+        mean, shift = runs.mean(axis=1), 0.4 * (i + 0.5) / len(series) - 0.2
+        ends = mean - runs.min(axis=1), runs.max(axis=1) - mean
+        line = {"fmt": "o", "ms": 4, "lw": 1.2, "label": label, "color": COLOURS[i]}
+        axes.errorbar(mean, at + shift, xerr=ends, **line)
+    axes.set_yticks(at, [name.replace("_", " ") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="y", lw=0.3)
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -347,24 +347,22 @@ def summary(found: Found) -> dict[str, float]:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """The same numbers to read, best first."""
+    """The same numbers to read, best first; a table a family and number of steps."""
     columns = {
         "rate": "{rate:.2g}",
         "mean (error)": "{mean:.2f} ({mean_se:.2f})",
         "between memories": "{mean_sd:.2f}",
         "last tenth": "{final:.2f}",
     }
-    lines = []
-    for numbers, config in ((r["metrics"], r["config"]) for r in found):
-        s = Settings(**config)
-        lines.append(
-            f"log10 of the loss on {s.tasks} tasks held out, each kind of memory "
-            f"learned {s.memories} times, in lives of {s.horizon} steps."
-        )
-        for cell in cells(s):
-            at = {"place": str(cell), "by": "mean", "title": f"{cell} steps"}
-            lines += ["", lab.ranking(numbers, (*RULES, *LESSONS), columns, **at)]
-    return "\n".join(lines)
+    return lab.ranked(
+        found,
+        (*RULES, *LESSONS),
+        columns,
+        by="mean",
+        head="log10 of the loss on {tasks} tasks held out, each kind of memory learned "
+        "{memories} times, in lives of {horizon} steps.",
+        places=lambda config: map(str, cells(Settings(**config))),
+    )
 
 
 def draw(file: Path, found: Found, settings: Settings) -> None:

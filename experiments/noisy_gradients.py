@@ -71,7 +71,6 @@ from hope_jax.optim.generalised import from_memory
 from hope_jax.optim.m3 import scale_by_m3
 from hope_jax.optim.momentum import delta_momentum, momentum
 from hope_jax.optim.muon import scale_by_adamuon, with_adamw
-from hope_jax.plot import COLOURS
 from launch import command
 
 NAME = "noisy_gradients"
@@ -362,13 +361,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         "rate": "{rate:.1e}",
         "decay": "{decay:g}",
     }
-    lines = []
-    for result in found:
-        seeds = result["config"]["seeds"]
-        lines += [f"Means (and standard deviations) over {seeds} unseen seeds.", ""]
-        at = {"by": "loss", "title": result["row"]}
-        lines += [lab.ranking(result["metrics"], RULES, columns, **at), ""]
-    return "\n".join(lines)
+    head = "Means (and standard deviations) over {seeds} unseen seeds."
+    return lab.ranked(found, RULES, columns, by="loss", head=head)
 
 
 def picture(
@@ -380,29 +374,18 @@ def picture(
     panels = figure.subplots(1, len(kinds), sharey=True)
     mean = {key: outcome.scores.loss.mean() for key, outcome in outcomes.items()}
     order = sorted(RULES, key=lambda name: mean[name, "clean"])
-    places = np.arange(len(order))
     for panel, kind in zip(panels, kinds, strict=True):
-        levels = [noise for noise in NOISES if noise.startswith(kind)]
-        shown = ("clean", *levels)
-        for shift, colour, noise in zip(
-            (-0.22, 0.0, 0.22), ("#555555", COLOURS[5], COLOURS[0]), shown, strict=True
-        ):
-            losses = np.stack([outcomes[name, noise].scores.loss for name in order])
-            middle = losses.mean(1)
-            ends = middle - losses.min(1), losses.max(1) - middle
-            label = noise.rpartition("-")[2]
-            panel.errorbar(
-                middle, places + shift, xerr=ends, fmt="o", ms=4, lw=1.2,
-                color=colour, label=label,
-            )  # fmt: skip
+        series = {
+            noise.rpartition("-")[2]: [outcomes[n, noise].scores.loss for n in order]
+            for noise in NOISES
+            if noise == "clean" or noise.startswith(kind)
+        }
+        lab.points(panel, order, series)
         panel.axvline(np.log(10), color="#555555", lw=0.8, ls=":")
         panel.set(xscale="log", title=kind, xlabel="clean test loss")
-        panel.set_yticks(places, [name.replace("_", " ") for name in order])
-        panel.grid(axis="y", lw=0.3)
         panel.legend(
             fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3
         )
-    panels[0].invert_yaxis()
     figure.suptitle(
         f"Tuned at each level; mean and range of {settings.seeds} seeds; "
         "the dotted line is chance"

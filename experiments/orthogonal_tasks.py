@@ -48,7 +48,6 @@ from hope_jax.optim.capture import dgd_gradients
 from hope_jax.optim.dgd import dgd
 from hope_jax.optim.m3 import m3
 from hope_jax.optim.momentum import delta_momentum, momentum
-from hope_jax.plot import COLOURS
 from launch import command
 
 NAME = "orthogonal_tasks"
@@ -258,13 +257,14 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The same numbers to read."""
     columns = {"rate": "{rate:.2g}", "final (sd)": "{final:.4f} ({final_sd:.4f})"}
     columns |= {measure: f"{{{measure}:.4f}}" for measure in MEASURES[1:]}
-    lines = []
-    for numbers, config in ((r["metrics"], r["config"]) for r in found):
-        lines.append(f"Means over {config['seeds']} seeds that tuning has not seen.")
-        for leak in (f"leak_{leak:g}" for leak in config["leaks"]):
-            at = {"place": leak, "by": "final", "title": leak.replace("_", " ")}
-            lines += ["", lab.ranking(numbers, RULES, columns, **at)]
-    return "\n".join(lines)
+    return lab.ranked(
+        found,
+        RULES,
+        columns,
+        by="final",
+        head="Means over {seeds} seeds that tuning has not seen.",
+        places=lambda config: [f"leak_{leak:g}" for leak in config["leaks"]],
+    )
 
 
 def draw(
@@ -288,22 +288,13 @@ def draw(
         )
         left.legend(fontsize=7, loc="upper left", ncols=2)
         order = sorted(RULES, key=lambda n: outcomes[n, leak].measures["final"].mean())
-        places = np.arange(len(order))
-        for shift, measure, colour in (
-            (-0.2, "learned", COLOURS[5]),
-            (0.2, "final", COLOURS[0]),
-        ):
-            values = [outcomes[name, leak].measures[measure] for name in order]
-            right.barh(
-                places + shift,
-                [v.mean() for v in values],
-                0.38,
-                xerr=[v.std() for v in values],
-                color=colour,
-                label=f"{measure}, all tasks",
-            )
-        right.set_yticks(places, [name.replace("_", " ") for name in order])
-        right.invert_yaxis()
+        series = {
+            f"{measure}, all tasks": [
+                outcomes[n, leak].measures[measure] for n in order
+            ]
+            for measure in ("learned", "final")
+        }
+        lab.points(right, order, series)
         right.set(xlabel="relative error", title=f"leak {leak:g}: best rule on top")
         right.legend(fontsize=8)
     lab.save(figure, file)

@@ -170,21 +170,46 @@ def test_the_best_stand_first_and_what_is_missing_is_said():
         "adam_near_loss": 9.0,
         "lost_near_loss": 0.1,
     }
-    columns = {"loss": "{loss:.1f}", "both": "{loss:g} at {steps}"}
-    names = ("lost", "sgd", "adam")
-    found = lab.ranking(
-        numbers, names, columns, title="far", place="far", by="loss", missing="-"
+    result = {"row": "all", "config": {"at": ["far", "near"]}, "metrics": numbers}
+    found = lab.ranked(
+        [result],
+        ("lost", "sgd", "adam"),
+        {"loss": "{loss:.1f}", "both": "{loss:g} at {steps}"},
+        by="loss",
+        head="{sgd_far_loss:g} in {at}",
+        places=lambda config: config["at"],
+        missing="-",
     )
     assert found.splitlines() == [
+        "1 in ['far', 'near']",
+        "",
         "| far | loss | both |",
         "|---|---:|---:|",
         "| adam | 0.5 | 0.5 at 70 |",
         "| sgd | 1.0 | - |",
         "| lost | - | - |",
+        "",
+        "| near | loss | both |",
+        "|---|---:|---:|",
+        "| lost | 0.1 | - |",
+        "| adam | 9.0 | - |",
+        "| sgd | - | - |",
     ]
-    kept = lab.ranking(numbers, names, columns, title="far", place="far")
-    order = [line.split()[1] for line in kept.splitlines()[2:]]
-    assert order == list(names)
+
+
+def test_points_are_means_between_ends():
+    axes = Figure().subplots()
+    a, b = np.array([1.0, 3.0]), np.array([4.0, 4.0])
+    lab.points(axes, ["first_name", "other"], {"x": [a, b], "y": [b, a]})
+    x, y = axes.containers
+    np.testing.assert_allclose(x.lines[0].get_xdata(), [2.0, 4.0])
+    np.testing.assert_allclose(y.lines[0].get_xdata(), [4.0, 2.0])
+    (first, _), (_, last) = (c.lines[2][0].get_segments() for c in (x, y))
+    for ends in (first, last):
+        np.testing.assert_allclose(ends[:, 0], [1.0, 3.0])
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["first name", "other"]
+    bottom, top = axes.get_ylim()
+    assert bottom > top and x.get_label() == "x"
 
 
 @pytest.mark.parametrize(
