@@ -1,6 +1,6 @@
 """Figure 11: the optimizers of the paper on a vision transformer.
 
-Run:     python -m experiments.fig11_vit --out=DIR  (its picture goes to DIR)
+Run:     python -m experiments.fig11_vit --out=DIR  (picture and result)
          Another image set, in the digits' small model: --data=FOLDER or
          --data=tfds:NAME --data_dir=PREPARED. Figure 11's own, one seed, on an
          accelerator: --scale=s16 or b16 --data=FOLDER (ImageNet-21K, sub-folders train,

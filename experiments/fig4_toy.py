@@ -1,6 +1,6 @@
 """Figure 4 (equation 53): momentum and delta momentum on a valley that bends.
 
-Run:     python -m experiments.fig4_toy --out=DIR   (DIR gets fig4_toy.png)
+Run:     python -m experiments.fig4_toy --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (one cell, few rates, seconds); a test runs it so.
 Expect:  delta momentum with a clipped decay beats momentum in 23 of 27 cells (median 59
          steps against 110); in the cell of the picture, its best, 59 against 296. The

@@ -1,6 +1,6 @@
 """Learned memories of gradients (section 4) against tuned rules, on tasks held out.
 
-Run:     python -m experiments.learned_optimizers --out=DIR  (its picture goes to DIR)
+Run:     python -m experiments.learned_optimizers --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few tasks, steps and rates, seconds); a test runs it so.
 Expect:  over lives as long as in training, memories win at home: mean log10 of the
          loss -4.8 (attention) and -4.6 (recurrent) on quadratics, where the best tuned

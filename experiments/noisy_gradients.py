@@ -1,6 +1,6 @@
 """Noisy labels and noisy gradients: which memory of gradients filters them.
 
-Run:     python -m experiments.noisy_gradients --out=DIR  (its picture goes to DIR)
+Run:     python -m experiments.noisy_gradients --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few steps and rates, seconds); a test runs it so.
 Expect:  no rule is best everywhere (test losses; 0.092 of Muon's is the least without
          noise, 0.097 M3's, 0.111 gradient descent's, 0.144 momentum's).

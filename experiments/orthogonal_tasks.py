@@ -1,6 +1,6 @@
 """Equation 45: tasks whose gradients lie in orthogonal subspaces, one after another.
 
-Run:     python -m experiments.orthogonal_tasks --out=DIR  (its picture goes to DIR)
+Run:     python -m experiments.orthogonal_tasks --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few steps and rates, seconds); a test runs it so.
 Expect:  no memory avoids old subspaces. Without a leak, gradient descent, both momenta
          and outer-product AdaGrad have nothing to avoid and forget nothing: momentum
@@ -287,11 +287,10 @@ def draw(
             xticks=after,
         )
         left.legend(fontsize=7, loc="upper left", ncols=2)
-        order = sorted(RULES, key=lambda n: outcomes[n, leak].measures["final"].mean())
+        got = {name: outcomes[name, leak].measures for name in RULES}
+        order = sorted(RULES, key=lambda name: got[name]["final"].mean())
         series = {
-            f"{measure}, all tasks": [
-                outcomes[n, leak].measures[measure] for n in order
-            ]
+            f"{measure}, all tasks": [got[name][measure] for name in order]
             for measure in ("learned", "final")
         }
         lab.points(right, order, series)
