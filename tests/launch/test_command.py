@@ -49,7 +49,7 @@ def test_flags_are_read_as_absl_reads_them(tmp_path):
         ([], "error: --name is needed. "),
         (["--name=a", "--cuont_all=1"], "flag 'cuont_all'. Did you mean: count_all"),
         (["--name=a", "--count_all=x"], "flag --count_all=x: invalid literal"),
-        (["--name=a", "b", "--loud"], "error: not a flag: b "),
+        (["--name=a", "b", "--loud"], r"error: not a flag: b \("),
         (["--flagfile=/no/such/file"], "Unable to open flagfile"),
     ],
 )

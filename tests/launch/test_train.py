@@ -1,6 +1,7 @@
 """The command line, in processes of its own; killed and resumed for real."""
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -130,6 +131,16 @@ def test_wrong_flags_name_what_exists(arguments, message, capsys):
 
     assert train.main(["--workdir=unused", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_experiments_are_those_with_rows_to_train():
+    from launch import train
+
+    found = train.experiments()
+    assert {"quickstart", "twins", "stability"} <= set(found)
+    for name in found:
+        assert callable(importlib.import_module(f"experiments.{name}").rows)
+    assert not {"lab", "sweep", "memory", "fig4_toy"} & set(found)
 
 
 def test_a_mistake_is_one_line_not_a_traceback(tmp_path):
