@@ -1,6 +1,6 @@
 """Figure 11: the optimizers of the paper on a vision transformer.
 
-Run:     python -m experiments.fig11_vit --out=DIR  (its picture goes to DIR)
+Run:     python -m experiments.fig11_vit --out=DIR  (picture and result)
          Another image set, in the digits' small model: --data=FOLDER or
          --data=tfds:NAME --data_dir=PREPARED. Figure 11's own, one seed, on an
          accelerator: --scale=s16 or b16 --data=FOLDER (ImageNet-21K, sub-folders train,
@@ -27,16 +27,14 @@ The paper says neither rates nor decays nor steps; it shows M3 below AdamW and M
 `momentum` is here to tell what a delta rule or a network adds to it.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,16 +42,15 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
+from experiments import lab
 from hope_jax import optim
 from hope_jax.data import images as images_lib
 from hope_jax.data.images import BatchConfig, Images
 from hope_jax.models import vit
 from hope_jax.optim import groups
-from hope_jax.plot import COLOURS
 from hope_jax.train.config import OptimizerConfig
-from hope_jax.train.metrics import write_result
+from launch import command
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "fig11_vit"
 OPTIMIZERS = (
     "adamw",
@@ -70,7 +67,7 @@ _KEYS = ("image", "label")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(lab.Grid):
     """What is run.
 
     Attributes:
@@ -80,8 +77,7 @@ class Settings:
       every: steps between two points of a curve; both counts of steps are multiples.
       warmup: steps.
       final_fraction: of the rate, where the cosine ends.
-      low, high, rates: the grid of learning rates, even in their logarithm.
-      weight_decays: the other side of the grid.
+      weight_decays: the other side of the grid of learning rates.
       clip_norm: most norm of a gradient.
       seeds: for the numbers; tuning has another.
       target: cross-entropy on `test`, the steps to which are counted.
@@ -406,7 +402,7 @@ class Outcome(NamedTuple):
 def grid(settings: Settings) -> list[Lane]:
     """Every rate with every weight decay: the same for all optimizers."""
     s = settings
-    rates = np.geomspace(s.low, s.high, s.rates).tolist()
+    rates = s.tried().tolist()
     return [Lane(r, d, _TUNING_SEED) for r in rates for d in s.weight_decays]
 
 
@@ -425,7 +421,7 @@ def compare(
             compiled = program(name, s.tuning_steps, s)
             tuning = train(compiled, tried, reader, data.valid, s.tuning_steps, s)
             valid = tuning.held[:, -1]
-            best = tried[int(np.argmin(np.where(np.isfinite(valid), valid, np.inf)))]
+            best = tried[s.best(valid, len(tried))]
             if s.steps != s.tuning_steps:
                 compiled = program(name, s.steps, s)
             lanes = [best._replace(seed=seed) for seed in range(s.seeds)]
@@ -512,38 +508,28 @@ def summary(outcomes: dict[str, Outcome], settings: Settings) -> dict[str, float
     return numbers
 
 
-def table(numbers: dict[str, float], names: Sequence[str], settings: Settings) -> str:
+def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The same numbers to read, the best on `test` first."""
-    s = settings
-    tried = s.rates * len(s.weight_decays)
-    lines = [
-        f"Means over {s.seeds} seeds (standard deviation) at step {s.steps}; {tried} "
-        f"runs of tuning each, {s.rates} rates from {s.low:g} to {s.high:g}.",
-        "",
-        "| optimizer | rate | decay | train loss | test loss | test accuracy | "
-        f"steps to {s.target:g} | ms a step |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-
-    def of(name, key):
-        return numbers.get(f"{name}_{key}", math.nan)
-
-    for name in sorted(names, key=lambda n: np.nan_to_num(of(n, "test_loss"), nan=9e9)):
-        get = functools.partial(of, name)
-        steps = get("steps_to_target")
-        arrived = f"{steps:.0f}" if math.isfinite(steps) else "not all"
-        lines.append(
-            f"| {name} | {get('rate'):.2g}{' (edge)' * bool(get('rate_at_edge'))} "
-            f"| {get('weight_decay'):g} "
-            f"| {get('train_loss'):.4f} ({get('train_loss_sd'):.4f}) "
-            f"| {get('test_loss'):.4f} ({get('test_loss_sd'):.4f}) "
-            f"| {get('test_accuracy'):.2%} ({get('test_accuracy_sd'):.2%}) "
-            f"| {arrived} | {get('step_ms'):.2f} |"
-        )
-    return "\n".join(lines)
+    columns = {
+        "rate": "{rate:.2g}",
+        "at edge": "{rate_at_edge:g}",
+        "decay": "{weight_decay:g}",
+        "train loss": "{train_loss:.4f} ({train_loss_sd:.4f})",
+        "test loss": "{test_loss:.4f} ({test_loss_sd:.4f})",
+        "test accuracy": "{test_accuracy:.2%} ({test_accuracy_sd:.2%})",
+        "steps to target": "{steps_to_target:.0f}",
+        "ms a step": "{step_ms:.2f}",
+    }
+    head = (
+        "Means over {seeds} seeds (standard deviation) at step {steps}, each tuned over"
+        " {rates} rates from {low:g} to {high:g} and decays {weight_decays}; the target"
+        " is a test loss of {target:g}."
+    )
+    more = {"by": "test_loss", "head": head, "missing": "not all"}
+    return lab.ranked(found, OPTIMIZERS, columns, **more)
 
 
-def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> Path:
+def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> None:
     """Train and test loss against steps, as in the paper: means, bands over seeds."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, kind, title in zip(
@@ -552,59 +538,53 @@ def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> Path:
         for i, (name, outcome) in enumerate(outcomes.items()):
             values = getattr(outcome.curves, kind)
             at = settings.every * np.arange(1, values.shape[1] + 1)
-            colour, style = COLOURS[i % len(COLOURS)], ("-", "--")[i // len(COLOURS)]
-            label = f"{name.replace('_', ' ')} {values[:, -1].mean():.2g}"
-            axes.semilogy(at, values.mean(axis=0), style, color=colour, label=label)
-            axes.fill_between(
-                at, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15
-            )
-        axes.set(xlabel="step", ylabel="cross-entropy", title=f"{title} loss")
+            line = lab.style(i, f"{name} {values[:, -1].mean():.2g}")
+            lab.band(axes, at, values, **line)
+        axes.set(
+            xlabel="step", ylabel="cross-entropy", title=f"{title} loss", yscale="log"
+        )
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8, title="at the end", title_fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    return file
+    lab.save(figure, file)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs all, prints the table, draws, writes the result; returns its metrics."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=tuple(SETTINGS), default="full")
-    parser.add_argument("--data", default="digits", help="digits, tfds:NAME, a folder")
-    parser.add_argument("--data_dir", help="where tfds:NAME was prepared")
-    parser.add_argument(
-        "--splits", default="train,valid,test", help="to train, tune and test on"
-    )
-    parser.add_argument("--out", default=f"runs/{NAME}", help="folder of the picture")
-    parser.add_argument(
-        "--results",
-        help="folder of the result file; --out by default of all but the full scale on "
-        "digits",
-    )
-    flags = parser.parse_args(arguments)
-    splits = flags.splits.split(",")
-    data, settings = load(SETTINGS[flags.scale], flags.data, splits, flags.data_dir)
+def measure(task: lab.Task) -> dict[str, float]:
+    """Runs all, and draws."""
+    data, settings = task.config
     print(*data, sep="\n")
     outcomes = compare(settings, data)
-    numbers = summary(outcomes, settings)
-    print(table(numbers, tuple(outcomes), settings))
-    print(f"\npicture: {draw(Path(flags.out) / f'{NAME}.png', outcomes, settings)}")
-    results = flags.results
-    if results is None:
-        ours = flags.scale == "full" and flags.data == "digits"
-        results = os.fspath(RESULTS) if ours else flags.out
-    file = write_result(
-        results,
-        experiment=NAME,
-        row="all",
-        scale=flags.scale,
-        seed=0,
-        config={"data": flags.data, "splits": splits, **dataclasses.asdict(settings)},
-        metrics=numbers,
-    )
-    print(f"result:  {file}")
-    return numbers
+    draw(task.picture, outcomes, settings)
+    return summary(outcomes, settings)
 
+
+def _rows(flags) -> dict[str, tuple[Data, Settings]]:
+    if flags.data != "digits" and not flags.out:
+        raise ValueError(f"--data={flags.data} needs --out: results are of the digits.")
+    given = SETTINGS[flags.scale], flags.data, flags.splits, flags.data_dir
+    return {"all": load(*given)}
+
+
+def _saved(task: lab.Task) -> dict[str, Any]:
+    shown = {"data": task.flags.data, "splits": task.flags.splits}
+    return shown | dataclasses.asdict(task.config[1])
+
+
+def _define(define) -> None:
+    define.string("data", "digits", "digits, tfds:NAME, a folder")
+    define.string("data_dir", None, "where tfds:NAME was prepared")
+    define.list("splits", ["train", "valid", "test"], "to train, tune and test on")
+
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=_rows,
+    measure=measure,
+    table=table,
+    scales=tuple(SETTINGS),
+    define=_define,
+    saved=_saved,
+)
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

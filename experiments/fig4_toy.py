@@ -1,6 +1,6 @@
 """Figure 4 (equation 53): momentum and delta momentum on a valley that bends.
 
-Run:     python -m experiments.fig4_toy --out=DIR   (DIR gets fig4_toy.png)
+Run:     python -m experiments.fig4_toy --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (one cell, few rates, seconds); a test runs it so.
 Expect:  delta momentum with a clipped decay beats momentum in 23 of 27 cells (median 59
          steps against 110); in the cell of the picture, its best, 59 against 296. The
@@ -20,12 +20,10 @@ faster) at its best; how often the claim holds over all cells is in the table an
 result file.
 """
 
-import argparse
 import dataclasses
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +32,11 @@ import optax
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
+from experiments import lab
 from hope_jax.optim.momentum import delta_momentum, momentum
 from hope_jax.plot import COLOURS
-from hope_jax.train.metrics import write_result
+from launch import command
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "fig4_toy"
 DECAY = 0.9  # of every momentum
 CLAIM = ("momentum", "delta_momentum_clip")  # the slower and the faster, it says
@@ -59,12 +57,11 @@ RULES: dict[str, Callable[[Array], optax.GradientTransformation]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(lab.Grid):
     """What is searched.
 
     Attributes:
       k, a, w: values of the constants; every combination is a cell.
-      low, high, rates: the grid of learning rates, even in their logarithm.
       steps: of a run.
       tolerance: of psi, for having arrived.
       start: (r, theta).
@@ -143,7 +140,7 @@ def search(settings: Settings) -> Search:
         [(k, a, w) for k in settings.k for a in settings.a for w in settings.w],
         np.float32,
     )
-    rates = np.geomspace(settings.low, settings.high, settings.rates, dtype=np.float32)
+    rates = settings.tried().astype(np.float32)
     start = jnp.array(settings.start, jnp.float32)
     steps, best = {}, {}
     for name, rule in RULES.items():
@@ -154,8 +151,8 @@ def search(settings: Settings) -> Search:
 
         over = jax.vmap(jax.vmap(values, (None, 0)), (0, None))
         found = arrival(np.asarray(jax.jit(over)(cells, rates)), settings.tolerance)
-        fastest = found.argmin(axis=1)
-        steps[name], best[name] = found.min(axis=1), rates[fastest]
+        steps[name] = found.min(axis=1)
+        best[name] = rates[settings.best(found.T)]
     slow, fast = (np.minimum(steps[name], settings.steps) for name in CLAIM)
     both = np.isfinite(steps[CLAIM[0]]) & np.isfinite(steps[CLAIM[1]])
     shown = int(np.argmax(np.where(both, slow / fast, 0.0)))
@@ -180,40 +177,22 @@ def summary(found: Search, settings: Settings) -> dict[str, float]:
     return numbers
 
 
-def table(numbers: dict[str, float]) -> str:
+def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The same numbers to read."""
-    k, a, w = (numbers[f"shown_{c}"] for c in "kaw")
-    cells = numbers["cells"]
-    lines = [
-        f"Steps to the optimum at the best rate: in the cell shown (k {k:g}, a {a:g}, "
-        f"w {w:g}), and over all {cells} cells.",
-        "",
-        "| rule | steps shown | rate | median steps | arrived | beat momentum |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name in RULES:
-        get = {key: numbers.get(f"{name}_{key}") for key in _COLUMNS}
-        steps, rate = "never", ""
-        if get["shown_rate"] is not None:
-            steps, rate = f"{get['shown_steps']:.0f}", f"{get['shown_rate']:.2g}"
-        lines.append(
-            f"| {name} | {steps} | {rate} | "
-            f"{get['median_steps']:.0f} | {get['arrived']} | "
-            f"{get['faster_than_momentum']} |"
-        )
-    return "\n".join(lines)
+    columns = {
+        "steps shown": "{shown_steps:.0f} at {shown_rate:.2g}",
+        "median steps": "{median_steps:.0f}",
+        "arrived": "{arrived}",
+        "beat momentum": "{faster_than_momentum}",
+    }
+    head = (
+        "Steps to the optimum at the best rate: in the cell shown (k {shown_k:g}, "
+        "a {shown_a:g}, w {shown_w:g}), and over all {cells} cells."
+    )
+    return lab.ranked(found, RULES, columns, by="median_steps", head=head)
 
 
-_COLUMNS = (
-    "shown_steps",
-    "shown_rate",
-    "median_steps",
-    "arrived",
-    "faster_than_momentum",
-)
-
-
-def draw(file: Path, found: Search, settings: Settings) -> Path:
+def draw(file: Path, found: Search, settings: Settings) -> None:
     """Paths over contours, as in the paper, and psi along them."""
     cell = jnp.array(found.cells[found.shown])
     start = jnp.array(settings.start, jnp.float32)
@@ -251,8 +230,7 @@ def draw(file: Path, found: Search, settings: Settings) -> Path:
 
     for i, (name, points) in enumerate(paths.items()):
         values = np.asarray(jax.vmap(lambda at: psi(at, cell))(points))
-        colour, label = COLOURS[i % len(COLOURS)], name.replace("_", " ")
-        curve.semilogy(values, color=colour, lw=1.5, label=label)
+        curve.semilogy(values, lw=1.5, **lab.style(i, name))
     curve.axhline(settings.tolerance, color="#555555", ls=":", lw=1)
     last = [s[found.shown] for s in found.steps.values() if np.isfinite(s[found.shown])]
     curve.set(
@@ -263,40 +241,23 @@ def draw(file: Path, found: Search, settings: Settings) -> Path:
         title="each at its best rate",
     )
     curve.legend(fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    return file
+    lab.save(figure, file)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Searches, prints the table, draws, writes the result; returns its metrics."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=tuple(SETTINGS), default="full")
-    parser.add_argument("--out", default="runs/fig4_toy", help="folder of the picture")
-    parser.add_argument(
-        "--results", help="folder of the result file; of a smoke run --out by default"
-    )
-    flags = parser.parse_args(arguments)
-    settings = SETTINGS[flags.scale]
-    found = search(settings)
-    numbers = summary(found, settings)
-    print(table(numbers))
-    results = flags.results
-    if results is None:
-        results = os.fspath(RESULTS) if flags.scale == "full" else flags.out
-    print(f"\npicture: {draw(Path(flags.out) / f'{NAME}.png', found, settings)}")
-    file = write_result(
-        results,
-        experiment=NAME,
-        row="all",
-        scale=flags.scale,
-        seed=0,
-        config=settings,
-        metrics=numbers,
-    )
-    print(f"result:  {file}")
-    return numbers
+def measure(task: lab.Task) -> dict[str, float]:
+    """Searches, and draws."""
+    found = search(task.config)
+    draw(task.picture, found, task.config)
+    return summary(found, task.config)
 
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: {"all": SETTINGS[flags.scale]},
+    measure=measure,
+    table=table,
+)
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

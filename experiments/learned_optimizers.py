@@ -1,6 +1,6 @@
 """Learned memories of gradients (section 4) against tuned rules, on tasks held out.
 
-Run:     python -m experiments.learned_optimizers --out=DIR  (its picture goes to DIR)
+Run:     python -m experiments.learned_optimizers --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few tasks, steps and rates, seconds); a test runs it so.
 Expect:  over lives as long as in training, memories win at home: mean log10 of the
          loss -4.8 (attention) and -4.6 (recurrent) on quadratics, where the best tuned
@@ -32,13 +32,11 @@ all steps (what the memories were trained for, and rates chosen by) and over the
 tenth of them.
 """
 
-import argparse
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +45,7 @@ import optax
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
+from experiments import lab
 from hope_jax.optim.learned import (
     LearnedConfig,
     Meta,
@@ -55,10 +54,8 @@ from hope_jax.optim.learned import (
     meta_train,
     solve,
 )
-from hope_jax.plot import COLOURS
-from hope_jax.train.metrics import write_result
+from launch import command
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "learned_optimizers"
 FLOOR = 1e-8  # of every loss: a task solved to here is solved
 CEILING = 100.0  # of every loss that is reported: a life that diverged
@@ -87,8 +84,8 @@ LESSONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is run.
+class Settings(lab.Grid):
+    """What is run; the grid is of the other rules.
 
     Attributes:
       horizon: steps of a life in meta-training.
@@ -98,7 +95,6 @@ class Settings:
       rate: of the learned optimizers.
       memories: of each kind, from different seeds.
       longer: how many times the horizon is also run.
-      low, high, rates: the grid of the other rules, even in its logarithm.
       tuning, tasks: to choose rates by, and to report.
     """
 
@@ -258,7 +254,7 @@ def tune(
 ) -> dict[Cell, Outcome]:
     """A rule at the rates of the grid that are best on the first `tuning` keys."""
     s = settings
-    rates = np.geomspace(s.low, s.high, s.rates, dtype=np.float32)
+    rates = s.tried().astype(np.float32)
     longest = max(lengths(s))  # a shorter life begins like a longer one
 
     def life(rate, steps, keys):
@@ -271,10 +267,9 @@ def tune(
         inside = jnp.arange(longest) < steps
         return jnp.mean(jnp.where(inside[None], tried, 0.0)) * longest / steps
 
-    chosen = []
-    for steps in lengths(s):
-        tried = np.asarray(score(rates, float(steps)))
-        chosen.append(rates[np.argmin(np.where(np.isfinite(tried), tried, np.inf))])
+    chosen = [
+        rates[s.best(np.asarray(score(rates, float(steps))))] for steps in lengths(s)
+    ]
     final = jax.jit(jax.vmap(life, (0, 0, None)))
     out = np.asarray(
         final(np.array(chosen), np.array(lengths(s), np.float32), keys[s.tuning :])
@@ -351,56 +346,37 @@ def summary(found: Found) -> dict[str, float]:
     }
 
 
-def table(numbers: dict[str, float], settings: Settings) -> str:
-    """The same numbers to read, best first."""
-    s = settings
-    lines = [
-        f"log10 of the loss on {s.tasks} tasks held out, each kind of memory learned "
-        f"{s.memories} times, in lives of {s.horizon} steps."
-    ]
-    for cell in cells(s):
-        lines += [
-            "",
-            f"{cell.family}, {cell.steps} steps",
-            "",
-            "| optimizer | rate | mean (error) | between memories | last tenth |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        for name in sorted(
-            (*RULES, *LESSONS), key=lambda name: numbers[f"{name}_{cell}_mean"]
-        ):
-            m = {m: numbers[f"{name}_{cell}_{m}"] for m in MEASURES}
-            lines.append(
-                f"| {name} | {m['rate']:.2g} | {m['mean']:.2f} ({m['mean_se']:.2f}) "
-                f"| {m['mean_sd']:.2f} | {m['final']:.2f} |"
-            )
-    return "\n".join(lines)
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """The same numbers to read, best first; a table a family and number of steps."""
+    columns = {
+        "rate": "{rate:.2g}",
+        "mean (error)": "{mean:.2f} ({mean_se:.2f})",
+        "between memories": "{mean_sd:.2f}",
+        "last tenth": "{final:.2f}",
+    }
+    return lab.ranked(
+        found,
+        (*RULES, *LESSONS),
+        columns,
+        by="mean",
+        head="log10 of the loss on {tasks} tasks held out, each kind of memory learned "
+        "{memories} times, in lives of {horizon} steps.",
+        places=lambda config: map(str, cells(Settings(**config))),
+    )
 
 
-def draw_curves(file: Path, found: Found, settings: Settings) -> Path:
+def draw(file: Path, found: Found, settings: Settings) -> None:
     """For each cell the mean curve of every optimizer; bands are memories' extremes."""
-    names = list(found)
     styles = {}
-    for i, name in enumerate(names):
-        taught = name not in RULES
-        place = i - len(RULES) if taught else i
-        styles[name] = {"color": COLOURS[place], "ls": "-" if taught else ":"}
+    for i, name in enumerate(found):
+        dashes, number = (":", i) if name in RULES else ("-", i - len(RULES))
+        styles[name] = lab.style(number, name) | {"ls": dashes, "lw": 1.4}
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     panels = figure.subplots(len(FAMILIES), 2, squeeze=False).flat
     for panel, cell in zip(panels, cells(settings), strict=True):
-        steps = np.arange(cell.steps)
-        for name in names:
+        for name in found:
             by_memory = found[name][cell].curves.mean(1)
-            label = name.replace("_", " ")
-            panel.plot(steps, by_memory.mean(0), lw=1.4, label=label, **styles[name])
-            panel.fill_between(
-                steps,
-                by_memory.min(0),
-                by_memory.max(0),
-                color=styles[name]["color"],
-                alpha=0.12,
-                lw=0,
-            )
+            lab.band(panel, np.arange(cell.steps), by_memory, **styles[name])
         if cell.steps > settings.horizon:
             panel.axvline(settings.horizon, color="#555555", lw=0.8)
         panel.set(
@@ -408,47 +384,29 @@ def draw_curves(file: Path, found: Found, settings: Settings) -> Path:
             ylabel="log10 of the loss, mean over tasks",
             title=f"{cell.family}, {cell.steps} steps",
         )
-    lines = panel.get_lines()[: len(names)]
+    lines = panel.get_lines()[: len(found)]
     figure.legend(handles=lines, loc="outside lower center", ncols=5)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    return file
+    lab.save(figure, file)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs all, prints the table, draws, writes the result; returns its metrics."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=tuple(SETTINGS), default="full")
-    parser.add_argument("--out", default=f"runs/{NAME}", help="folder of the picture")
-    parser.add_argument(
-        "--results", help="folder of the result file; of a smoke run --out by default"
-    )
-    flags = parser.parse_args(arguments)
-    settings = SETTINGS[flags.scale]
-    found, losses = compare(settings)
-    numbers = summary(found)
-    print(table(numbers, settings), end="\n\n")
+def measure(task: lab.Task) -> dict[str, float]:
+    """Runs all, says what the slow level has gained, and draws."""
+    found, losses = compare(task.config)
     for name, values in losses.items():
         part = max(1, values.shape[1] // 10)
         first, last = values[:, :part].mean(), values[:, -part:].mean()
         print(f"{name}: the mean of its lives went from {first:.2f} to {last:.2f}")
-    file = draw_curves(Path(flags.out) / f"{NAME}.png", found, settings)
-    print(f"\npicture: {file}")
-    results = flags.results
-    if results is None:
-        results = os.fspath(RESULTS) if flags.scale == "full" else flags.out
-    file = write_result(
-        results,
-        experiment=NAME,
-        row="all",
-        scale=flags.scale,
-        seed=0,
-        config=settings,
-        metrics=numbers,
-    )
-    print(f"result:  {file}")
-    return numbers
+    draw(task.picture, found, task.config)
+    return summary(found)
 
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: {"all": SETTINGS[flags.scale]},
+    measure=measure,
+    table=table,
+)
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

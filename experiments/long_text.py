@@ -10,23 +10,20 @@ never reset. At every tenth of the way: the loss in nats a token, and how far ea
 layer's weights stand from where they started, as a share of their start's norm.
 """
 
-import argparse
 import functools
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import lab
 from hope_jax.data.tokenizer import encode_documents
 from hope_jax.models import lm
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import metrics
-from launch.evaluate import quiet_libraries
+from launch import command
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "long_text"
 PARTS, WINDOW = 10, 1024
 
@@ -86,27 +83,29 @@ def moved(state: lm.LMState, start: lm.LMState) -> dict[str, float]:
     return made
 
 
+def _define(define) -> None:
+    define.string("checkpoint", None, "the workdir of a run", required=True)
+    define.integer("tokens", 1_000_000, "to read", lower_bound=WINDOW)
+    define.string("out", None, "folder of the result; a file there is replaced")
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="the workdir of a run")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--out", help="folder of the results")
-    flags = parser.parse_args(arguments)
-    if flags.tokens < WINDOW:
-        parser.error(f"--tokens must be at least {WINDOW}, got {flags.tokens}.")
-    quiet_libraries()
-    config, made = measure(flags.checkpoint, flags.tokens)
+    """Reads and writes the result, whatever there was, for runs share their names."""
+    given = command.parse(__doc__, _define, arguments)
+    command.quiet_libraries()
+    with command.fail_in_words():
+        config, made = measure(given.checkpoint, given.tokens)
     metrics.write_result(
-        os.fspath(flags.out or RESULTS),
+        given.out or lab.RESULTS,
         experiment=NAME,
         row=config.row,
         scale=config.scale,
         seed=config.seed,
         config=config,
-        metrics=made | {"tokens": flags.tokens},
+        metrics=made | {"tokens": given.tokens},
     )
     return made
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -6,10 +6,10 @@ Expect:  experiments/README.md has the tables.
 Cost:    half a minute (matrices) to three minutes (MLP memories) a row, seed, rate and
          400 steps on one CPU core. What has a result file is not run again.
 
-The task is that of `launch.sweep`: six keys and values in 32 tokens of a vocabulary of
-64, then the keys again; a model of width 32, two layers and two heads, batches of 32,
-AdamW at its rate with 20 steps of warm-up and a fall to a tenth. Chance is 1/6 for a
-model that has seen which values occur in the row.
+The task is that of `experiments.sweep`: six keys and values in 32 tokens of a
+vocabulary of 64, then the keys again; a model of width 32, two layers and two heads,
+batches of 32, AdamW at its rate with 20 steps of warm-up and a fall to a tenth. Chance
+is 1/6 for a model that has seen which values occur in the row.
 
 Groups:
   bisection  from a static MLP memory to the self-modifying layer to the letter of the
@@ -21,27 +21,22 @@ Groups:
              what was learned here
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from experiments import lab, sweep
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.memory import MemoryMixerConfig
 from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
-from hope_jax.train.metrics import read_result, write_result
-from launch import sweep
+from launch import command
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "memory"
 CHUNK = 8
 RATES = (1e-2, 3e-3)
@@ -193,16 +188,17 @@ def model(row: Row, config: sweep.SweepConfig) -> ModelConfig:
     return sweep.model_for(config, row.layer)
 
 
-def measure(name: str, row: Row, seed: int, smoke: bool) -> dict[str, float]:
+def measure(task: lab.Task) -> dict[str, float]:
     """Accuracy and loss at every rate; a run that diverged has accuracy 0 and says at
     which step."""
+    row, smoke = task.config, task.flags.scale == "smoke"
     made: dict[str, float] = {}
     for rate in row.rates[: 1 if smoke else None]:
         config = settings(row, rate, smoke)
         learn: Any = True
         if not row.projections:
             learn = Learning(projections=False)
-        done = sweep.train(config, model(row, config), seed, learn=learn)
+        done = sweep.train(config, model(row, config), task.seed, learn=learn)
         at = f"_at_{rate:g}"
         if done["accuracy"] is None:
             made |= {f"accuracy{at}": 0.0, f"diverged_by{at}": float(done["steps"])}
@@ -213,58 +209,29 @@ def measure(name: str, row: Row, seed: int, smoke: bool) -> dict[str, float]:
     return {"accuracy": best} | made
 
 
-def table(group: str, results: Path) -> str:
+def table(found: Sequence[Mapping[str, Any]]) -> str:
     """What there is of a group, as Markdown."""
-    lines = ["| row | accuracy by seed | mean |", "|---|---|---:|"]
-    for name in GROUPS[group]():
-        files = sorted((results / NAME).glob(f"{name}-s*.json"))
-        if not files:
-            continue
-        found = [read_result(file)["metrics"]["accuracy"] for file in files]
-        each = " ".join(f"{a:.3f}" for a in found)
-        lines.append(
-            f"| {name.removeprefix(f'{group}_')} | {each} | {np.mean(found):.3f} |"
-        )
-    return "\n".join(lines)
+    lines = []
+    for row, of in itertools.groupby(found, key=lambda result: result["row"]):
+        accuracies = [result["metrics"]["accuracy"] for result in of]
+        each = " ".join(f"{a:.3f}" for a in accuracies)
+        lines.append([row.partition("_")[2], each, f"{np.mean(accuracies):.3f}"])
+    return lab.table(["row", "accuracy by seed", "mean"], lines, words=2)
 
 
-def main(arguments: Sequence[str] | None = None) -> str:
-    """Trains what has no result yet, and prints the table of the group."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--group", choices=tuple(GROUPS), required=True)
-    parser.add_argument("--rows", default="", help="some rows, separated by commas")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--scale", choices=("full", "smoke"), default="full")
-    parser.add_argument("--out", help="folder of the results; of a smoke run: needed")
-    flags = parser.parse_args(arguments)
-    smoke = flags.scale == "smoke"
-    if smoke and not flags.out:
-        parser.error("--scale=smoke needs --out: its numbers are no results.")
-    rows, wanted = GROUPS[flags.group](), [r for r in flags.rows.split(",") if r]
-    for name in wanted:
-        if name not in rows:
-            parser.error(f"--rows: no row {name!r}; there are {', '.join(rows)}.")
-    results = Path(flags.out or RESULTS)
-    for seed, name in itertools.product(
-        map(int, flags.seeds.split(",")), wanted or rows
-    ):
-        if (results / NAME / f"{name}-s{seed}.json").exists():
-            continue
-        metrics = measure(name, rows[name], seed, smoke)
-        write_result(
-            os.fspath(results),
-            experiment=NAME,
-            row=name,
-            scale=flags.scale,
-            seed=seed,
-            config=json.loads(json.dumps(dataclasses.asdict(rows[name]))),
-            metrics=metrics,
-        )
-        print(f"{name}, seed {seed}: {metrics['accuracy']:.3f}", flush=True)
-    made = table(flags.group, results)
-    print(made)
-    return made
+def _define(define) -> None:
+    define.enum("group", None, tuple(GROUPS), "whose rows", required=True)
 
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: GROUPS[flags.group](),
+    measure=measure,
+    table=table,
+    seeds=(0, 1, 2),
+    define=_define,
+)
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

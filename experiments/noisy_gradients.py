@@ -1,6 +1,6 @@
 """Noisy labels and noisy gradients: which memory of gradients filters them.
 
-Run:     python -m experiments.noisy_gradients --out=DIR  (its picture goes to DIR)
+Run:     python -m experiments.noisy_gradients --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few steps and rates, seconds); a test runs it so.
 Expect:  no rule is best everywhere (test losses; 0.092 of Muon's is the least without
          noise, 0.097 M3's, 0.111 gradient descent's, 0.144 momentum's).
@@ -37,13 +37,13 @@ has no decay, and so but half the choice). That uses tuning seeds; numbers are o
 seeds, on test digits that no tuning sees. A seed is a start, an order of batches and a
 draw of the noise.
 
-Rules are told apart by their loss on the same seed: `=` marks those whose mean
+Rules are told apart by their loss on the same seed: a run names those whose mean
 difference from the best is no larger than its standard deviation over seeds. A loss
 above 100, or none at all, counts as 100: it diverged.
 """
 
-import argparse
 import dataclasses
+import functools
 import os
 
 # LAPACK dead-locks a pool of two of XLA's threads, and its own threads stand in the way
@@ -51,9 +51,9 @@ import os
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 from matplotlib.figure import Figure
 
+from experiments import lab
 from hope_jax.data import images
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.optim.deep import deep_momentum
@@ -70,10 +71,8 @@ from hope_jax.optim.generalised import from_memory
 from hope_jax.optim.m3 import scale_by_m3
 from hope_jax.optim.momentum import delta_momentum, momentum
 from hope_jax.optim.muon import scale_by_adamuon, with_adamw
-from hope_jax.plot import COLOURS
-from hope_jax.train.metrics import write_result
+from launch import command
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "noisy_gradients"
 SPIKES = 0.02  # the share of steps that have one
 DIVERGED = 100.0
@@ -144,13 +143,12 @@ NOISES: dict[str, Noise] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(lab.Grid):
     """What is run.
 
     Attributes:
       hidden: width of the network.
       steps, batch: of training.
-      low, high, rates: the grid of learning rates, even in their logarithm.
       decays: of every memory, each tried with all rates.
       seeds: for tuning, and as many others for the numbers.
     """
@@ -166,8 +164,8 @@ class Settings:
 
     def trials(self) -> list[tuple[float, float]]:
         """The rates and decays that every rule tries, at every noise."""
-        rates = np.geomspace(self.low, self.high, self.rates)
-        return [(float(rate), decay) for decay in self.decays for rate in rates]
+        rates = self.tried().tolist()
+        return [(rate, decay) for decay in self.decays for rate in rates]
 
 
 SETTINGS = {
@@ -318,7 +316,8 @@ def compare(
 
         every = np.ones((len(NOISES), 1), np.float32)
         tried = [run(every * pair, keys[: s.seeds]) for pair in trials]
-        best = np.argmin([t.validation.mean(0) for t in tried], axis=0)
+        validation = np.stack([t.validation.mean(0) for t in tried])
+        best = s.best(validation, len(trials))
         found = run(trials[best], keys[s.seeds :])
         for i, noise in enumerate(NOISES):
             outcomes[name, noise] = Outcome(
@@ -354,103 +353,63 @@ def summary(outcomes: dict[tuple[str, str], Outcome], noise: str) -> dict[str, f
     return numbers
 
 
-def table(outcomes: dict[tuple[str, str], Outcome], settings: Settings) -> str:
-    """The same numbers to read."""
-    lines = [f"Means (and standard deviations) over {settings.seeds} unseen seeds."]
-    for noise in NOISES:
-        numbers, ties = summary(outcomes, noise), tied(outcomes, noise)
-        lines += [
-            "",
-            noise,
-            "",
-            "| rule | | test loss (sd) | accuracy (sd) | rate | decay |",
-            "|---|---|---:|---:|---:|---:|",
-        ]
-        for name in sorted(RULES, key=lambda n: numbers[f"{n}_loss"]):
-            get = {key: numbers[f"{name}_{key}"] for key in _NUMBERS}
-            lines.append(
-                f"| {name} | {'=' if name in ties else ''} "
-                f"| {get['loss']:.3f} ({get['loss_sd']:.3f}) "
-                f"| {get['accuracy']:.3f} ({get['accuracy_sd']:.3f}) "
-                f"| {get['rate']:.1e} | {get['decay']:g} |"
-            )
-    return "\n".join(lines)
-
-
-_NUMBERS = ("rate", "decay", "loss", "loss_sd", "accuracy", "accuracy_sd")
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """The same numbers to read, best first."""
+    columns = {
+        "test loss (sd)": "{loss:.3f} ({loss_sd:.3f})",
+        "accuracy (sd)": "{accuracy:.3f} ({accuracy_sd:.3f})",
+        "rate": "{rate:.1e}",
+        "decay": "{decay:g}",
+    }
+    head = "Means (and standard deviations) over {seeds} unseen seeds."
+    return lab.ranked(found, RULES, columns, by="loss", head=head)
 
 
 def picture(
     file: Path, outcomes: dict[tuple[str, str], Outcome], settings: Settings
-) -> Path:
+) -> None:
     """Test losses: a panel a kind of noise, a line a rule, a colour a level."""
     kinds = Noise._fields
     figure = Figure(figsize=(13, 0.8 + 0.36 * len(RULES)), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True)
     mean = {key: outcome.scores.loss.mean() for key, outcome in outcomes.items()}
     order = sorted(RULES, key=lambda name: mean[name, "clean"])
-    places = np.arange(len(order))
     for panel, kind in zip(panels, kinds, strict=True):
-        levels = [noise for noise in NOISES if noise.startswith(kind)]
-        shown = ("clean", *levels)
-        for shift, colour, noise in zip(
-            (-0.22, 0.0, 0.22), ("#555555", COLOURS[5], COLOURS[0]), shown, strict=True
-        ):
-            losses = np.stack([outcomes[name, noise].scores.loss for name in order])
-            middle = losses.mean(1)
-            ends = middle - losses.min(1), losses.max(1) - middle
-            label = noise.rpartition("-")[2]
-            panel.errorbar(
-                middle, places + shift, xerr=ends, fmt="o", ms=4, lw=1.2,
-                color=colour, label=label,
-            )  # fmt: skip
+        series = {
+            noise.rpartition("-")[2]: [outcomes[n, noise].scores.loss for n in order]
+            for noise in NOISES
+            if noise == "clean" or noise.startswith(kind)
+        }
+        lab.points(panel, order, series)
         panel.axvline(np.log(10), color="#555555", lw=0.8, ls=":")
         panel.set(xscale="log", title=kind, xlabel="clean test loss")
-        panel.set_yticks(places, [name.replace("_", " ") for name in order])
-        panel.grid(axis="y", lw=0.3)
         panel.legend(
             fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3
         )
-    panels[0].invert_yaxis()
     figure.suptitle(
         f"Tuned at each level; mean and range of {settings.seeds} seeds; "
         "the dotted line is chance"
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    return file
+    lab.save(figure, file)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Runs all, prints tables, draws, writes a result a noise; returns its metrics."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=tuple(SETTINGS), default="full")
-    parser.add_argument("--out", default=f"runs/{NAME}", help="folder of the picture")
-    parser.add_argument(
-        "--results", help="folder of the result files; of a smoke run --out by default"
-    )
-    flags = parser.parse_args(arguments)
-    settings = SETTINGS[flags.scale]
+@functools.cache
+def _compared(settings: Settings, file: Path) -> dict[tuple[str, str], Outcome]:
+    """All rows, which share their programs, and their picture."""
     outcomes = compare(settings)
-    print(table(outcomes, settings))
-    print(f"\npicture: {picture(Path(flags.out) / f'{NAME}.png', outcomes, settings)}")
-    results = flags.results
-    if results is None:
-        results = os.fspath(RESULTS) if flags.scale == "full" else flags.out
-    numbers = {noise: summary(outcomes, noise) for noise in NOISES}
-    for noise, metrics in numbers.items():
-        file = write_result(
-            results,
-            experiment=NAME,
-            row=noise,
-            scale=flags.scale,
-            seed=0,
-            config=settings,
-            metrics=metrics,
-        )
-        print(f"result:  {file}")
-    return numbers
+    for noise in NOISES:
+        print(f"{noise}: cannot be told apart: {', '.join(tied(outcomes, noise))}")
+    picture(file, outcomes, settings)
+    return outcomes
 
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: dict.fromkeys(NOISES, SETTINGS[flags.scale]),
+    measure=lambda task: summary(_compared(task.config, task.picture), task.row),
+    table=table,
+)
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,6 +1,6 @@
 """Equation 45: tasks whose gradients lie in orthogonal subspaces, one after another.
 
-Run:     python -m experiments.orthogonal_tasks --out=DIR  (its picture goes to DIR)
+Run:     python -m experiments.orthogonal_tasks --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few steps and rates, seconds); a test runs it so.
 Expect:  no memory avoids old subspaces. Without a leak, gradient descent, both momenta
          and outer-product AdaGrad have nothing to avoid and forget nothing: momentum
@@ -30,12 +30,10 @@ after the first, that lies in the subspaces of earlier tasks; `gradient` is the 
 the gradients that it received.
 """
 
-import argparse
 import dataclasses
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +42,14 @@ import optax
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
+from experiments import lab
 from hope_jax.optim.adaptive import adagrad_memory
 from hope_jax.optim.capture import dgd_gradients
 from hope_jax.optim.dgd import dgd
 from hope_jax.optim.m3 import m3
 from hope_jax.optim.momentum import delta_momentum, momentum
-from hope_jax.plot import COLOURS
-from hope_jax.train.metrics import write_result
+from launch import command
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "orthogonal_tasks"
 DECAY = 0.9  # of every momentum
 
@@ -74,7 +71,7 @@ MEASURES = ("final", "learned", "forgotten", "old", "gradient")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(lab.Grid):
     """What is run.
 
     Attributes:
@@ -82,7 +79,6 @@ class Settings:
       width, outputs: of W, `[outputs, width]`; tasks * rank <= width.
       leaks: sizes of the inputs' part outside of their task's subspace.
       steps, batch: of each task.
-      low, high, rates: the grid of learning rates, even in their logarithm.
       seeds: for tuning, and as many others for the numbers.
     """
 
@@ -224,7 +220,7 @@ class Outcome(NamedTuple):
 def compare(settings: Settings) -> dict[tuple[str, float], Outcome]:
     """Every rule at every leak, at the rate that tuning chose."""
     s = settings
-    rates = np.geomspace(s.low, s.high, s.rates, dtype=np.float32)
+    rates = s.tried().astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 2 * s.seeds)
     outcomes = {}
     for name, rule in RULES.items():
@@ -237,7 +233,7 @@ def compare(settings: Settings) -> dict[tuple[str, float], Outcome]:
         for leak in s.leaks:
             tried = by_rate(rates, jnp.float32(leak), keys[: s.seeds])
             final = measures(tried)["final"].mean(-1)
-            rate = rates[np.argmin(np.where(np.isfinite(final), final, np.inf))]
+            rate = rates[s.best(final)]
             stream = by_seed(rate, jnp.float32(leak), keys[s.seeds :])
             outcomes[name, leak] = Outcome(
                 float(rate), measures(stream), np.asarray(stream.errors)
@@ -257,32 +253,23 @@ def summary(outcomes: dict[tuple[str, float], Outcome]) -> dict[str, float]:
     return numbers
 
 
-def table(numbers: dict[str, float], settings: Settings) -> str:
+def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The same numbers to read."""
-    lines = [f"Means over {settings.seeds} seeds that tuning has not seen."]
-    for leak in settings.leaks:
-        lines += [
-            "",
-            f"leak {leak:g}",
-            "",
-            "| rule | rate | final (sd) | learned | forgotten | old | gradient |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for name in sorted(RULES, key=lambda n: numbers[f"{n}_leak_{leak:g}_final"]):
-            start = f"{name}_leak_{leak:g}"
-            get = {m: numbers[f"{start}_{m}"] for m in (*MEASURES, "rate", "final_sd")}
-            lines.append(
-                f"| {name} | {get['rate']:.2g} | {get['final']:.4f} "
-                f"({get['final_sd']:.4f}) | {get['learned']:.4f} "
-                f"| {get['forgotten']:+.4f} | {get['old']:.4f} "
-                f"| {get['gradient']:.4f} |"
-            )
-    return "\n".join(lines)
+    columns = {"rate": "{rate:.2g}", "final (sd)": "{final:.4f} ({final_sd:.4f})"}
+    columns |= {measure: f"{{{measure}:.4f}}" for measure in MEASURES[1:]}
+    return lab.ranked(
+        found,
+        RULES,
+        columns,
+        by="final",
+        head="Means over {seeds} seeds that tuning has not seen.",
+        places=lambda config: [f"leak_{leak:g}" for leak in config["leaks"]],
+    )
 
 
 def draw(
     file: Path, outcomes: dict[tuple[str, float], Outcome], settings: Settings
-) -> Path:
+) -> None:
     """For each leak: the first task's error as others follow; learned and final."""
     rows = len(settings.leaks)
     figure = Figure(figsize=(11, 3.9 * rows), layout="constrained")
@@ -291,13 +278,8 @@ def draw(
     for (left, right), leak in zip(panels, settings.leaks, strict=True):
         for i, name in enumerate(RULES):
             seeds = outcomes[name, leak].errors[:, :, 0]
-            colour, style = COLOURS[i % len(COLOURS)], ("-", "--")[i // len(COLOURS)]
-            label = name.replace("_", " ")
-            mean, spread = seeds.mean(0), seeds.std(0)
-            left.plot(after, mean, style, color=colour, marker="o", ms=3, label=label)
-            left.fill_between(
-                after, mean - spread, mean + spread, color=colour, alpha=0.12, lw=0
-            )
+            line = lab.style(i, name) | {"marker": "o", "ms": 3}
+            lab.band(left, after, seeds, spread="deviation", **line)
         left.set(
             xlabel="tasks learned so far",
             ylabel="relative error of the first task",
@@ -305,59 +287,32 @@ def draw(
             xticks=after,
         )
         left.legend(fontsize=7, loc="upper left", ncols=2)
-        order = sorted(RULES, key=lambda n: outcomes[n, leak].measures["final"].mean())
-        places = np.arange(len(order))
-        for shift, measure, colour in (
-            (-0.2, "learned", COLOURS[5]),
-            (0.2, "final", COLOURS[0]),
-        ):
-            values = [outcomes[name, leak].measures[measure] for name in order]
-            right.barh(
-                places + shift,
-                [v.mean() for v in values],
-                0.38,
-                xerr=[v.std() for v in values],
-                color=colour,
-                label=f"{measure}, all tasks",
-            )
-        right.set_yticks(places, [name.replace("_", " ") for name in order])
-        right.invert_yaxis()
+        got = {name: outcomes[name, leak].measures for name in RULES}
+        order = sorted(RULES, key=lambda name: got[name]["final"].mean())
+        series = {
+            f"{measure}, all tasks": [got[name][measure] for name in order]
+            for measure in ("learned", "final")
+        }
+        lab.points(right, order, series)
         right.set(xlabel="relative error", title=f"leak {leak:g}: best rule on top")
         right.legend(fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    return file
+    lab.save(figure, file)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs all, prints the table, draws, writes the result; returns its metrics."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=tuple(SETTINGS), default="full")
-    parser.add_argument("--out", default=f"runs/{NAME}", help="folder of the picture")
-    parser.add_argument(
-        "--results", help="folder of the result file; of a smoke run --out by default"
-    )
-    flags = parser.parse_args(arguments)
-    settings = SETTINGS[flags.scale]
-    outcomes = compare(settings)
-    numbers = summary(outcomes)
-    print(table(numbers, settings))
-    print(f"\npicture: {draw(Path(flags.out) / f'{NAME}.png', outcomes, settings)}")
-    results = flags.results
-    if results is None:
-        results = os.fspath(RESULTS) if flags.scale == "full" else flags.out
-    file = write_result(
-        results,
-        experiment=NAME,
-        row="all",
-        scale=flags.scale,
-        seed=0,
-        config=settings,
-        metrics=numbers,
-    )
-    print(f"result:  {file}")
-    return numbers
+def measure(task: lab.Task) -> dict[str, float]:
+    """Runs all, and draws."""
+    outcomes = compare(task.config)
+    draw(task.picture, outcomes, task.config)
+    return summary(outcomes)
 
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: {"all": SETTINGS[flags.scale]},
+    measure=measure,
+    table=table,
+)
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

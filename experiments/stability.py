@@ -7,23 +7,21 @@ Cost:    five to ten minutes a training, nine in all, on one CPU core. What has 
          file is not run again, and a training that was stopped goes on.
 """
 
-import argparse
 import dataclasses
-import os
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from experiments import quickstart
+from experiments import lab, quickstart
 from hope_jax.train import loop, metrics
 from hope_jax.train.config import RunConfig
-from launch.evaluate import quiet_libraries
+from launch import command
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "stability"
 RATES = (2e-3, 4e-3, 8e-3)
-SEEDS = (0, 1, 2)
 LAST = 50  # steps whose loss is the training loss
 
 
@@ -41,8 +39,9 @@ def rows(scale: str) -> dict[str, RunConfig]:
     }
 
 
-def measure(config: RunConfig, folder: Path) -> dict[str, float]:
+def measure(task: lab.Task) -> dict[str, float]:
     """Trains what is not trained yet; a training that diverged has `finite` 0."""
+    config, folder = task.config, Path(task.flags.workdir) / f"{task.row}-s{task.seed}"
     try:
         outcome = loop.train(config, folder, resume=True)
     except loop.NonFinite as error:
@@ -59,58 +58,34 @@ def measure(config: RunConfig, folder: Path) -> dict[str, float]:
     }
 
 
-def table(results: Path) -> str:
+def table(found: Sequence[Mapping[str, Any]]) -> str:
     """What there is, as Markdown."""
-    lines = ["| rate | bits per byte of training rows, by seed | largest gradient |"]
-    lines.append("|---|---|---:|")
-    for rate in RATES:
-        files = sorted((results / NAME).glob(f"rate_{rate:g}-s*.json"))
-        found = [metrics.read_result(file)["metrics"] for file in files]
+    lines = []
+    for row, of in itertools.groupby(found, key=lambda result: result["row"]):
+        all_ = [result["metrics"] for result in of]
         each = [
-            f"{f['training bits per byte']:.3f}" if f["finite"] else "not finite"
-            for f in found
+            f"{m['training bits per byte']:.3f}" if m["finite"] else "not finite"
+            for m in all_
         ]
-        largest = max((f.get("largest gradient", 0.0) for f in found), default=0.0)
-        if found:
-            lines.append(f"| {rate:g} | {', '.join(each)} | {largest:.1f} |")
-    return "\n".join(lines)
+        largest = max(m.get("largest gradient", 0.0) for m in all_)
+        lines.append([row.removeprefix("rate_"), ", ".join(each), f"{largest:.1f}"])
+    columns = ["rate", "bits per byte of training rows, by seed", "largest gradient"]
+    return lab.table(columns, lines, words=2)
 
 
-def main(arguments: Sequence[str] | None = None) -> str:
-    """Trains what has no result yet, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="folder of the trainings")
-    parser.add_argument("--rows", default="", help="some rows, separated by commas")
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    parser.add_argument("--scale", choices=tuple(quickstart.TRAIN), default="full")
-    parser.add_argument("--out", help="folder of the results; of a smoke run: needed")
-    flags = parser.parse_args(arguments)
-    if flags.scale == "smoke" and not flags.out:
-        parser.error("--scale=smoke needs --out: its numbers are no results.")
-    configs, wanted = rows(flags.scale), [r for r in flags.rows.split(",") if r]
-    for name in wanted:
-        if name not in configs:
-            parser.error(f"--rows: no row {name!r}; there are {', '.join(configs)}.")
-    quiet_libraries()
-    results = Path(flags.out or RESULTS)
-    for seed in map(int, flags.seeds.split(",")):
-        for name in wanted or configs:
-            if (results / NAME / f"{name}-s{seed}.json").exists():
-                continue
-            config = dataclasses.replace(configs[name], seed=seed)
-            metrics.write_result(
-                os.fspath(results),
-                experiment=NAME,
-                row=name,
-                scale=flags.scale,
-                seed=seed,
-                config=config,
-                metrics=measure(config, Path(flags.workdir) / f"{name}-s{seed}"),
-            )
-    made = table(results)
-    print(made)
-    return made
+def _define(define) -> None:
+    define.string("workdir", None, "folder of the trainings", required=True)
 
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: rows(flags.scale),
+    measure=measure,
+    table=table,
+    seeds=(0, 1, 2),
+    define=_define,
+)
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -26,16 +26,15 @@ its memories or all of it stopped. Training rows have 256 tokens: a fact 1,000 t
 back is farther than anything that any of them was trained on.
 """
 
-import argparse
 import dataclasses
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from experiments import quickstart
+from experiments import lab, quickstart
 from hope_jax.core import config as config_lib
 from hope_jax.evaluate import ablation
 from hope_jax.models import lm
@@ -43,9 +42,9 @@ from hope_jax.models.config import ModelConfig
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import loop, metrics
 from hope_jax.train.config import RunConfig
-from launch.evaluate import measure_parts, quiet_libraries
+from launch import command
+from launch.evaluate import measure_parts
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "twins"
 MODELS = {
     "hope": "hope_tiny",
@@ -88,8 +87,9 @@ def _still(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, cms=dataclasses.replace(model.cms, levels=levels))
 
 
-def measure(config: RunConfig, folder: Path) -> dict[str, float]:
+def measure(task: lab.Task) -> dict[str, float]:
     """Trains what is not trained yet, and asks it."""
+    config, folder = task.config, Path(task.flags.workdir) / task.row
     outcome = loop.train(config, folder, resume=True)
     if not outcome.finished:
         raise SystemExit(128 + outcome.stopped_by)
@@ -112,69 +112,40 @@ def measure(config: RunConfig, folder: Path) -> dict[str, float]:
     }
 
 
-def table(results: Path) -> str:
+def table(found: Sequence[Mapping[str, Any]]) -> str:
     """What there is, as Markdown."""
     distances = ablation.DISTANCES
-    lines = [
-        "| model | learns while reading | first reading, nats | gain of a second | "
-        + " | ".join(f"fact {d} tokens on" for d in distances)
-        + " |",
-        "|---|---|" + "---:|" * (2 + len(distances)),
-    ]
-    for row in MODELS:
-        file = results / NAME / f"{row}-s0.json"
-        if not file.exists():
-            continue
-        found = metrics.read_result(file)["metrics"]
+    columns = ["model", "learns while reading", "first reading, nats"]
+    columns += ["gain of a second", *(f"fact {d} tokens on" for d in distances)]
+    lines = []
+    for row, numbers in ((result["row"], result["metrics"]) for result in found):
         for name in ("all learn", "all CMS off", "all memories off", "nothing learns"):
-            if f"{name}/first" not in found:
+            if f"{name}/first" not in numbers:
                 continue
-            cells = [f"{found[f'{name}/{what}']:.3f}" for what in ("first", "gain")]
-            for d in distances:
-                at = f"{name}/fact at {d}"
-                if f"{at}/mean" not in found:
-                    cells.append("")
-                    continue
-                mean, high = found[f"{at}/mean"], found[f"{at}/high"]
-                cells.append(f"{mean:.2f} ± {high - mean:.2f}")
-            lines.append(f"| {row} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            line = [row, name]
+            line += [f"{numbers[f'{name}/{what}']:.3f}" for what in ("first", "gain")]
+            for at in (f"{name}/fact at {d}" for d in distances):
+                if f"{at}/mean" in numbers:
+                    mean, high = numbers[f"{at}/mean"], numbers[f"{at}/high"]
+                    line.append(f"{mean:.2f} ± {high - mean:.2f}")
+                else:
+                    line.append("")
+            lines.append(line)
+    return lab.table(columns, lines, words=2)
 
 
-def main(arguments: Sequence[str] | None = None) -> str:
-    """Measures what has no result yet, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="folder of the trainings")
-    parser.add_argument("--rows", default="", help="some rows, separated by commas")
-    parser.add_argument("--scale", choices=tuple(TEXTS), default="full")
-    parser.add_argument("--out", help="folder of the results; of a smoke run: needed")
-    flags = parser.parse_args(arguments)
-    if flags.scale == "smoke" and not flags.out:
-        parser.error("--scale=smoke needs --out: its numbers are no results.")
-    configs, wanted = rows(flags.scale), [r for r in flags.rows.split(",") if r]
-    for name in wanted:
-        if name not in configs:
-            parser.error(f"--rows: no row {name!r}; there are {', '.join(configs)}.")
-    quiet_libraries()
-    results = Path(flags.out or RESULTS)
-    for name in wanted or configs:
-        config = configs[name]
-        if (results / NAME / f"{name}-s{config.seed}.json").exists():
-            continue
-        made = measure(config, Path(flags.workdir) / name)
-        metrics.write_result(
-            os.fspath(results),
-            experiment=NAME,
-            row=name,
-            scale=flags.scale,
-            seed=config.seed,
-            config=config,
-            metrics=made,
-        )
-    made = table(results)
-    print(made)
-    return made
+def _define(define) -> None:
+    define.string("workdir", None, "folder of the trainings", required=True)
 
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: rows(flags.scale),
+    measure=measure,
+    table=table,
+    define=_define,
+)
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -12,12 +12,9 @@ With --ablate: which of its parts does the learning. Every part is switched off 
 texts are read twice, facts planted and asked for, and a sceptic's controls applied.
 """
 
-import argparse
-import contextlib
-import logging
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,66 +26,44 @@ from hope_jax.data.tokenizer import encode_documents
 from hope_jax.evaluate import ablation, language_model
 from hope_jax.stream.reader import Opened, open_checkpoint
 from hope_jax.train import checkpoint, metrics
+from launch import command
 
 SPLITS = ("validation", "all")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _define(define) -> None:
+    define_checkpoint(define)
+    define.string(
+        "data", None, "a file, a folder or a glob; else the text it was trained on"
     )
-    add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="a file, a folder or a glob; default: the text it was trained on",
+    define.enum(
+        "split", "validation", SPLITS, "the files held out in training, or all files"
     )
-    parser.add_argument(
-        "--split",
-        choices=SPLITS,
-        default="validation",
-        help="the files held out in training, or all files",
+    define.integer("rows", 2, "most documents read side by side")
+    define.string(
+        "output",
+        None,
+        "a folder: write a result file there, as experiments/results has them; with "
+        "--ablate the default is the checkpoint's",
     )
-    parser.add_argument(
-        "--rows", type=int, default=2, help="most documents read side by side"
+    define.bool("ablate", False, "which part does the learning")
+    define.integer("ablate_rows", 8, "with --ablate, texts that are read twice")
+    define.integer(
+        "ablate_tokens",
+        1152,
+        "with --ablate, least tokens of a text, up to a multiple of the model's "
+        "fastest clock (in 1152 facts 1,000 tokens apart fit)",
     )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help="write a result file there, as experiments/results has them; with "
-        "--ablate the default is the checkpoint's folder",
-    )
-    parser.add_argument(
-        "--ablate", action="store_true", help="which part does the learning"
-    )
-    parser.add_argument(
-        "--ablate-rows",
-        type=int,
-        default=8,
-        metavar="N",
-        help="with --ablate, texts that are read twice (default: 8)",
-    )
-    parser.add_argument(
-        "--ablate-tokens",
-        type=int,
-        default=1152,
-        metavar="N",
-        help="with --ablate, least tokens of a text, up to a multiple of the model's "
-        "fastest clock (default: 1152, in which facts 1,000 tokens apart fit)",
-    )
-    parser.add_argument(
-        "--ablate-facts",
-        type=int,
-        default=32,
-        metavar="N",
-        help="with --ablate, facts planted at each distance (default: 32)",
-    )
-    options = parser.parse_args(arguments)
+    define.integer("ablate_facts", 32, "with --ablate, facts planted at each distance")
+    for name in ("rows", "tokens", "facts"):
+        define.alias(f"ablate-{name}", f"ablate_{name}")
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Scores a checkpoint in three modes, or each of its parts."""
+    options = command.parse(__doc__, _define, arguments)
     console = Console(highlight=False)
-    quiet_libraries()
+    command.quiet_libraries()
     with fail_in_words():
         if options.rows < 1:
             raise ValueError(f"rows must be at least 1, got {options.rows}.")
@@ -132,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def ablate(
     opened: Opened,
     documents: Sequence[text.Document],
-    options: argparse.Namespace,
+    options: Any,
     console: Console,
 ) -> None:
     """Prints and saves the table of `hope_jax.evaluate.ablation`."""
@@ -297,40 +272,26 @@ def print_table(console: Console, title: str, measured: Mapping[str, float]) -> 
     console.print(table)
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
+def define_checkpoint(define) -> None:
+    """The flags of a program that reads a checkpoint."""
+    define.string(
+        "checkpoint",
+        None,
+        "the workdir of a run, or its folder of checkpoints",
         required=True,
-        metavar="DIR",
-        help="the workdir of a run, or its folder of checkpoints",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a field that the checkpoint's config must have, or it is refused",
+    define.multi_string(
+        "set",
+        [],
+        "field=value that the checkpoint's config must have, or it is refused; "
+        "repeatable",
     )
 
 
-def quiet_libraries() -> None:
-    """Keeps what Orbax says of reading a folder that it may not write to itself."""
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-
-
-@contextlib.contextmanager
-def fail_in_words() -> Iterator[None]:
+def fail_in_words():
     """Ends the program with the message of an error that its user can mend."""
-    try:
-        yield
-    except (
-        ValueError,
-        FileNotFoundError,
-        FloatingPointError,
-        checkpoint.Damaged,
-    ) as error:
-        sys.exit(f"error: {error}")
+    return command.fail_in_words(FloatingPointError, checkpoint.Damaged)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

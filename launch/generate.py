@@ -5,7 +5,6 @@
 The model's memory learns from the prompt and from its own text; --frozen stops that.
 """
 
-import argparse
 import contextlib
 import sys
 import time
@@ -16,31 +15,24 @@ import jax
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.stream.generate import Sampling, as_text, generate
 from hope_jax.stream.reader import open_checkpoint
-from launch.evaluate import add_checkpoint_arguments, fail_in_words, quiet_libraries
+from launch import command
+from launch.evaluate import define_checkpoint, fail_in_words
+
+
+def _define(define) -> None:
+    define_checkpoint(define)
+    define.string("prompt", "", "text to go on from")
+    define.integer("tokens", 256, "most tokens to make")
+    define.float("temperature", 0.8, "0 takes the likeliest token")
+    define.integer("top_k", None, "draw among this many likeliest tokens only")
+    define.integer("seed", 0, "of the draws")
+    define.bool("frozen", False, "no level moves while reading")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--prompt", default="", help="text to go on from")
-    parser.add_argument("--tokens", type=int, default=256, help="most tokens to make")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
-    )
-    parser.add_argument(
-        "--top_k", type=int, help="draw among this many likeliest tokens only"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument(
-        "--frozen", action="store_true", help="no level moves while reading"
-    )
-    options = parser.parse_args(arguments)
-
-    quiet_libraries()
+    """Prints the prompt and what comes after it."""
+    options = command.parse(__doc__, _define, arguments)
+    command.quiet_libraries()
     with fail_in_words():
         sampling = Sampling(temperature=options.temperature, top_k=options.top_k)
         opened = open_checkpoint(options.checkpoint, options.set)
@@ -82,4 +74,4 @@ def write(prompt: str, ids: Iterable[int], tokenizer: Tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

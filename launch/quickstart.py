@@ -15,7 +15,6 @@ A second start reuses all of it: what is finished is not done again, and a train
 was stopped goes on where it stood.
 """
 
-import argparse
 import json
 import math
 import os
@@ -42,7 +41,7 @@ from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import checkpoint, loop, metrics
 from hope_jax.train.config import RunConfig
 from hope_jax.train.folder import check_folder
-from launch.evaluate import quiet_libraries
+from launch import command
 
 NAMES = {"hope": "Hope", "transformer": "Transformer++"}
 EVALUATION = "evaluation.json"
@@ -59,34 +58,27 @@ class Stopped(Exception):
         self.number = number
 
 
+def _define(define) -> None:
+    define.string("workdir", "runs/quickstart", "where all is kept")
+    define.string(
+        "data", None, "a file, a folder or a glob; else the Python standard library"
+    )
+    define.enum("scale", "full", list(experiment.TRAIN), "how much")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.quickstart",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--workdir", default="runs/quickstart", metavar="DIR", help="where all is kept"
-    )
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="a file, a folder or a glob; default: the Python standard library",
-    )
-    parser.add_argument(
-        "--scale", choices=list(experiment.TRAIN), default="full", help="how much"
-    )
-    options = parser.parse_args(arguments)
+    """Does what is not done yet, and prints the table."""
+    options = command.parse(__doc__, _define, arguments)
     console = Console(highlight=False)
-    quiet_libraries()
+    command.quiet_libraries()
     try:
         run(options.workdir, scale=options.scale, data=options.data, console=console)
     except Stopped as stopped:
         console.print(f"{stopped}; start the same command again to go on.")
         sys.exit(128 + stopped.number)
     except checkpoint.ConfigMismatch as error:
-        sys.exit(
-            f"error: {error}\n{options.workdir} holds a quickstart of other settings or"
+        command.fail(
+            f"{error}\n{options.workdir} holds a quickstart of other settings or"
             " data. Remove that folder, or give another --workdir."
         )
     except (
@@ -96,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         checkpoint.SaveFailed,
         FloatingPointError,
     ) as error:
-        sys.exit(f"error: {error}")
+        command.fail(error)
 
 
 def run(
@@ -349,4 +341,4 @@ def use_all_cores() -> None:
 
 if __name__ == "__main__":
     use_all_cores()
-    main()
+    command.run(main)

@@ -10,13 +10,14 @@ The memories are those of `hope_jax.memory.named`, their speeds those of the res
 files of experiments/benchmarks.
 """
 
-import argparse
 import ast
 import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from launch import command
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TESTS = _ROOT / "tests" / "equations"
@@ -141,22 +142,22 @@ def written(text: str) -> str:
     return text
 
 
+def _define(define) -> None:
+    define.enum("table", "equations", list(TABLES), "which one is printed")
+    define.string(
+        "write",
+        None,
+        "replace the tables that this file has between '<!-- name -->' markers",
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--table", choices=TABLES, default="equations")
-    parser.add_argument(
-        "--write",
-        metavar="FILE",
-        type=Path,
-        help="replace the tables that FILE has between '<!-- name -->' markers",
-    )
-    flags = parser.parse_args(arguments)
-    file = flags.write
+    """Prints a table, or writes those of a file."""
+    given = command.parse(__doc__, _define, arguments)
+    file = None if given.write is None else Path(given.write)
     try:
         if file is None:
-            print(TABLES[flags.table]())
+            print(TABLES[given.table]())
         else:
             text = file.read_text(encoding="utf-8")
             file.write_text(written(text), encoding="utf-8")
@@ -167,4 +168,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -8,11 +8,13 @@ SIGTERM and Ctrl-C save and stop (exit code 128 + signal); --resume goes on from
 
 import importlib
 import os
-import pkgutil
 import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from absl import app, flags, logging
+from launch import command
 
 # What jax <= 0.11.2 needs so that collectives of virtual CPU devices cannot dead-lock;
 # read when jax starts.
@@ -20,24 +22,24 @@ os.environ.setdefault("NPROC", "32")
 # LAPACK's own threads and JAX's stand in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-_EXPERIMENT = flags.DEFINE_string(
-    "experiment",
-    None,
-    "Module under experiments/ (or any importable module) with rows.",
-)
-_ROW = flags.DEFINE_string(
-    "row", None, "Row of the experiment; may be left out if one."
-)
-_SCALE = flags.DEFINE_string("scale", "full", "Size of the experiment.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run alone.")
-_SET = flags.DEFINE_multi_string(
-    "set", [], "field=value of the config, for example train.steps=100; repeatable."
-)
-_DATA = flags.DEFINE_string("data", None, "Text file, folder or glob; sets data.path.")
-_RESUME = flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint.")
-_DESCRIBE = flags.DEFINE_bool(
-    "describe", False, "Print the config, the levels and how parameters move, and exit."
-)
+
+def _define(define) -> None:
+    define.string(
+        "experiment",
+        None,
+        "module under experiments/ (or any importable module) with rows",
+    )
+    define.string("row", None, "row of the experiment; may be left out if one")
+    define.string("scale", "full", "size of the experiment")
+    define.string("workdir", None, "folder of this run alone")
+    define.multi_string(
+        "set", [], "field=value of the config, for example train.steps=100; repeatable"
+    )
+    define.string("data", None, "text file, folder or glob; sets data.path")
+    define.bool("resume", False, "go on from the newest checkpoint")
+    define.bool(
+        "describe", False, "print config, levels and how parameters move, and exit"
+    )
 
 
 def load_row(experiment: str, row: str | None, scale: str):
@@ -60,11 +62,11 @@ def load_row(experiment: str, row: str | None, scale: str):
 
 
 def experiments() -> list[str]:
-    """Modules under experiments/ that have rows."""
+    """Modules under experiments/ that have rows; they are read, not imported."""
     import experiments as folder
 
-    names = [m.name for m in pkgutil.iter_modules(folder.__path__) if not m.ispkg]
-    return sorted(names)
+    (root,) = map(Path, folder.__path__)
+    return sorted(p.stem for p in root.glob("*.py") if "\ndef rows(" in p.read_text())
 
 
 def _rows(experiment: str, scale: str):
@@ -106,28 +108,27 @@ def _describe(config) -> str:
     )
 
 
-def _resume_command() -> str:
-    arguments = [a for a in sys.argv[1:] if a not in ("--resume", "--noresume")]
-    return shlex.join(["python", "-m", "launch.train", *arguments, "--resume"])
+def _resume_command(arguments: Sequence[str]) -> str:
+    kept = [a for a in arguments if a not in ("--resume", "--noresume")]
+    return shlex.join(["python", "-m", "launch.train", *kept, "--resume"])
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Not a flag: {' '.join(argv[1:])}")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains; the exit status is 0 at the end, and 128 + signal when stopped."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = command.parse(__doc__, _define, arguments)
     try:
-        config = _config()
+        config = _config(given)
     except ValueError as error:
         return _fail(error)
-    if _DESCRIBE.value:
+    if given.describe:
         print(_describe(config))
         return 0
 
     from hope_jax.train import checkpoint, folder, loop
 
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells everything at INFO
     try:
-        outcome = loop.train(config, _WORKDIR.value, resume=_RESUME.value)
+        outcome = loop.train(config, given.workdir, resume=given.resume)
     except (
         FileExistsError,
         FileNotFoundError,
@@ -139,26 +140,27 @@ def main(argv: list[str]) -> int:
     ) as error:  # the message says what to do; a traceback would only hide it
         return _fail(error)
     if outcome.finished:
-        print(f"done: step {outcome.step}, in {_WORKDIR.value}")
+        print(f"done: step {outcome.step}, in {given.workdir}")
         return 0
-    print(f"stopped and saved at step {outcome.step}. To go on:\n  {_resume_command()}")
+    print(f"stopped and saved at step {outcome.step}. To go on:")
+    print(f"  {_resume_command(arguments)}")
     return 128 + outcome.stopped_by
 
 
-def _config():
+def _config(given: Any):
     """The config that the flags describe."""
-    if _EXPERIMENT.value is None:
+    if given.experiment is None:
         raise ValueError(f"Give --experiment, one of {', '.join(experiments())}.")
-    if _WORKDIR.value is None and not _DESCRIBE.value:
+    if given.workdir is None and not given.describe:
         raise ValueError("Give --workdir, a folder for this run alone.")
 
     from hope_jax.core import config as config_lib
     from hope_jax.train.config import check_rows
 
-    config = load_row(_EXPERIMENT.value, _ROW.value, _SCALE.value)
-    settings = list(_SET.value)
-    if _DATA.value is not None:
-        settings.append(f"data.path={_DATA.value}")
+    config = load_row(given.experiment, given.row, given.scale)
+    settings = list(given.set)
+    if given.data is not None:
+        settings.append(f"data.path={given.data}")
     config = config_lib.override(config, settings)
     check_rows(config)
     return config
@@ -170,4 +172,4 @@ def _fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -56,11 +56,11 @@ def test_a_smoke_run_writes_results_and_a_table(tmp_path, capsys, monkeypatch):
     assert "seed 3" not in capsys.readouterr().out
 
 
-def test_names_are_checked(capsys):
+def test_names_are_checked():
     for arguments, message in (
         (["--group=recall", "--rows=fast"], "no row 'fast'; there are recall_400_"),
         (["--group=recall", "--scale=smoke"], "needs --out"),
+        ([], "--group is needed"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=message):
             memory.main(arguments)
-        assert message in capsys.readouterr().err

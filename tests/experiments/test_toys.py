@@ -27,19 +27,22 @@ def test_a_smoke_run_writes_a_table_a_picture_and_a_result(
 ):
     few = {name: toy.RULES[name] for name in list(toy.RULES)[:5]}  # of ten: compiling
     monkeypatch.setattr(toy, "RULES", few)
-    numbers = toy.main(["--scale=smoke", f"--out={tmp_path}"])
+    arguments = ["--scale=smoke", f"--out={tmp_path}"]
+    made = toy.main(arguments)
     said = capsys.readouterr().out
+    assert made in said
     for name in toy.RULES:
         assert re.search(rf"^\| {name} \|", said, re.MULTILINE), name
     image = matplotlib.image.imread(tmp_path / f"{toy.NAME}.png")
     assert min(image.shape[:2]) > 300 and image[..., :3].std() > 0.01
     (file,) = (tmp_path / toy.NAME).glob("*.json")
     result = read_result(file)
-    assert result["metrics"] == numbers and result["scale"] == "smoke"
-    assert result["experiment"] == toy.NAME
+    assert result["scale"] == "smoke" and result["experiment"] == toy.NAME
     assert json.dumps(result["config"])  # says what was searched
     for name in toy.RULES:
-        assert any(key.startswith(f"{name}_") for key in numbers)
+        assert any(key.startswith(f"{name}_") for key in result["metrics"])
+    assert toy.main(arguments) == made  # from the file
+    assert "picture" not in capsys.readouterr().out
 
 
 def test_arrival_is_the_step_from_which_on_all_is_well():

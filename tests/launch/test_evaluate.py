@@ -151,7 +151,7 @@ def test_ablation_prints_every_row_and_saves_the_numbers(trained, tmp_path, caps
     evaluate.main(
         [
             *(f"--checkpoint={trained}", f"--output={tmp_path}", "--ablate"),
-            *("--ablate-rows=2", "--ablate-tokens=128", "--ablate-facts=3"),
+            *("--ablate_rows=2", "--ablate-tokens=128", "--ablate-facts=3"),
         ]
     )
     said = capsys.readouterr().out

@@ -1,8 +1,10 @@
 """The command line, in processes of its own; killed and resumed for real."""
 
 import hashlib
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,20 +126,21 @@ def test_describe_prints_and_exits(tmp_path):
         ([], "Give --experiment, one of .*quickstart"),
     ],
 )
-def test_wrong_flags_name_what_exists(arguments, message):
-    from absl import flags
-
+def test_wrong_flags_name_what_exists(arguments, message, capsys):
     from launch import train
 
-    flags.FLAGS.unparse_flags()
-    try:
-        flags.FLAGS(["train", "--workdir=unused", *arguments])
-        with pytest.raises(ValueError, match=message):
-            train._config()
-    finally:
-        flags.FLAGS(["train"])
-        for name in ("experiment", "row", "workdir", "set"):
-            flags.FLAGS[name].unparse()
+    assert train.main(["--workdir=unused", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_experiments_are_those_with_rows_to_train():
+    from launch import train
+
+    found = train.experiments()
+    assert {"quickstart", "twins", "stability"} <= set(found)
+    for name in found:
+        assert callable(importlib.import_module(f"experiments.{name}").rows)
+    assert not {"lab", "sweep", "memory", "fig4_toy"} & set(found)
 
 
 def test_a_mistake_is_one_line_not_a_traceback(tmp_path):

@@ -9,10 +9,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from experiments import sweep
 from hope_jax import plot
 from hope_jax.core import config as config_lib
 from hope_jax.memory import named
-from launch import sweep
 
 TINY = (
     *("--set=task.vocab=8", "--set=task.pairs=2", "--set=task.length=8"),
@@ -158,7 +158,7 @@ def test_a_table_of_other_settings_is_left_alone(tmp_path, no_training):
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": [{}]}', '{"rows": [1]}'])
 def test_a_file_that_is_no_table_is_left_alone(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
-    with pytest.raises(SystemExit, match="is no table of launch.sweep"):
+    with pytest.raises(SystemExit, match="is no table of experiments.sweep"):
         start(f"--out={tmp_path}", *TINY, *GRID)
     assert (tmp_path / "sweep.json").read_text() == text
 

@@ -1,8 +1,8 @@
 """Trains memories of every kind on multi-query recall: one table and one heat map.
 
-    python -m launch.sweep --grid=miras
-    python -m launch.sweep --biases=l2,huber --rules=gd,muon,optax.adam --steps=1000
-    python -m launch.sweep --grid=named --points=delta_net,titans --seeds=0,1,2
+    python -m experiments.sweep --grid=miras
+    python -m experiments.sweep --biases=l2,huber --rules=gd,optax.adam --steps=1000
+    python -m experiments.sweep --grid=named --points=delta_net,titans --seeds=0,1,2
 
 A grid is every product of the choices given, or the published models by name. A product
 that has no meaning is refused with the reason, and stays in the table. Everything is
@@ -14,7 +14,6 @@ kept under --out (default: runs/sweep-miras, runs/sweep-named):
 A second start reads what is finished and trains the rest.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -34,6 +33,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from experiments import lab
 from hope_jax import optim, plot
 from hope_jax.core import config as config_lib
 from hope_jax.core.config import did_you_mean
@@ -54,6 +54,7 @@ from hope_jax.train import metrics
 from hope_jax.train import state as state_lib
 from hope_jax.train.config import OptimizerConfig
 from hope_jax.train.folder import check_folder
+from launch import command
 
 GRIDS = ("miras", "named")
 DEFAULTS = {
@@ -375,8 +376,8 @@ def _read(path: Path, config: SweepConfig) -> dict[tuple[str, int], dict[str, An
         differing = config_lib.differences(saved["config"], config)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no table of launch.sweep ({error!r}): move it away, or give "
-            "another --out."
+            f"{path} is no table of experiments.sweep ({error!r}): move it away, or "
+            "give another --out."
         ) from None
     if differing:
         raise ValueError(
@@ -470,41 +471,29 @@ def draw(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--grid", choices=GRIDS, default="miras", help="which points")
+def _define(define) -> None:
+    define.enum("grid", "miras", GRIDS, "which points")
     for choice, default in DEFAULTS.items():
         others = ", optax.<name>" if choice == "rule" else ""
-        parser.add_argument(
-            f"--{_plural(choice)}",
-            metavar="A,B",
-            help=f"of {', '.join(options(choice))}{others} (default: {default})",
-        )
-    parser.add_argument(
-        "--points", metavar="A,B", help="with --grid=named, only these of its points"
+        known = f"of {', '.join(options(choice))}{others}"
+        define.string(_plural(choice), None, f"{known} (default: {default})")
+    define.string("points", None, "with --grid=named, only these of its points")
+    define.string("seeds", "0", "each point is trained with each")
+    define.integer("steps", None, "most steps of a point")
+    define.float("seconds", None, "most seconds of a point")
+    define.string("out", None, "where table and picture are kept")
+    define.multi_string(
+        "set", [], "a field of the sweep's config, for example task.pairs=4; repeatable"
     )
-    parser.add_argument(
-        "--seeds", metavar="0,1", default="0", help="each point is trained with each"
-    )
-    parser.add_argument("--steps", type=int, help="most steps of a point")
-    parser.add_argument("--seconds", type=float, help="most seconds of a point")
-    parser.add_argument("--out", metavar="DIR", help="where table and picture are kept")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a field of the sweep's config, for example task.pairs=4; repeatable",
-    )
-    given = parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains what has no row yet, prints the table and draws the heat map."""
+    given = command.parse(__doc__, _define, arguments)
     console = Console(highlight=False)
     try:
         config = settings(given)
-        points, seeds = _points(given, config), _seeds(given.seeds)
+        points, seeds = _points(given, config), lab.seeds(given.seeds)
         out = f"runs/sweep-{given.grid}" if given.out is None else given.out
         rows = run(
             out,
@@ -514,7 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lambda line: console.print(line, markup=False, soft_wrap=True),
         )
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        command.fail(error)
     except KeyboardInterrupt:
         console.print("stopped; start the same command again to go on.")
         sys.exit(130)
@@ -526,7 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"wrote {out / _TABLE} and {picture}", markup=False)
 
 
-def settings(given: argparse.Namespace) -> SweepConfig:
+def settings(given: Any) -> SweepConfig:
     """The config that the flags describe.
 
     Raises:
@@ -544,7 +533,7 @@ def settings(given: argparse.Namespace) -> SweepConfig:
     return config_lib.override(SweepConfig(), changed)
 
 
-def _points(given: argparse.Namespace, config: SweepConfig) -> list[Point]:
+def _points(given: Any, config: SweepConfig) -> list[Point]:
     """The points that the flags ask for."""
     asked = {choice: getattr(given, _plural(choice)) for choice in CHOICES}
     if given.grid == "named":
@@ -554,25 +543,11 @@ def _points(given: argparse.Namespace, config: SweepConfig) -> list[Point]:
                     f"--{_plural(choice)} is about --grid=miras; a named point has its "
                     "own. Select points with --points."
                 )
-        return published(config, _listed(given.points) if given.points else ())
+        return published(config, lab.listed(given.points) if given.points else ())
     if given.points is not None:
         raise ValueError("--points needs --grid=named.")
     asked = {c: DEFAULTS[c] if text is None else text for c, text in asked.items()}
-    return miras(config, {choice: _listed(text) for choice, text in asked.items()})
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _seeds(text: str) -> list[int]:
-    parts = list(dict.fromkeys(_listed(text)))
-    if not parts or not all(part.isdigit() and int(part) < 2**32 for part in parts):
-        raise ValueError(
-            f"--seeds must be whole numbers from 0 to 2**32 - 1, as in 0,1,2; got "
-            f"{text!r}."
-        )
-    return [int(part) for part in parts]
+    return miras(config, {choice: lab.listed(text) for choice, text in asked.items()})
 
 
 def _plural(choice: str) -> str:

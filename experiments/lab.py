@@ -1,0 +1,363 @@
+"""What the experiments share: rows and seeds, result files, tables, curves, a command.
+
+An experiment says what its rows are, how one of them is measured with one seed, and how
+results read as a table; see `Experiment`. Its command measures what has no result file
+yet, then prints the table of what there is:
+
+    python -m experiments.NAME [--rows=A,B] [--seeds=0,1] [--scale=smoke --out=DIR]
+
+With `--out=DIR` results and pictures go there, and so all is measured anew; without,
+results go to experiments/results and pictures to runs/NAME.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hope_jax.core import config as config_lib
+from hope_jax.core.config import did_you_mean
+from hope_jax.plot import COLOURS
+from hope_jax.train import metrics
+from launch import command
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Task(NamedTuple):
+    """What one result file is of.
+
+    Attributes:
+      row: its name.
+      config: of the row, with this seed if it has a field `seed`.
+      seed: of all that is drawn.
+      flags: of the command; `flags.scale` is always there.
+      picture: a file for a picture of it.
+    """
+
+    row: str
+    config: Any
+    seed: int
+    flags: Any
+    picture: Path
+
+
+def _nothing(define) -> None:
+    """No flags but those that all have."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment, and its command when it is called.
+
+    Attributes:
+      name: of its folder of results.
+      doc: the docstring of its module, which `--helpshort` shows.
+      rows: the flags of the command -> name and config of every row.
+      measure: a task -> its metrics, flat: name to finite number.
+      table: results in the order of rows and seeds, as `metrics.read_result` has
+        them -> Markdown.
+      scales: of the command; "full" is the default and the only one whose numbers go
+        to `RESULTS`.
+      seeds: those that are run by default. None if all is of seed 0, without a flag.
+      define: defines flags of its own, as `launch.command.parse` says.
+      saved: a task -> what its result file has as its config.
+    """
+
+    name: str
+    doc: str
+    rows: Callable[[Any], Mapping[str, Any]]
+    measure: Callable[[Task], Mapping[str, float]]
+    table: Callable[[Sequence[Mapping[str, Any]]], str]
+    scales: tuple[str, ...] = ("full", "smoke")
+    seeds: tuple[int, ...] | None = None
+    define: Callable[[Any], None] = _nothing
+    saved: Callable[[Task], Any] = lambda task: task.config
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> str:
+        """Measures what has no result file yet, and prints the table.
+
+        Args:
+          arguments: those of the process by default.
+
+        Returns:
+          The table, which is printed too.
+
+        Raises:
+          SystemExit: a wrong flag; the message is one line.
+        """
+        given = command.parse(self.doc, self._define, arguments)
+        with command.fail_in_words():
+            if given.scale != "full" and not given.out:
+                raise ValueError(
+                    f"--scale={given.scale} needs --out: {RESULTS} has the full scale."
+                )
+            rows = self.rows(given)
+            wanted = chosen(rows, given.rows)
+            of = (0,) if self.seeds is None else seeds(given.seeds)
+        command.quiet_libraries()
+        folder = Path(given.out or RESULTS)
+        pictures = Path(given.out or Path("runs") / self.name)
+        picture = pictures / f"{self.name}.png"
+        other = []
+        for seed, row in itertools.product(of, wanted):
+            task = Task(row, _seeded(rows[row], seed), seed, given, picture)
+            config = self.saved(task)
+            file = folder / self.name / f"{row}-s{seed}.json"
+            if file.exists():
+                other += _differences(file, given.scale, config)
+                continue
+            metrics.write_result(
+                folder,
+                experiment=self.name,
+                row=row,
+                scale=given.scale,
+                seed=seed,
+                config=config,
+                metrics=self.measure(task),
+            )
+            print(f"{row}, seed {seed}: {file}", flush=True)
+        if other:
+            print(
+                f"{len(other)} results are kept that are of other settings; to measure "
+                f"one again remove its file.\n  {other[0]}"
+            )
+        made = self.table(results(folder, self.name, rows))
+        print(made)
+        return made
+
+    def _define(self, define) -> None:
+        define.list("rows", [], "some rows, separated by commas; all by default")
+        if self.seeds is not None:
+            default = ",".join(map(str, self.seeds))
+            define.string("seeds", default, "every row is run with each of them")
+        define.enum("scale", "full", self.scales, "how much")
+        define.string("out", None, "folder of results and pictures; needed but by full")
+        self.define(define)
+
+
+def _seeded(config: Any, seed: int) -> Any:
+    return dataclasses.replace(config, seed=seed) if hasattr(config, "seed") else config
+
+
+def _differences(file: Path, scale: str, config: Any) -> list[str]:
+    """The file and what differs first, if what is kept is not what was asked for.
+
+    Fields that were not there yet, or are no more, say nothing of that.
+    """
+    kept = metrics.read_result(file)
+    found = config_lib.differences(
+        {"scale": kept["scale"], "config": kept["config"]},
+        {"scale": scale, "config": config_lib.to_json(config)},
+    )
+    found = [line for line in found if "saved nothing" not in line]
+    found = [line for line in found if not line.endswith("now nothing")]
+    return [f"{file}: {found[0]}"] if found else []
+
+
+def results(folder: Path, name: str, rows: Iterable[str]) -> list[Mapping[str, Any]]:
+    """All results that there are of some rows, in their order and that of seeds."""
+    found = {row: [] for row in rows}
+    for result in metrics.read_results(folder, name):
+        if result["row"] in found:
+            found[result["row"]].append(result)
+    return [r for of in found.values() for r in sorted(of, key=lambda r: r["seed"])]
+
+
+def chosen(rows: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """The rows that `--rows` names, or all.
+
+    Raises:
+      ValueError: there is no such row.
+    """
+    rows, wanted = list(rows), list(dict.fromkeys(filter(None, wanted)))
+    for name in wanted:
+        if name not in rows:
+            raise ValueError(
+                f"--rows: no row {name!r}; there are {', '.join(rows)}."
+                + did_you_mean(name, rows)
+            )
+    return wanted or rows
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a flag between its commas.
+
+    >>> listed("a, b,,a")
+    ['a', 'b', 'a']
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def seeds(text: str) -> list[int]:
+    """The numbers of `--seeds`, each once.
+
+    Raises:
+      ValueError: something that is no seed.
+    """
+    parts = list(dict.fromkeys(listed(text)))
+    if not parts or not all(part.isdigit() and int(part) < 2**32 for part in parts):
+        raise ValueError(
+            f"--seeds must be whole numbers from 0 to 2**32 - 1, as in 0,1,2; got "
+            f"{text!r}."
+        )
+    return [int(part) for part in parts]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Learning rates that all that is compared tries: one budget.
+
+    Attributes:
+      low, high: the least and the largest.
+      rates: how many, even in their logarithm.
+    """
+
+    low: float
+    high: float
+    rates: int
+
+    def tried(self) -> np.ndarray:
+        """The rates."""
+        return np.geomspace(self.low, self.high, self.rates)
+
+    def best(self, scores: np.ndarray, trials: int | None = None) -> np.ndarray:
+        """The index of the least score along the first axis; NaN and inf never win.
+
+        Args:
+          scores: `[trials, ...]`, in the order in which all was tried.
+          trials: how many there had to be, `rates` by default.
+
+        Raises:
+          ValueError: the budget was overdrawn, or not used up.
+        """
+        budget = self.rates if trials is None else trials
+        if len(scores) != budget:
+            raise ValueError(
+                f"{len(scores)} trials were made, but everything has {budget}."
+            )
+        return np.where(np.isfinite(scores), scores, np.inf).argmin(axis=0)
+
+
+def table(
+    columns: Sequence[str], lines: Iterable[Sequence[Any]], words: int = 1
+) -> str:
+    """A Markdown table; `words` columns are set to the left, the others to the right.
+
+    >>> print(table(["rule", "steps"], [["momentum", 110]]))
+    | rule | steps |
+    |---|---:|
+    | momentum | 110 |
+    """
+    rule = "|---" * words + "|---:" * (len(columns) - words) + "|"
+    cells = ([*map(str, line)] for line in [columns, *lines])
+    head, *rest = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join([head, rule, *rest])
+
+
+def ranked(
+    found: Iterable[Mapping[str, Any]],
+    names: Iterable[str],
+    columns: Mapping[str, str],
+    *,
+    by: str,
+    head: str,
+    places: Callable[[Mapping[str, Any]], Iterable[str]] = lambda config: [""],
+    missing: str = "never",
+) -> str:
+    """Results of what was compared: a table a place, a line a name, the best first.
+
+    Args:
+      found: results with metrics `name_measure` or, with a place, `name_place_measure`.
+      names: what was compared.
+      columns: title -> format of its cells, whose fields are measures.
+      by: the measure that orders the lines, the least first.
+      head: a line above the tables, whose fields are of the config or metrics.
+      places: config -> where all was compared.
+      missing: stands in cells with a measure that there is not.
+
+    >>> metrics = {"sgd_loss": 1.0, "adam_loss": 0.5, "adam_steps": 70}
+    >>> result = {"row": "all", "config": {"seeds": 5}, "metrics": metrics}
+    >>> columns = {"loss": "{loss:.2f}", "steps": "{steps}"}
+    >>> more = {"by": "loss", "head": "{seeds} seeds"}
+    >>> print(ranked([result], ["sgd", "adam"], columns, **more))
+    5 seeds
+    <BLANKLINE>
+    | all | loss | steps |
+    |---|---:|---:|
+    | adam | 0.50 | 70 |
+    | sgd | 1.00 | never |
+    """
+    parts = []
+    for result in found:
+        numbers = result["metrics"]
+        parts.append(head.format_map({**result["config"], **numbers}))
+        for place in places(result["config"]):
+            lines = []
+            for name in names:
+                at = f"{name}_{place}_" if place else f"{name}_"
+                own = {k[len(at) :]: v for k, v in numbers.items() if k.startswith(at)}
+                cells = [_cell(form, own, missing) for form in columns.values()]
+                lines.append((own.get(by, np.inf), [name, *cells]))
+            lines = [line for _, line in sorted(lines, key=lambda line: line[0])]
+            parts.append(table([place or result["row"], *columns], lines))
+    return "\n\n".join(parts)
+
+
+def _cell(form: str, numbers: Mapping[str, float], missing: str) -> str:
+    try:
+        return form.format_map(numbers)
+    except KeyError:
+        return missing
+
+
+def style(number: int, name: str) -> dict[str, str]:
+    """Colour, dashes and label of a curve; 12 numbers are told apart."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "ls": ("-", "--")[number // len(COLOURS) % 2],
+        "label": name.replace("_", " "),
+    }
+
+
+def band(axes: Axes, at: Any, runs: np.ndarray, *, spread: str = "range", **line):
+    """The mean of `runs`, `[R, N]`, over `at`, and a band: their range or deviation."""
+    mean, deviation = runs.mean(axis=0), runs.std(axis=0)
+    low, high = runs.min(axis=0), runs.max(axis=0)
+    if spread == "deviation":
+        low, high = mean - deviation, mean + deviation
+    (drawn,) = axes.plot(at, mean, **line)
+    axes.fill_between(at, low, high, color=drawn.get_color(), alpha=0.12, lw=0)
+    return drawn
+
+
+def points(axes: Axes, names: Sequence[str], series: Mapping[str, Any]) -> None:
+    """A line a name, the first on top; on it, for each of `series`, mean and range.
+
+    Args:
+      axes: where.
+      names: of the lines.
+      series: label -> `[R]` numbers of every name.
+    """
+    at = np.arange(len(names))
+    for i, (label, runs) in enumerate(series.items()):
+        runs = np.stack(list(runs))
+        mean, shift = runs.mean(axis=1), 0.4 * (i + 0.5) / len(series) - 0.2
+        ends = mean - runs.min(axis=1), runs.max(axis=1) - mean
+        line = {"fmt": "o", "ms": 4, "lw": 1.2, "label": label, "color": COLOURS[i]}
+        axes.errorbar(mean, at + shift, xerr=ends, **line)
+    axes.set_yticks(at, [name.replace("_", " ") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="y", lw=0.3)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a picture, and says where."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    print(f"picture: {file}")

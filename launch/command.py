@@ -1,0 +1,127 @@
+"""The command line of every program: absl's flags, each program's its own.
+
+A program defines its flags when its `main` is called, in a set of its own. So programs
+can import each other, and a `main` can be called with arguments as often as one likes.
+`--flagfile`, `--helpshort`, `--verbosity` and what else absl has for its logging work
+everywhere.
+"""
+
+import contextlib
+import functools
+import logging
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+# Of absl: `DEFINE_` is before each name.
+_KINDS = ("string", "integer", "float", "bool", "enum", "list", "multi_string", "alias")
+
+
+def parse(
+    doc: str,
+    define: Callable[[types.SimpleNamespace], None],
+    arguments: Sequence[str] | None = None,
+) -> Any:
+    """The flags of a program, read.
+
+    Args:
+      doc: the docstring of its module, which `--helpshort` shows.
+      define: is called with absl's functions: `define.string(name, default, help)` is
+        `flags.DEFINE_string` for this program, and so are `integer`, `float`, `bool`,
+        `enum`, `list`, `multi_string` and `alias`.
+      arguments: those of the process by default.
+
+    Returns:
+      Their values, as attributes.
+
+    Raises:
+      SystemExit: help was asked for, or a flag is wrong; that message is one line.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    made = (getattr(flags, f"DEFINE_{kind}") for kind in _KINDS)
+    made = (functools.partial(each, flag_values=values) for each in made)
+    define(types.SimpleNamespace(**dict(zip(_KINDS, made, strict=True))))
+    short = f"{doc.strip()}\n\nflags:\n{values.get_help()}"
+    for flag in flags.FLAGS.flags_by_module_dict()["absl.logging"]:
+        if flag.name not in values:
+            values[flag.name] = flag
+            values.register_flag_by_module("absl.logging", flag)
+    full = f"{doc.strip()}\n\nflags:\n{values.get_help()}"
+    for name, text in (("help", short), ("helpshort", short), ("helpfull", full)):
+        flags.DEFINE_flag(_Help(name, text), flag_values=values)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        rest = values([sys.argv[0], *arguments])[1:]
+        if rest:
+            raise flags.Error(f"not a flag: {' '.join(rest)}")
+    except flags.Error as error:
+        said = re.sub(r"flag (--\w+)=None: Flag .*", r"\1 is needed.", str(error))
+        fail(f"{' '.join(said.split())} (--helpshort lists the flags.)")
+    if not values["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all at INFO
+    return values
+
+
+class _Help(flags.BooleanFlag):
+    """A flag that prints and ends the program, with absl's status for it."""
+
+    def __init__(self, name: str, text: str):
+        super().__init__(name, False, "show this help")
+        self._text = text
+
+    def parse(self, argument):
+        if self._parse(argument):
+            print(self._text)
+            sys.exit(1)
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+    """Runs a program, as the last line of its module.
+
+    Args:
+      main: is called with the arguments. If it returns a number, that is the exit
+        status.
+    """
+
+    def started(argv):
+        code = main(argv[1:])
+        return code if isinstance(code, int) else 0
+
+    def parser(argv):
+        flags.FLAGS.mark_as_parsed()  # `main` reads them; grain's workers ask for this
+        return argv
+
+    app.run(started, flags_parser=parser)
+
+
+def fail(message: object) -> None:
+    """Ends the program with a message to its user, and status 1."""
+    sys.exit(f"error: {message}")
+
+
+@contextlib.contextmanager
+def fail_in_words(*errors: type[Exception]) -> Iterator[None]:
+    """Ends the program with the message of an error that its user can mend.
+
+    Args:
+      errors: which ones; ValueError and FileNotFoundError are always among them.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, *errors) as error:
+        fail(error)
+
+
+def quiet_libraries() -> None:
+    """Keeps what Orbax says of reading a folder that it may not write to itself."""
+    logging.getLogger("absl").addFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname

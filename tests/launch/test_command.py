@@ -1,0 +1,143 @@
+"""One way to give flags: every program beside every other, and their help."""
+
+import importlib
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import command
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = (
+    *(f"launch.{n}" for n in ("train", "evaluate", "generate", "quickstart", "table")),
+    *(f"experiments.{n}" for n in ("fig4_toy", "orthogonal_tasks", "noisy_gradients")),
+    *(f"experiments.{n}" for n in ("learned_optimizers", "fig11_vit", "memory")),
+    *(f"experiments.{n}" for n in ("twins", "stability", "long_text", "sweep")),
+)
+
+
+def define(define):
+    define.string("name", None, "its name", required=True)
+    define.integer("count_all", 3, "how many")
+    define.alias("count-all", "count_all")
+    define.multi_string("set", [], "field=value")
+    define.bool("loud", False, "louder")
+
+
+def parsed(*arguments):
+    return command.parse("What it does.", define, arguments)
+
+
+def test_flags_are_read_as_absl_reads_them(tmp_path):
+    given = parsed("--name=a", "--set=x=1", "--set", "y=2", "--loud")
+    assert (given.name, given.count_all, given.loud) == ("a", 3, True)
+    assert given.set == ["x=1", "y=2"]
+    assert parsed("--name=a", "--count-all=5").count_all == 5
+    file = tmp_path / "flags"
+    file.write_text("--name=b\n# a remark\n--count_all=7\n")
+    given = parsed(f"--flagfile={file}", "--noloud")
+    assert (given.name, given.count_all, given.loud) == ("b", 7, False)
+    assert parsed("--name=a").count_all == 3  # nothing is left of the call before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: --name is needed. "),
+        (["--name=a", "--cuont_all=1"], "flag 'cuont_all'. Did you mean: count_all"),
+        (["--name=a", "--count_all=x"], "flag --count_all=x: invalid literal"),
+        (["--name=a", "b", "--loud"], r"error: not a flag: b \("),
+        (["--flagfile=/no/such/file"], "Unable to open flagfile"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message) as stopped:
+        parsed(*arguments)
+    assert "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpshort", "--helpfull"])
+def test_help_shows_the_docstring_and_the_flags(flag, capsys):
+    with pytest.raises(SystemExit):
+        parsed(flag)
+    said = capsys.readouterr().out
+    assert said.startswith("What it does.\n") and "--[no]loud: louder" in said
+    assert ("--verbosity" in said) == (flag == "--helpfull")
+
+
+def test_only_the_errors_of_users_are_told_in_words():
+    with pytest.raises(SystemExit, match="error: so"):
+        with command.fail_in_words():
+            raise ValueError("so")
+    with pytest.raises(SystemExit, match="error: so"):
+        with command.fail_in_words(ArithmeticError):
+            raise ZeroDivisionError("so")
+    with pytest.raises(ZeroDivisionError):
+        with command.fail_in_words():
+            raise ZeroDivisionError("so")
+
+
+def test_orbax_is_kept_quiet_and_nothing_else():
+    command.quiet_libraries()
+    logger = logging.getLogger("absl")
+    made = [logger.makeRecord("absl", 30, p, 1, "", (), None) for p in ("orbax", "jax")]
+    assert [bool(logger.filter(record)) for record in made] == [False, True]
+
+
+def test_all_programs_can_be_imported_together():
+    """Also what a program imports as it runs; none of them has defined a flag then."""
+    from absl import flags
+
+    modules = [importlib.import_module(name) for name in PROGRAMS]
+    for module in modules:
+        assert callable(module.main)
+    owners = " ".join(flags.FLAGS.flags_by_module_dict())
+    assert "launch" not in owners and "experiments" not in owners
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_helpshort_of_every_program(name):
+    done = subprocess.run(
+        [sys.executable, "-m", name, "--helpshort"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    module = importlib.import_module(name)
+    assert done.returncode == 1 and done.stderr == ""
+    assert done.stdout.startswith(module.__doc__.strip())
+    flags = done.stdout.partition("\nflags:\n")[2]
+    assert "--flagfile" in flags and flags.count("\n  --") >= 4
+
+
+def test_programs_end_with_their_status(tmp_path):
+    """As absl runs them: flags that are wrong, flags in a file, a number returned."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        '"""Adds."""\n'
+        "from launch import command\n"
+        "def main(arguments=None):\n"
+        "    define = lambda define: define.integer('n', 1, 'a number')\n"
+        "    given = command.parse(__doc__, define, arguments)\n"
+        "    print(given.n)\n"
+        "    return given.n if given.n else 'a table'\n"
+        "command.run(main)\n"
+    )
+    (tmp_path / "flags").write_text("--n=5\n")
+    for arguments, status, out in (
+        ([f"--flagfile={tmp_path / 'flags'}"], 5, "5\n"),
+        (["--n=0"], 0, "0\n"),
+        (["--m=0"], 1, ""),
+    ):
+        done = subprocess.run(
+            [sys.executable, script, *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (status, out), done.stderr
+        assert "Traceback" not in done.stderr
