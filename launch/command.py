@@ -43,7 +43,7 @@ def parse(
       SystemExit: help was asked for, or a flag is wrong; that message is one line.
     """
     values = flags.FlagValues()
-    values.set_gnu_getopt(True)
+    values.set_gnu_getopt(True)  # a word may stand between flags
     made = (getattr(flags, f"DEFINE_{kind}") for kind in _KINDS)
     made = (functools.partial(each, flag_values=values) for each in made)
     define(types.SimpleNamespace(**dict(zip(_KINDS, made, strict=True))))
