@@ -34,7 +34,7 @@ import optax
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from hope_jax.optim.momentum import delta_momentum, momentum
+from hope_jax.optim.momenta import delta_momentum, momentum
 from hope_jax.plot import COLOURS
 from hope_jax.train.metrics import write_result
 

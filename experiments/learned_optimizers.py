@@ -47,7 +47,7 @@ import optax
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from hope_jax.optim.learned import (
+from hope_jax.optim.meta import (
     LearnedConfig,
     Meta,
     Task,

@@ -46,9 +46,9 @@ from matplotlib.figure import Figure
 
 from hope_jax.optim.adaptive import adagrad_memory
 from hope_jax.optim.capture import dgd_gradients
-from hope_jax.optim.dgd import dgd
-from hope_jax.optim.m3 import m3
-from hope_jax.optim.momentum import delta_momentum, momentum
+from hope_jax.optim.momenta import delta_momentum, momentum
+from hope_jax.optim.rules.dgd import dgd
+from hope_jax.optim.rules.m3 import m3
 from hope_jax.plot import COLOURS
 from hope_jax.train.metrics import write_result
 

@@ -192,7 +192,7 @@ def system(config: ModelConfig) -> System:
         name = f"CMS {i + 1}"
         fast = i in inside
         period = level.period if level.period != float("inf") else config.context
-        rule = level.rule.upper() if fast else "outer optimizer"
+        rule = level.rule.kind.upper() if fast else "outer optimizer"
         boxes.append(
             Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
         )

@@ -21,7 +21,6 @@ from hope_jax.core.transfer import attend, dot_product, regress
 from hope_jax.kernels.chunk import MemoryState, begin_memory, piece
 from hope_jax.memory import compose, features, retention
 from hope_jax.memory.compose import MemoryConfig, Tokens
-from hope_jax.optim.from_level import from_level
 from hope_jax.optim.leaves import (
     as_rows,
     as_type,
@@ -32,6 +31,7 @@ from hope_jax.optim.leaves import (
     unit_rows,
     wide,
 )
+from hope_jax.optim.levels import from_level
 
 Rows = Literal["mean", "sequence"]
 

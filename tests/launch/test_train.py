@@ -141,7 +141,7 @@ def test_wrong_flags_name_what_exists(arguments, message):
 
 
 def test_a_mistake_is_one_line_not_a_traceback(tmp_path):
-    _, err = finish(start(*TINY, "--workdir=x", "--set=optimizer.b1=2"), code=1)
+    _, err = finish(start(*TINY, "--workdir=x", "--set=optimizer.rule.b1=2"), code=1)
     assert err.strip().splitlines()[-1].startswith("ValueError: b1 must lie between")
     assert "Traceback" not in err
 

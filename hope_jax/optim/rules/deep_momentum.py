@@ -1,6 +1,7 @@
 """Deep momentum: the memory of gradients is a network that learns while it is used."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,43 @@ from hope_jax.optim.leaves import (
     unit_rows,
     wide,
 )
-from hope_jax.optim.momentum import preconditioner
+from hope_jax.optim.momenta import preconditioner
+from hope_jax.optim.rule import Rule, Settings, check_decays, stepping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepMomentum(Rule):
+    """See `deep_momentum`.
+
+    Attributes:
+      b1: what the memory keeps at each step.
+      inner_rate: of the memory's own descent.
+      objective: what it descends, an attentional bias of `hope_jax.memory.bias`.
+      target: what gradients are mapped to: none for themselves, or the `ones` of the
+        paper.
+      hidden: width of the network.
+    """
+
+    kind: Literal["deep_momentum"] = "deep_momentum"
+    b1: float = 0.9
+    inner_rate: float = 0.1
+    objective: str = "l2"
+    target: Literal["ones"] | None = None
+    hidden: int = 32
+
+    def __post_init__(self):
+        check_decays(self)
+
+    def make(self, s: Settings) -> optax.GradientTransformation:
+        rule = deep_momentum(
+            s.rate,
+            decay=self.b1,
+            inner_rate=self.inner_rate,
+            objective=self.objective,
+            target=self.target,
+            hidden=self.hidden,
+        )
+        return stepping(rule, s)
 
 
 class DeepMemory(NamedTuple):

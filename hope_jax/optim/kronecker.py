@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from hope_jax.optim import muon
+from hope_jax.optim import orthogonal
 from hope_jax.optim.leaves import as_type, like, unit, wide, zeros
 
 Grafting = Literal["adam", "rms", "none"]
@@ -143,9 +143,9 @@ def scale_by_shampoo(
     >>> [round(float(x), 2) for x in jnp.diag(update)]
     [1.0, 1.0]
     """
-    muon.check_fraction("b1", b1)
+    orthogonal.check_fraction("b1", b1)
     if not (isinstance(b2, int | float) and b2 == 1):
-        muon.check_fraction("b2", b2)
+        orthogonal.check_fraction("b2", b2)
     _check_whole("frequency", frequency)
     _check_whole("max_size", max_size)
     if root not in (2, 4):
@@ -184,12 +184,12 @@ def scale_by_shampoo(
             return direction
         direction, _ = unit(direction, (-2, -1))
         if grafting == "rms":
-            return muon.RMS * math.sqrt(math.prod(mean.shape[-2:])) * direction
+            return orthogonal.RMS * math.sqrt(math.prod(mean.shape[-2:])) * direction
         _, norm = unit(_over(mean, squares / jnp.sqrt(debt)), (-2, -1))
         return norm * direction
 
     def init(params):
-        muon.check_matrices(params)
+        orthogonal.check_matrices(params)
         grams, bare = _begin(params, max_size)
         squares = zeros(params) if grafting == "adam" else ()
         return ShampooState(
@@ -283,9 +283,9 @@ def scale_by_soap(
     [0.5, 0.5, 0.5, 0.5]
     """
     for name, value in (("b1", b1), ("b2", b2)):
-        muon.check_fraction(name, value)
+        orthogonal.check_fraction(name, value)
     if not (isinstance(shampoo_beta, int | float) and shampoo_beta == 1):
-        muon.check_fraction("shampoo_beta", shampoo_beta)
+        orthogonal.check_fraction("shampoo_beta", shampoo_beta)
     _check_whole("frequency", frequency)
     _check_whole("max_size", max_size)
 
@@ -320,7 +320,7 @@ def scale_by_soap(
         return _turn(_over(_turn(mean, bases, back=True), below), bases)
 
     def init(params):
-        muon.check_matrices(params)
+        orthogonal.check_matrices(params)
         grams, bare = _begin(params, max_size)
         return SoapState(
             jnp.zeros((), jnp.int32),
@@ -378,7 +378,7 @@ def shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo with decoupled weight decay, for trees of matrices.
 
-    `hope_jax.optim.muon.with_adamw(scale_by_shampoo(), learning_rate)` is the one for a
+    `hope_jax.optim.with_adamw(scale_by_shampoo(), learning_rate)` is the one for a
     whole model. See `scale_by_shampoo` for the other arguments.
     """
     direction = scale_by_shampoo(
@@ -412,7 +412,7 @@ def soap(
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP with decoupled weight decay, for trees of matrices.
 
-    `hope_jax.optim.muon.with_adamw(scale_by_soap(), learning_rate)` is the one for a
+    `hope_jax.optim.with_adamw(scale_by_soap(), learning_rate)` is the one for a
     whole model. See `scale_by_soap` for the other arguments.
     """
     direction = scale_by_soap(
@@ -562,7 +562,7 @@ def _gather(structure, grams: PyTree, gradient: list, decay) -> list[Grams]:
 
 def _average(structure, memory: PyTree, gradient: list, decay) -> list[Array]:
     old = structure.flatten_up_to(memory)
-    return [muon.average(m, g, decay) for m, g in zip(old, gradient, strict=True)]
+    return [orthogonal.average(m, g, decay) for m, g in zip(old, gradient, strict=True)]
 
 
 def _root_mean_square(structure, root: PyTree, gradient: list, decay) -> list[Array]:

@@ -1,6 +1,6 @@
 """Orthogonal factors of a whole tree at once, and AdaMuon, which scales them.
 
-Muon itself is `optax.contrib.muon`; what is here serves AdaMuon and M3 (`m3.py`).
+Muon itself is `optax.contrib.muon`; what is here serves AdaMuon and M3 (`rules/m3.py`).
 A matrix is the last two axes of a leaf, whatever is stacked before them.
 """
 
