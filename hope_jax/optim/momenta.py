@@ -2,8 +2,8 @@
 
 Both are here twice: as a `Level` (what they are; `from_level` makes it an optimizer)
 and as an optax transformation (the same, in closed form). Then what equations 46, 47,
-51 and 52 of arXiv:2512.24695 put into the same place. `rules.deep_momentum` has
-the one of equation 50, and `generalised` those that take any memory of `hope_jax.memory`.
+51 and 52 of arXiv:2512.24695 put into the same place. `rules.deep_momentum` has the one
+of equation 50, and `generalised` those that take any memory of `hope_jax.memory`.
 
 Memories of gradients are float32 or wider, whatever type the parameters have. With
 `optax.inject_hyperparams`, functions, configs and whole numbers are `static_args`.

@@ -354,7 +354,7 @@ def test_a_pull_keeps_weights_near_their_start(pull):
         np.testing.assert_allclose(distance, 500.0, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", optim.RULES)
+@pytest.mark.parametrize("name", list(optim.RULES))
 def test_any_optimizer_moves_a_level_row_by_row(name):
     """As the rule itself does on one row; another row's gradient does not matter."""
     config, level = level_of(rule=name, pull=0.0, clip=1e9)

@@ -1,7 +1,8 @@
 """What every optimizer promises, asked of all of them at once.
 
-The members of `RULES` are found unasked; others join by a line in `TABLE`. All of them move in one compiled program, as
-compiling is what tests spend their time on, and each test looks at the part of one.
+The members of `RULES` are found unasked; others join by a line in `TABLE`. All of them
+move in one compiled program, as compiling is what tests spend their time on, and each
+test looks at the part of one.
 """
 
 import dataclasses

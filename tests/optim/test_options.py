@@ -1,4 +1,4 @@
-"""What optimizers may be told: every field of the config of each changes the program."""
+"""What optimizers may be told: every field of every config changes the program."""
 
 import dataclasses
 import functools

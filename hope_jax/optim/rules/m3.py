@@ -288,7 +288,7 @@ def m3(
 ) -> optax.GradientTransformationExtraArgs:
     """M3 with decoupled weight decay, for trees of matrices.
 
-    `hope_jax.optim.orthogonal.with_adamw(scale_by_m3(), learning_rate)` is the one for a
+    `hope_jax.optim.with_adamw(scale_by_m3(), learning_rate)` is the one for a
     whole model. See `scale_by_m3` for the other arguments.
 
     >>> rule = m3(0.1, periods=(1, 2))
