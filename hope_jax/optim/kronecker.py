@@ -22,7 +22,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.optim import orthogonal
-from hope_jax.optim.leaves import as_type, like, unit, wide, zeros
+from hope_jax.optim.leaves import (
+    as_type,
+    guarded,
+    like,
+    placed,
+    taken,
+    unit,
+    wide,
+    zeros,
+)
 
 Grafting = Literal["adam", "rms", "none"]
 
@@ -89,6 +98,7 @@ class SoapState(NamedTuple):
     bases: PyTree
 
 
+@guarded
 def scale_by_shampoo(
     *,
     b1: float = 0.9,
@@ -204,13 +214,13 @@ def scale_by_shampoo(
         squares = [None] * len(gradient)
         if grafting == "adam":
             squares = _root_mean_square(structure, state.root, gradient, b2)
-        grams = _gather(structure, state.grams, gradient, b2)
+        grams = _gather(taken(updates, state.grams), gradient, b2)
         powers = jax.lax.cond(
             (count - 1) % frequency == 0,
             lambda grams, powers: take(grams),
             lambda grams, powers: powers,
             grams,
-            structure.flatten_up_to(state.powers),
+            taken(updates, state.powers),
         )
         directions = [
             direct(*leaf, count)
@@ -220,13 +230,14 @@ def scale_by_shampoo(
             count,
             structure.unflatten(memory),
             structure.unflatten(squares) if grafting == "adam" else (),
-            structure.unflatten(grams),
-            structure.unflatten(powers),
+            placed(updates, grams),
+            placed(updates, powers),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@guarded
 def scale_by_soap(
     *,
     b1: float = 0.95,
@@ -334,7 +345,7 @@ def scale_by_soap(
         del params, extra
         first = state.count == 0
         gradient, structure = _flat(updates)
-        bases = structure.flatten_up_to(state.bases)
+        bases = taken(updates, state.bases)
         turned = [_turn(g, q, back=True) for g, q in zip(gradient, bases, strict=True)]
         memory = _average(structure, state.memory, gradient, b1)
         root = _root_mean_square(structure, state.root, turned, b2)
@@ -345,7 +356,7 @@ def scale_by_soap(
         directions = [
             direct(*leaf, moments) for leaf in zip(memory, root, bases, strict=True)
         ]
-        grams = _gather(structure, state.grams, gradient, shampoo_beta)
+        grams = _gather(taken(updates, state.grams), gradient, shampoo_beta)
         bases, root = jax.lax.cond(
             state.count % frequency == 0,
             turn,
@@ -357,7 +368,10 @@ def scale_by_soap(
         )
         return like(structure.unflatten(directions), updates), SoapState(
             optax.safe_increment(state.count),
-            *(structure.unflatten(x) for x in (memory, root, grams, bases)),
+            structure.unflatten(memory),
+            structure.unflatten(root),
+            placed(updates, grams),
+            placed(updates, bases),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -531,10 +545,13 @@ def _begin(params: PyTree, max_size: int) -> tuple[PyTree, PyTree]:
             grams(leaf).sides,
         )
 
-    return jax.tree.map(grams, params), jax.tree.map(identities, params)
+    leaves = jax.tree.leaves(params)
+    return tuple(
+        placed(params, [of(leaf) for leaf in leaves]) for of in (grams, identities)
+    )
 
 
-def _gather(structure, grams: PyTree, gradient: list, decay) -> list[Grams]:
+def _gather(grams: list[Grams], gradient: list, decay) -> list[Grams]:
     """`decay` of the grams and the rest of the new ones; the sum for a decay of 1.
 
     The unit of size follows the gradients up at once and down as their sum forgets, so
@@ -556,8 +573,7 @@ def _gather(structure, grams: PyTree, gradient: list, decay) -> list[Grams]:
         trace = keep * old.trace + weight * jnp.sum(g**2, axis=(-2, -1), keepdims=True)
         return Grams(size, trace, Sides(*sides))
 
-    old = structure.flatten_up_to(grams)
-    return [gather(*pair) for pair in zip(old, gradient, strict=True)]
+    return [gather(*pair) for pair in zip(grams, gradient, strict=True)]
 
 
 def _average(structure, memory: PyTree, gradient: list, decay) -> list[Array]:

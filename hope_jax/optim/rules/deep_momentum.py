@@ -13,7 +13,10 @@ from hope_jax.optim.leaves import (
     as_rows,
     as_type,
     check_fraction,
+    guarded,
+    placed,
     rate_at,
+    taken,
     unit_rows,
     wide,
 )
@@ -90,6 +93,7 @@ class DeepState(NamedTuple):
     target: PyTree
 
 
+@guarded
 def deep_momentum(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -158,12 +162,12 @@ def deep_momentum(
         )
 
     def init(params):
-        leaves, structure = jax.tree.flatten(params)
+        leaves = jax.tree.leaves(params)
         memories = [begin(i, leaf) for i, leaf in enumerate(leaves)]
         return DeepState(
             jnp.zeros((), jnp.int32),
-            structure.unflatten(memories),
-            structure.unflatten([m.w2 for m in memories]),
+            placed(params, memories),
+            placed(params, [m.w2 for m in memories]),
             signal.init(jax.tree.map(wide, params)),
         )
 
@@ -198,12 +202,12 @@ def deep_momentum(
         )
         rate = rate_at(learning_rate, state.count)
         leaves, structure = jax.tree.flatten(updates)
-        trees = (images, state.memory, state.start)
-        rest = [structure.flatten_up_to(tree) for tree in trees]
+        rest = [structure.flatten_up_to(images)]
+        rest += [taken(updates, tree) for tree in (state.memory, state.start)]
         moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
         return structure.unflatten([step for step, _ in moved]), DeepState(
             optax.safe_increment(state.count),
-            structure.unflatten([memory for _, memory in moved]),
+            placed(updates, [memory for _, memory in moved]),
             state.start,
             inner,
         )

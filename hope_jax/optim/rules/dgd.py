@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels import positive
 from hope_jax.optim.capture import full_precision
+from hope_jax.optim.leaves import guarded
 from hope_jax.optim.rule import Rule, Settings, stepping
 
 
@@ -47,6 +48,7 @@ class DGDState(NamedTuple):
     count: Int[Array, ""]
 
 
+@guarded
 def dgd(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
 from hope_jax.optim import orthogonal
-from hope_jax.optim.leaves import like, wide, zeros
+from hope_jax.optim.leaves import guarded, like, wide, zeros
 from hope_jax.optim.rule import Rule, Settings, check_decays, decayed
 
 Variant = Literal["adamuon", "two_scale", "literal"]
@@ -98,6 +98,7 @@ class M3State(NamedTuple):
     second: PyTree
 
 
+@guarded
 def scale_by_m3(
     *,
     periods: Sequence[int] = (1, 10),

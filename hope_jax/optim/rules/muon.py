@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import optax
 
 from hope_jax.optim import groups, orthogonal
+from hope_jax.optim.leaves import without_empty
 from hope_jax.optim.rule import Rule, Settings, check_decays, decayed
 
 
@@ -32,4 +33,5 @@ class Muon(Rule):
         )
         # As large as AdamW's update, so that rates carry over.
         scale = optax.stateless(lambda factors, params: orthogonal.by_shape(factors))
-        return decayed(optax.chain(factor, scale), s)
+        direction = without_empty(optax.chain(factor, scale), "muon")
+        return decayed(direction, s)
