@@ -177,21 +177,13 @@ def optimizer(
     name: str, rate, weight_decay, steps: int, settings: Settings
 ) -> optax.GradientTransformationExtraArgs:
     """`hope_jax.optim.build` with a rate and a decay that may be traced arrays."""
-    config = OptimizerConfig(name=name)
-    names = optim.rules_of(config)
+    rules = optim.rules_of(OptimizerConfig(rule=name))
+    names = optim.labelled(rules)
     shape = optim.schedule(1.0, settings.warmup, steps, settings.final_fraction)
     known = optim.Settings(
-        rate=lambda count: rate * shape(count + 1),
-        weight_decay=weight_decay,
-        b1=config.b1,
-        b2=config.b2,
+        rate=lambda count: rate * shape(count + 1), weight_decay=weight_decay
     )
-    made = {
-        each: optim.RULES[each].make(
-            known._replace(options=getattr(config, each, None))
-        )
-        for each in dict.fromkeys(names.values())
-    }
+    made = {names[kind]: rule.make(known) for kind, rule in rules.items()}
     choose = functools.partial(groups.names_of, names=names, layers=None)
     clip = optax.clip_by_global_norm(settings.clip_norm)
     return optax.chain(clip, groups.by_name(made, choose))

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from experiments import lab
-from hope_jax.optim.momentum import delta_momentum, momentum
+from hope_jax.optim.momenta import delta_momentum, momentum
 from hope_jax.plot import COLOURS
 from launch import command
 

@@ -46,7 +46,7 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 
 from experiments import lab
-from hope_jax.optim.learned import (
+from hope_jax.optim.meta import (
     LearnedConfig,
     Meta,
     Task,

@@ -45,9 +45,9 @@ from matplotlib.figure import Figure
 from experiments import lab
 from hope_jax.optim.adaptive import adagrad_memory
 from hope_jax.optim.capture import dgd_gradients
-from hope_jax.optim.dgd import dgd
-from hope_jax.optim.m3 import m3
-from hope_jax.optim.momentum import delta_momentum, momentum
+from hope_jax.optim.momenta import delta_momentum, momentum
+from hope_jax.optim.rules.dgd import dgd
+from hope_jax.optim.rules.m3 import m3
 from launch import command
 
 NAME = "orthogonal_tasks"

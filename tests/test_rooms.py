@@ -135,7 +135,7 @@ def test_nothing_runs_data_as_code():
         ("core/clock.py", "import hope_jax"),
         ("memory/rule.py", "from ..kernels import delta"),
         ("memory/rule.py", "from .. import plot"),
-        ("kernels/delta.py", "import hope_jax.optim.dgd as dgd"),
+        ("kernels/delta.py", "import hope_jax.optim.rules.dgd as dgd"),
         ("optim/dgd.py", "def late():\n    import flax.nnx"),
         ("models/lm.py", "from hope_jax.data import text"),
         ("data/text.py", "from hope_jax import train"),

@@ -57,7 +57,10 @@ from hope_jax.core.config import did_you_mean
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.config import ModelConfig
-from hope_jax.optim import groups, options
+from hope_jax.optim import groups
+from hope_jax.optim.rules.adagrad_memory import AdaGradMemory
+from hope_jax.optim.rules.delta_momentum import DeltaMomentum
+from hope_jax.optim.rules.m3 import M3
 from hope_jax.train.config import OptimizerConfig
 from hope_jax.train.metrics import write_benchmark
 
@@ -69,20 +72,11 @@ _COARSE = 5e-2  # where one of them multiplies in bfloat16
 _TOKENS = 256  # whose Gram matrices dgd is given
 
 # Beside the names of optimizers: the same with other options.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "muon_ours": {
-        "name": "m3",
-        "m3": options.M3(periods=(1,), variant="two_scale"),
-    },
-    "m3_spread": {"name": "m3", "m3": options.M3(spread=True)},
-    "delta_momentum_matrix": {
-        "name": "delta_momentum",
-        "delta_momentum": options.DeltaMomentum(form="matrix"),
-    },
-    "adagrad_memory_outer": {
-        "name": "adagrad_memory",
-        "adagrad_memory": options.AdaGradMemory(form="outer"),
-    },
+VARIANTS: dict[str, optim.Rule] = {
+    "muon_ours": M3(periods=(1,), variant="two_scale"),
+    "m3_spread": M3(spread=True),
+    "delta_momentum_matrix": DeltaMomentum(form="matrix"),
+    "adagrad_memory_outer": AdaGradMemory(form="outer"),
 }
 # Rules that are compared with each other, and so timed together; others have a group
 # each. AdamW is in all of them.
@@ -138,19 +132,17 @@ def names() -> tuple[str, ...]:
 
 def config(name: str) -> OptimizerConfig:
     """The optimizer of a name, with the defaults of training but for clipping."""
-    settings = {"name": name} | VARIANTS.get(name, {})
-    if settings["name"] == "adam":
-        settings["weight_decay"] = 0.0
-    return OptimizerConfig(clip_norm=None, warmup_steps=0, **settings)
+    settings = {"weight_decay": 0.0} if name == "adam" else {}
+    rule = VARIANTS.get(name, name)
+    return OptimizerConfig(rule=rule, clip_norm=None, warmup_steps=0, **settings)
 
 
 def period(settings: OptimizerConfig) -> int:
     """Steps after which an optimizer has done all that it ever does."""
     clocks = [1]
-    for name in optim.rules_of(settings).values():
-        chosen = getattr(settings, name, None)
-        clocks += getattr(chosen, "periods", ())
-        clocks.append(getattr(chosen, "frequency", 1))
+    for rule in optim.rules_of(settings).values():
+        clocks += getattr(rule, "periods", ())
+        clocks.append(getattr(rule, "frequency", 1))
     return math.lcm(*clocks)
 
 
@@ -181,7 +173,7 @@ class Rule:
             layers=matrices,
         )
         extra = {}
-        if optim.RULES[settings.name].inputs == "grams":
+        if settings.rule.inputs == "grams":
             extra["inputs"] = jax.tree.map(_gram, shapes, matrices)
 
         def step(carry, gradients, extra):

@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,11 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax import optim
 from hope_jax.optim import capture, slopes
-from hope_jax.optim.options import RuleOptions
+from hope_jax.optim.rules import RULES, saved
 
 
 def _check_shared(config: "CMSLevel | CMSConfig") -> None:
-    if config.rule is not None:
-        optim.check_name("rule", config.rule)
+    object.__setattr__(config, "rule", RULES.of(config.rule, "rule"))
     if config.hidden is not None and config.hidden < 1:
         raise ValueError(f"hidden must be at least 1, got {config.hidden}.")
     if config.clip is not None and config.clip <= 0:
@@ -48,8 +48,7 @@ class CMSLevel:
       rate: inner rate at the start; it is learned, between 0 and
         `CMSConfig.rate_bound`. A level of rate 0 never moves while reading.
       hidden: hidden width of the SwiGLU MLP.
-      rule: inner optimizer, a name of `hope_jax.optim.RULES`.
-      options: of that rule.
+      rule: inner optimizer, one of `hope_jax.optim.RULES`; in Python its name will do.
       clip: bound on the norm of one row's inner gradient, over the level's whole stack.
       pull: how much of the way back to its start a move also takes the level.
     """
@@ -57,8 +56,7 @@ class CMSLevel:
     period: float
     rate: float = 0.1
     hidden: int | None = None
-    rule: str | None = None
-    options: RuleOptions | None = None
+    rule: Annotated[optim.Rule, RULES] | None = None
     clip: float | None = None
     pull: float | None = None
 
@@ -84,8 +82,7 @@ class CMSConfig:
       hidden: hidden width of each SwiGLU MLP.
       order: `fast_to_slow` (the paper's figures) or `slow_to_fast` (equation 70 as
         printed).
-      rule: inner optimizer, a name of `hope_jax.optim.RULES`; `sgd` is equation 71.
-      options: of the rule, for levels without options of their own.
+      rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
       gradient: what the outer level differentiates: `exact`, through every inner move;
@@ -106,8 +103,7 @@ class CMSConfig:
     levels: tuple[CMSLevel, ...] = (CMSLevel(period=math.inf),)
     hidden: int = 256
     order: Literal["fast_to_slow", "slow_to_fast"] = "fast_to_slow"
-    rule: str = "sgd"
-    options: RuleOptions = RuleOptions()
+    rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
     gradient: Literal["exact", "first_order", "none"] = "first_order"
     clip: float = 1.0
@@ -150,10 +146,27 @@ class CMSConfig:
                     f"rate ({level.rate}) must be below rate_bound ({self.rate_bound})."
                 )
         _check_shared(self)
-        optim.check_options(self.options, {v.rule for v in self.whole})
-        for level, whole in zip(self.levels, self.whole, strict=True):
-            if level.options is not None:
-                optim.check_options(level.options, {whole.rule})
+
+    @classmethod
+    def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Saved when rules were names, with the options of all of them beside."""
+        if "options" not in data:
+            return data
+        kind, options = data.get("rule", "sgd"), data["options"]
+
+        def level(old):
+            new = {key: value for key, value in old.items() if key != "options"}
+            if old.get("rule") is not None or old.get("options") is not None:
+                own = old.get("options")
+                own = options if own is None else own
+                new["rule"] = saved(old.get("rule") or kind, own)
+            return new
+
+        now = {key: value for key, value in data.items() if key != "options"}
+        now["rule"] = saved(kind, options)
+        if "levels" in data:
+            now["levels"] = [level(old) for old in data["levels"]]
+        return now
 
     @functools.cached_property
     def whole(self) -> tuple[CMSLevel, ...]:
@@ -162,7 +175,7 @@ class CMSConfig:
         def filled(level):
             return {
                 name: getattr(self if getattr(level, name) is None else level, name)
-                for name in ("hidden", "rule", "options", "clip", "pull")
+                for name in ("hidden", "rule", "clip", "pull")
             }
 
         return tuple(dataclasses.replace(v, **filled(v)) for v in self.levels)
@@ -205,7 +218,7 @@ class FastLevel(NamedTuple):
 
 def noted(level: CMSLevel, weights: PyTree) -> PyTree:
     """`weights` of a level, as those whose gradients are what its rule asks for."""
-    match optim.RULES[level.rule].inputs:
+    match level.rule.inputs:
         case "grams":
             return capture.capture(weights)
         case "slopes":
@@ -215,7 +228,7 @@ def noted(level: CMSLevel, weights: PyTree) -> PyTree:
 
 def learned(level: CMSLevel, gradient: PyTree) -> Learned:
     """What there is in the gradient of `noted` weights."""
-    match optim.RULES[level.rule].inputs:
+    match level.rule.inputs:
         case "grams":
             return Learned(capture.plain(gradient), capture.grams(gradient))
         case "slopes":
@@ -224,7 +237,7 @@ def learned(level: CMSLevel, gradient: PyTree) -> Learned:
 
 
 def _objective(level: CMSLevel):
-    return _objective_of(getattr(level.options, level.rule).memory)
+    return _objective_of(level.rule.memory)
 
 
 _objective_of = functools.cache(slopes.objective)  # programs are kept by the function
@@ -234,7 +247,7 @@ def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
     """The rule of a level, for one row."""
     return optax.chain(
         optax.clip_by_global_norm(level.clip),
-        optim.inner(level.rule, level.options, rate),
+        optim.inner(level.rule, rate),
     )
 
 

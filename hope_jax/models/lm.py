@@ -204,7 +204,7 @@ def system(config: ModelConfig, row: int) -> System:
         name = f"CMS {i + 1}"
         fast = i in inside
         period = level.period if level.period != float("inf") else row
-        rule = level.rule.upper() if fast else "outer optimizer"
+        rule = level.rule.kind.upper() if fast else "outer optimizer"
         boxes.append(
             Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
         )

@@ -20,7 +20,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hope_jax.optim.leaves import as_rows, as_type, check_fraction, rate_at, wide
+from hope_jax.optim.leaves import (
+    as_rows,
+    as_type,
+    check_fraction,
+    guarded,
+    placed,
+    rate_at,
+    taken,
+    wide,
+)
 
 Target = Literal["root", "square"]
 Form = Literal["element", "outer"]
@@ -35,6 +44,7 @@ class AdamMemoryState(NamedTuple):
     root: PyTree
 
 
+@guarded
 def adam_memory(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -148,6 +158,7 @@ class AdaGradMemoryState(NamedTuple):
     second: PyTree
 
 
+@guarded
 def adagrad_memory(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -170,7 +181,7 @@ def adagrad_memory(
 
     `outer` takes its root by LAPACK's `eigh`, which can dead-lock a CPU pool of few
     threads: set the environment's NPROC to 32 before JAX starts, as `launch.train`
-    does. `hope_jax.optim.shampoo` has both sides, by products alone.
+    does. `hope_jax.optim.kronecker` has both sides, by products alone.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -227,7 +238,9 @@ def adagrad_memory(
     def init(params):
         first = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
         return AdaGradMemoryState(
-            jnp.zeros((), jnp.int32), first, jax.tree.map(begin, params)
+            jnp.zeros((), jnp.int32),
+            first,
+            placed(params, [begin(leaf) for leaf in jax.tree.leaves(params)]),
         )
 
     def move(gradient, first, second, rate):
@@ -243,7 +256,7 @@ def adagrad_memory(
         leaves, structure = jax.tree.flatten(updates)
         standing = zip(
             structure.flatten_up_to(state.first),
-            structure.flatten_up_to(state.second),
+            taken(updates, state.second),
             strict=True,
         )
         moved = [move(g, *s, rate) for g, s in zip(leaves, standing, strict=True)]
@@ -251,7 +264,7 @@ def adagrad_memory(
         return structure.unflatten(steps), AdaGradMemoryState(
             optax.safe_increment(state.count),
             structure.unflatten(first),
-            structure.unflatten(second),
+            placed(updates, second),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

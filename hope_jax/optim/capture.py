@@ -247,7 +247,7 @@ def value_and_dgd_gradients(
     token_rate: float | Array | None = None,
     has_aux: bool = False,
 ) -> tuple[Any, PyTree, PyTree]:
-    """Value, gradients, and what `hope_jax.optim.dgd.dgd` takes as `inputs`.
+    """Value, gradients, and what `hope_jax.optim.rules.dgd.dgd` takes as `inputs`.
 
     The inputs of a matrix are its Gram matrix Σ xₜ xₜᵀ over everything that it
     multiplied: all tokens of all rows, and all calls of a shared layer.

@@ -21,17 +21,20 @@ from hope_jax.core.transfer import attend, dot_product, regress
 from hope_jax.kernels.chunk import MemoryState, begin_memory, piece
 from hope_jax.memory import compose, features, retention
 from hope_jax.memory.compose import MemoryConfig, Tokens
-from hope_jax.optim.from_level import from_level
 from hope_jax.optim.leaves import (
     as_rows,
     as_type,
     check_fraction,
+    guarded,
     like,
+    placed,
     rate_at,
+    taken,
     unit,
     unit_rows,
     wide,
 )
+from hope_jax.optim.levels import from_level
 
 Rows = Literal["mean", "sequence"]
 
@@ -266,6 +269,7 @@ def _widthless(key):
     )
 
 
+@guarded
 def from_memory(
     learning_rate: optax.ScalarOrSchedule,
     config: MemoryConfig,
@@ -445,6 +449,7 @@ _PROXIMAL = MemoryConfig(
 )
 
 
+@guarded
 def ggd(
     learning_rate: optax.ScalarOrSchedule,
     config: MemoryConfig | None = None,
@@ -535,10 +540,10 @@ def ggd(
         return flow, recent if config.window > 1 else ()
 
     def init(params):
-        leaves, structure = jax.tree.flatten(params)
+        leaves = jax.tree.leaves(params)
         flows, recent = zip(*map(begin, leaves), strict=True) if leaves else ((), ())
         count = jnp.zeros((), jnp.int32)
-        return GGDState(count, structure.unflatten(flows), structure.unflatten(recent))
+        return GGDState(count, placed(params, flows), placed(params, recent))
 
     def learn(gradient, weight, x, flow, recent, rate):
         along, size = unit(x, -1)
@@ -564,8 +569,6 @@ def ggd(
         return standing.params["w"] - weight, standing.opt, recent
 
     def move(gradient, weight, x, flow, recent, rate):
-        if is_masked(gradient):
-            return gradient, flow, recent
         if x is None:
             return -as_type(rate, gradient) * gradient, flow, recent
         g, w = turned(gradient), turned(weight)
@@ -592,11 +595,19 @@ def ggd(
         rate = rate_at(learning_rate, state.count)
         # Inputs are not masked when `optax.masked` and `partition` mask the rest.
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
-        trees = (params, inputs, state.flow, state.recent)
-        rest = [structure.flatten_up_to(tree) for tree in trees]
-        moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
-        parts = zip(*moved, strict=True) if moved else ((), (), ())
-        steps, flow, recent = map(structure.unflatten, parts)
-        return steps, GGDState(optax.safe_increment(state.count), flow, recent)
+        given = structure.flatten_up_to(inputs)
+        here = [not is_masked(leaf) for leaf in leaves]
+        rest = [
+            jax.tree.leaves(updates),
+            jax.tree.structure(updates).flatten_up_to(params),
+            [x for x, unmasked in zip(given, here, strict=True) if unmasked],
+            *(taken(updates, tree) for tree in (state.flow, state.recent)),
+        ]
+        moved = [move(*leaf, rate) for leaf in zip(*rest, strict=True)]
+        steps, flow, recent = zip(*moved, strict=True) if moved else ((), (), ())
+        count = optax.safe_increment(state.count)
+        return jax.tree.structure(updates).unflatten(steps), GGDState(
+            count, placed(updates, flow), placed(updates, recent)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)

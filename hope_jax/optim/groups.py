@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from hope_jax.core.system import human, markdown
 from hope_jax.optim.capture import full_precision
-from hope_jax.optim.leaves import like, zeros
+from hope_jax.optim.leaves import like, path_names, zeros
 
 Kind = Literal["matrices", "embeddings", "convolutions", "others"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -146,19 +146,6 @@ def on_clocks(
     # Labels are text because they become names in a checkpoint.
     labels = jax.tree.map(lambda p: f"every_{p}", periods)
     return optax.partition({f"every_{p}": tx for p, tx in gated.items()}, labels)
-
-
-def path_names(path: tuple) -> tuple[str, ...]:
-    """A key path of `jax.tree_util` as plain names, without a Variable's `.value`.
-
-    >>> path_names(jax.tree_util.tree_flatten_with_path({"a": [0]})[0][0][0])
-    ('a', '0')
-    """
-    return tuple(
-        jax.tree_util.keystr((key,), simple=True)
-        for key in path
-        if key != jax.tree_util.GetAttrKey("value")
-    )
 
 
 def is_matrix(path: tuple, leaf: Any) -> bool:

@@ -1,9 +1,121 @@
-"""Leaves of a gradient: their types, rows and directions."""
+"""Leaves of a gradient: their names, types, rows and directions."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
+
+
+def path_names(path: tuple) -> tuple[str, ...]:
+    """A key path of `jax.tree_util` as plain names, without a Variable's `.value`.
+
+    >>> path_names(jax.tree_util.tree_flatten_with_path({"a": [0]})[0][0][0])
+    ('a', '0')
+    """
+    return tuple(
+        jax.tree_util.keystr((key,), simple=True)
+        for key in path
+        if key != jax.tree_util.GetAttrKey("value")
+    )
+
+
+def placed(tree: PyTree, values: Sequence[PyTree]) -> PyTree:
+    """`values`, one for each leaf of `tree`, in nested dicts by the names of leaves.
+
+    For a state of a leaf that is no array like it: containers that know what they hold,
+    such as those of Flax, let nothing else stand in its place. In checkpoints, which
+    go by names, nothing is changed by it.
+
+    >>> placed([jnp.ones(2), {"a": jnp.ones(3)}], ["first", "second"])
+    {'0': 'first', '1': {'a': 'second'}}
+    """
+    names, root = _names(tree), {}
+    for name, value in zip(names, values, strict=True):
+        if not name:
+            return value
+        node = root
+        for part in name[:-1]:
+            node = node.setdefault(part, {})
+        node[name[-1]] = value
+    return root
+
+
+def taken(tree: PyTree, standing: PyTree) -> list[PyTree]:
+    """The `values` of `placed`, in the order of the leaves of `tree`."""
+    return [
+        functools.reduce(lambda at, part: at[part], n, standing) for n in _names(tree)
+    ]
+
+
+def _names(tree: PyTree) -> list[tuple[str, ...]]:
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    names = [path_names(path) for path in paths]
+    inner = {name[:i] for name in names for i in range(len(name))}
+    if len(set(names)) < len(names) or inner & set(names):  # `.value` is a name there
+        names = [tuple(jax.tree_util.keystr((key,)) for key in path) for path in paths]
+    return names
+
+
+def guarded(make: Callable | None = None, *, complex_too: bool = False) -> Callable:
+    """For functions that make a rule: leaves that it cannot move are kept from it.
+
+    Leaves of size 0 are not given to the rule, and come back as they are. Complex ones
+    are refused by name, but where the rule is right for them (`complex_too`).
+    """
+    if make is None:
+        return functools.partial(guarded, complex_too=complex_too)
+
+    @functools.wraps(make)
+    def guarding(*args, **kwargs):
+        return without_empty(make(*args, **kwargs), make.__name__, complex_too)
+
+    return guarding
+
+
+def without_empty(
+    tx: optax.GradientTransformation, name: str, complex_too: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` as `guarded` says; `name` is that of the rule, for messages."""
+    tx = optax.with_extra_args_support(tx)
+
+    def masked(tree):
+        return jax.tree.map(
+            lambda leaf: optax.MaskedNode() if _is_empty(leaf) else leaf, tree
+        )
+
+    def init(params):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+            if not complex_too and jnp.iscomplexobj(leaf):
+                where = ".".join(path_names(path)) or "the parameter"
+                raise ValueError(
+                    f"{name} moves real numbers, and {where} is {leaf.dtype}: keep its "
+                    "real and imaginary parts as two leaves, or move it by momentum or "
+                    "an optimizer of Optax."
+                )
+        return tx.init(masked(params) if _has_empty(params) else params)
+
+    def update(updates, state, params=None, **extra):
+        if not _has_empty(updates):
+            return tx.update(updates, state, params, **extra)
+        moved, state = tx.update(
+            masked(updates), state, None if params is None else masked(params), **extra
+        )
+        given = jax.tree.map(lambda u, m: u if _is_empty(u) else m, updates, moved)
+        return given, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _has_empty(tree: PyTree) -> bool:
+    return any(map(_is_empty, jax.tree.leaves(tree)))
+
+
+def _is_empty(leaf: Any) -> bool:
+    return 0 in jnp.shape(leaf)
 
 
 def wide(leaf: Array) -> Array:

@@ -19,7 +19,15 @@ from jaxtyping import Array, Int, PyTree
 
 from hope_jax.memory import compose
 from hope_jax.memory.compose import MemoryConfig, Tokens
-from hope_jax.optim.leaves import as_type, check_fraction, rate_at, wide
+from hope_jax.optim.leaves import (
+    as_type,
+    check_fraction,
+    guarded,
+    placed,
+    rate_at,
+    taken,
+    wide,
+)
 
 
 class SlopesState(NamedTuple):
@@ -29,6 +37,7 @@ class SlopesState(NamedTuple):
     flow: PyTree
 
 
+@guarded
 def descend_slopes(
     learning_rate: optax.ScalarOrSchedule,
     config: MemoryConfig,
@@ -80,7 +89,8 @@ def descend_slopes(
         return stacked(lambda w: flow.init({"w": w}), weight.ndim - 2)(turned(weight))
 
     def init(params):
-        return SlopesState(jnp.zeros((), jnp.int32), jax.tree.map(begin, params))
+        flows = [begin(leaf) for leaf in jax.tree.leaves(params)]
+        return SlopesState(jnp.zeros((), jnp.int32), placed(params, flows))
 
     def move(slope, weight, state, rate):
         if slope.ndim < 2:
@@ -109,11 +119,11 @@ def descend_slopes(
             )
         rate = rate_at(learning_rate, state.count)
         leaves, structure = jax.tree.flatten(updates)
-        rest = [structure.flatten_up_to(tree) for tree in (params, state.flow)]
+        rest = [structure.flatten_up_to(params), taken(updates, state.flow)]
         moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
         steps, flows = zip(*moved, strict=True) if moved else ((), ())
         return structure.unflatten(steps), SlopesState(
-            optax.safe_increment(state.count), structure.unflatten(flows)
+            optax.safe_increment(state.count), placed(updates, flows)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

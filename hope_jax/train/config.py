@@ -1,13 +1,14 @@
 """The config of a run: everything that decides its result, in one frozen place."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from hope_jax import optim
 from hope_jax.core.config import at_least
 from hope_jax.data import text
 from hope_jax.models import lm
-from hope_jax.optim import options
+from hope_jax.optim.rules import RULES, saved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,10 @@ class OptimizerConfig:
     """How the outermost level learns.
 
     Attributes:
-      name: a name of `hope_jax.optim.RULES`; it moves matrices, and all else too unless
-        it is one for matrices alone: then adamw does.
-      embeddings: another name for these; None for what `name` says.
+      rule: one of `hope_jax.optim.RULES`, with its options; in Python its name will do.
+        It moves matrices, and all else too unless it is one for matrices alone: then
+        adamw does.
+      embeddings: another rule for these; None for what `rule` says.
       convolutions: the same.
       others: the same, for biases, scales, rates and initial states.
       learning_rate: the highest, reached after `warmup_steps`.
@@ -59,50 +61,50 @@ class OptimizerConfig:
       final_fraction: of `learning_rate`, where the cosine ends.
       weight_decay: decoupled, times the learning rate; matrices only.
       clip_norm: most global norm of a gradient; None for no limit.
-      b1: decay of the first moment, or the momentum of rules with only one.
-      b2: decay of the second moment.
-      deep_momentum, m3, ...: further options of the name that they bear
-        (`hope_jax.optim.options`); they may be set only where it moves something.
     """
 
-    name: str = "adamw"
-    embeddings: str | None = None
-    convolutions: str | None = None
-    others: str | None = None
+    rule: Annotated[optim.Rule, RULES] = RULES.get("adamw")
+    embeddings: Annotated[optim.Rule, RULES] | None = None
+    convolutions: Annotated[optim.Rule, RULES] | None = None
+    others: Annotated[optim.Rule, RULES] | None = None
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     final_fraction: float = 0.1
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
-
-    dgd: options.DGD = options.DGD()
-    ggd: options.GGD = options.GGD()
-    adamuon: options.AdaMuon = options.AdaMuon()
-    m3: options.M3 = options.M3()
-    shampoo: options.Shampoo = options.Shampoo()
-    soap: options.Soap = options.Soap()
-    delta_momentum: options.DeltaMomentum = options.DeltaMomentum()
-    feature_map_momentum: options.FeatureMapMomentum = options.FeatureMapMomentum()
-    nonlinear_momentum: options.NonlinearMomentum = options.NonlinearMomentum()
-    deep_momentum: options.DeepMomentum = options.DeepMomentum()
-    gradient_memory: options.GradientMemory = options.GradientMemory()
-    adam_memory: options.AdamMemory = options.AdamMemory()
-    adagrad_memory: options.AdaGradMemory = options.AdaGradMemory()
 
     def __post_init__(self):
+        for name in ("rule", "embeddings", "convolutions", "others"):
+            object.__setattr__(self, name, RULES.of(getattr(self, name), name))
         optim.rules_of(self)
         at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
-        for name in ("final_fraction", "b1", "b2"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (name != "final_fraction" and value == 1):
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}.")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(
+                f"final_fraction must lie between 0 and 1, got {self.final_fraction}."
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(
                 "clip_norm must be above 0, or none for no limit; got "
                 f"{self.clip_norm}."
             )
+
+    @classmethod
+    def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Saved when rules were names, and the options of all of them stood beside."""
+        if "name" not in data:
+            return data
+        kinds = ("embeddings", "convolutions", "others")
+        gone = {"name", "b1", "b2", *kinds, *RULES}
+        now = {key: value for key, value in data.items() if key not in gone}
+        now["rule"] = saved(data["name"], data)
+        plain = dataclasses.asdict(RULES.get("adamw"))
+        adam = plain | saved("adamw", data)  # of all that a rule for matrices leaves
+        for kind in kinds:
+            if data.get(kind) is not None:
+                now[kind] = saved(data[kind], data)
+            elif RULES.get(data["name"]).matrices and adam != plain:
+                now[kind] = adam
+        return now
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from hope_jax.core.system import (
     start,
 )
 from hope_jax.core.transfer import attend
-from hope_jax.optim.dgd import dgd
+from hope_jax.optim.rules.dgd import dgd
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):

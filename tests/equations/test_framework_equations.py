@@ -13,9 +13,9 @@ from jax.test_util import check_grads
 
 from hope_jax.core.level import Level, begin, tick, unroll
 from hope_jax.core.transfer import attend, condition, generate, initialise, regress
-from hope_jax.optim.dgd import dgd
-from hope_jax.optim.from_level import from_level
-from hope_jax.optim.momentum import hebbian_level, momentum
+from hope_jax.optim.levels import from_level
+from hope_jax.optim.momenta import hebbian_level, momentum
+from hope_jax.optim.rules.dgd import dgd
 
 ETA = 0.3
 
@@ -125,7 +125,7 @@ def momentum_trace(key):
 def test_equation_10_momentum_moves_the_weights(key):
     """W_{t+1} = W_t - m_{t+1} (the memory here holds -m).
 
-    Implements: hope_jax.optim.momentum.momentum
+    Implements: hope_jax.optim.momenta.momentum
     """
     before, after, u, x = momentum_trace(key)
     stored = jnp.cumsum(ETA * jnp.einsum("to,ti->toi", u, x), axis=0)
@@ -135,7 +135,7 @@ def test_equation_10_momentum_moves_the_weights(key):
 def test_equation_11_momentum_adds_up_gradients(key):
     """m_{t+1} = m_t + eta grad L(W_t; x_{t+1}).
 
-    Implements: hope_jax.optim.momentum.momentum
+    Implements: hope_jax.optim.momenta.momentum
     """
     before, after, u, x = momentum_trace(key)
     m = before - after
@@ -145,7 +145,7 @@ def test_equation_11_momentum_adds_up_gradients(key):
 def test_equation_12_momentum_is_a_level_of_its_own(key):
     """The outer level: W_{t+1} = W_t - m_{t+1}, its update read from the inner one.
 
-    Implements: hope_jax.optim.from_level.from_level
+    Implements: hope_jax.optim.levels.from_level
     """
     inner = from_level(hebbian_level(ETA, decay=1.0))
     layer = linear(surprise_of, flow=inner)
@@ -160,7 +160,7 @@ def test_equation_12_momentum_is_a_level_of_its_own(key):
 def test_equation_13_the_inner_level_descends_its_own_objective(key):
     """m_{t+1} = argmin -<m x, u> + |m - m_t|^2 / 2 eta (here for -m, so + <m x, u>).
 
-    Implements: hope_jax.optim.momentum.hebbian_level
+    Implements: hope_jax.optim.momenta.hebbian_level
     """
     memory = hebbian_level(ETA, decay=1.0)
     m, u, x = jnp.ones((2, 3)), jnp.array([1.0, -2.0]), jnp.array([0.5, 1.0, 2.0])
@@ -390,7 +390,7 @@ def dgd_step(key, eta, size, **options):
 def test_equation_56_delta_gradient_descent_regresses_on_the_surprise(key, size):
     """W_{t+1} = argmin |W x - u|^2 / 2 + |W - W_t|^2 / 2 eta, u = -grad_y L.
 
-    Implements: hope_jax.optim.dgd.dgd
+    Implements: hope_jax.optim.rules.dgd.dgd
     """
     after, w, x, gradient = dgd_step(key, ETA, size)
 
@@ -404,7 +404,7 @@ def test_equation_56_delta_gradient_descent_regresses_on_the_surprise(key, size)
 def test_equation_57_delta_gradient_descent_in_closed_form(key, eta):
     """W (I - eta' x x^T) - eta' grad_y L x^T; eta' = eta / (1 + eta) for |x| = 1.
 
-    Implements: hope_jax.optim.dgd.dgd
+    Implements: hope_jax.optim.rules.dgd.dgd
     """
 
     def moved(w, x, gradient, rate):

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from hope_jax.kernels.newton_schulz import CUBIC, MUON, orthogonalise
-from hope_jax.optim.m3 import m3, scale_by_m3
-from hope_jax.optim.momentum import momentum
-from hope_jax.optim.muon import orthogonalise_tree
+from hope_jax.optim.momenta import momentum
+from hope_jax.optim.orthogonal import orthogonalise_tree
+from hope_jax.optim.rules.m3 import m3, scale_by_m3
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def stream(steps, shape=(4, 6)):
 def test_equation_42_muon():
     """W_{t+1} = W_t + NewtonSchulz_k(m_{t+1}), m_{t+1} = alpha m_t - eta grad.
 
-    Implements: hope_jax.optim.muon.orthogonalise_tree
+    Implements: hope_jax.optim.orthogonal.orthogonalise_tree
     """
     ours = optax.chain(
         momentum(0.3, decay=0.9), optax.stateless(lambda m, _: orthogonalise_tree(m))
@@ -118,7 +118,7 @@ def test_equation_75_two_memories_of_gradients():
     """M1_t = M1_{t-1} + b1 g_t; M2_t = M2_{t-1} + b3 sum of the last C gradients where
     t = 0 mod C, else unchanged: with forgetting, and a mean for the sum.
 
-    Implements: hope_jax.optim.m3.scale_by_m3
+    Implements: hope_jax.optim.rules.m3.scale_by_m3
     """
     period, fast, slow = 3, 0.8, 0.5
     rule = scale_by_m3(periods=(1, period), decays=(fast, slow))
@@ -144,7 +144,7 @@ def test_equation_75_two_memories_of_gradients():
 def test_equation_75_without_its_slow_memory_is_muon():
     """With alpha = 0 and no second moment M3 is Muon, here at the scale of AdamW.
 
-    Implements: hope_jax.optim.m3.m3
+    Implements: hope_jax.optim.rules.m3.m3
     """
     ours = m3(1.0, alpha=0.0, decays=(0.9, 0.5), periods=(1, 2), variant="two_scale")
     muon = optax.contrib.muon(1.0, beta=0.9, nesterov=False, consistent_rms=0.2)
@@ -162,7 +162,7 @@ def test_equation_75_without_its_slow_memory_is_muon():
 def test_equation_75_algorithm_1_literal():
     """Algorithm 1, line by line, over three periods.
 
-    Implements: hope_jax.optim.m3.scale_by_m3
+    Implements: hope_jax.optim.rules.m3.scale_by_m3
     """
     f, b1, b2, b3, alpha, eps = 3, 0.95, 0.4, 0.9, 0.5, 1e-8
     g = stream(3 * f + 2)

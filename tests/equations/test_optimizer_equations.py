@@ -19,15 +19,14 @@ from hope_jax.kernels.newton_schulz import orthogonalise
 from hope_jax.memory.architecture import mlp
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
 from hope_jax.optim.adaptive import adagrad_memory, adam_memory
-from hope_jax.optim.deep import deep_momentum
-from hope_jax.optim.from_level import from_level
 from hope_jax.optim.generalised import (
     from_memory,
     ggd,
     gradient_level,
     gradient_start,
 )
-from hope_jax.optim.momentum import (
+from hope_jax.optim.levels import from_level
+from hope_jax.optim.momenta import (
     delta_level,
     delta_momentum,
     feature_map_momentum,
@@ -36,6 +35,7 @@ from hope_jax.optim.momentum import (
     nonlinear_momentum,
     preconditioned_momentum,
 )
+from hope_jax.optim.rules.deep_momentum import deep_momentum
 
 ETA, ALPHA = 0.3, 0.9
 
@@ -146,7 +146,7 @@ def test_equation_31_which_is_a_proximal_step_of_each_layer(key):
 def test_equation_32_gradient_descent_is_momentum_that_forgets_all(key):
     """W_{t+1} = W_t - eta grad L(W_t; x_{t+1}).
 
-    Implements: hope_jax.optim.momentum.momentum
+    Implements: hope_jax.optim.momenta.momentum
     """
     g = normal(key, 4, 2, 3)
     close(updates(momentum(ETA, decay=0.0), g), -ETA * g)
@@ -155,7 +155,7 @@ def test_equation_32_gradient_descent_is_momentum_that_forgets_all(key):
 def test_equation_33_momentum_maps_inputs_to_errors(key):
     """W + m_{t+1}, m_{t+1} = alpha m_t - eta delta x^T.
 
-    Implements: hope_jax.optim.momentum.momentum
+    Implements: hope_jax.optim.momenta.momentum
     """
     delta, x = normal(key, 4, 2), normal(key, 4, 3, at=1)
     out = updates(momentum(ETA, decay=ALPHA), jnp.einsum("to,ti->toi", delta, x))
@@ -168,7 +168,7 @@ def test_equation_33_momentum_maps_inputs_to_errors(key):
 def test_equation_34_it_is_gradient_descent_on_a_dot_product(key):
     """min_m <m x, delta>, without forgetting; with it, plus (1 - alpha) |m|^2 / 2 eta.
 
-    Implements: hope_jax.optim.momentum.hebbian_level
+    Implements: hope_jax.optim.momenta.hebbian_level
     """
     m, delta, x = normal(key, 2, 3), normal(key, 2, at=1), normal(key, 3, at=2)
     for alpha in (1.0, ALPHA):
@@ -197,7 +197,7 @@ def regression(rate):
 def test_equation_35_the_weights_move_by_what_the_memory_says(key, which):
     """W_{t+1} = W_t + m_{t+1}, whatever the memory is.
 
-    Implements: hope_jax.optim.from_level.from_level
+    Implements: hope_jax.optim.levels.from_level
     """
     level = hebbian_level(ETA) if which == "linear" else regression(ETA)
     g = normal(key, 4, 3)
@@ -228,7 +228,7 @@ def test_equation_36_and_the_memory_may_be_asked_with_the_gradient(key):
 def test_equation_37_the_memory_descends_an_objective_of_its_own(key):
     """m_{t+1} is a step on L(m; x, -delta), any objective.
 
-    Implements: hope_jax.optim.from_level.from_level
+    Implements: hope_jax.optim.levels.from_level
     """
     level, g = regression(ETA), normal(key, 1, 3)
     optimizer = from_level(level)
@@ -244,7 +244,7 @@ def test_equation_37_the_memory_descends_an_objective_of_its_own(key):
 def test_equation_38_preconditioned_gradient_descent(key):
     """W_{t+1} = W_t - eta P^{-1} g: Newton's method is there in one step.
 
-    Implements: hope_jax.optim.momentum.preconditioned_momentum
+    Implements: hope_jax.optim.momenta.preconditioned_momentum
     """
     root = normal(key, 3, 3)
     hessian = root @ root.T + jnp.eye(3)
@@ -257,7 +257,7 @@ def test_equation_38_preconditioned_gradient_descent(key):
 def test_equation_39_a_preconditioner_is_any_map_of_gradients(key):
     """W_{t+1} = W_t - eta P(g).
 
-    Implements: hope_jax.optim.momentum.preconditioned_momentum
+    Implements: hope_jax.optim.momenta.preconditioned_momentum
     """
     g = normal(key, 4, 2, 3)
     rule = preconditioned_momentum(ETA, jnp.sign, decay=0.0)
@@ -308,7 +308,7 @@ def test_equation_41_which_learns_by_gradient_descent(key):
 def test_equation_45_momentum_remembers_the_last_task_alone(key):
     """L_i(W) = E (W^T x - y)^2 with the inputs of task i along u_i, all orthogonal.
 
-    Implements: hope_jax.optim.momentum.momentum
+    Implements: hope_jax.optim.momenta.momentum
     """
     rule, w = momentum(0.05, decay=0.9), jnp.zeros(4)
     state = rule.init(w)
@@ -336,7 +336,7 @@ def some_memory(key):
 def test_equation_46_preconditioned_momentum_is_a_hebbian_memory(key):
     """It descends <m g^T, P>: each step is the gradient of that.
 
-    Implements: hope_jax.optim.momentum.preconditioned_momentum
+    Implements: hope_jax.optim.momenta.preconditioned_momentum
     """
     m, g, p = some_memory(key)
     rule = preconditioned_momentum(ETA, p, decay=1.0)
@@ -349,7 +349,7 @@ def test_equation_46_preconditioned_momentum_is_a_hebbian_memory(key):
 def test_equation_47_preconditioned_momentum(key):
     """W + m_{i+1}, m_{i+1} = alpha m_i - eta P g_i (alpha is missing in print).
 
-    Implements: hope_jax.optim.momentum.preconditioned_momentum
+    Implements: hope_jax.optim.momenta.preconditioned_momentum
     """
     g, (_, _, p) = normal(key, 4, 2, 3), some_memory(key)
     out, m = updates(preconditioned_momentum(ETA, p, decay=ALPHA), g), 0.0
@@ -361,7 +361,7 @@ def test_equation_47_preconditioned_momentum(key):
 def test_equation_48_delta_momentum_regresses(key):
     """Its objective is |m g^T + P|^2: the target is -P, with the sign that descends.
 
-    Implements: hope_jax.optim.momentum.delta_momentum
+    Implements: hope_jax.optim.momenta.delta_momentum
     """
     m, g, p = some_memory(key)
     rule = functools.partial(delta_momentum, ETA, form="matrix", precondition=p)
@@ -385,7 +385,7 @@ def test_equation_49_delta_momentum_is_the_delta_rule(key):
     The print lacks the step size on the decay and has g g^T. For one row and P = 1 it
     is the delta rule with key g and value -1: what m says about g is corrected.
 
-    Implements: hope_jax.optim.momentum.delta_momentum
+    Implements: hope_jax.optim.momenta.delta_momentum
     """
     m, g, p = some_memory(key)
     matrix = delta_momentum(
@@ -409,7 +409,7 @@ def test_equation_49_delta_momentum_is_the_delta_rule(key):
 def test_equation_50_deep_momentum(key):
     """W + m_{i+1}(u_i), m_{i+1} = alpha m_i - eta grad L(m_i; u_i): a network as m.
 
-    Implements: hope_jax.optim.deep.deep_momentum
+    Implements: hope_jax.optim.rules.deep_momentum.deep_momentum
     """
     rule = deep_momentum(ETA, decay=1.0, inner_rate=0.2, target=jnp.sign, hidden=4)
     u = normal(key, 3)
@@ -430,7 +430,7 @@ def test_equation_50_deep_momentum(key):
 def test_equation_51_feature_maps(key):
     """m_{i+1} = alpha m_i - eta P phi(g_i).
 
-    Implements: hope_jax.optim.momentum.feature_map_momentum
+    Implements: hope_jax.optim.momenta.feature_map_momentum
     """
     g, (_, _, p) = normal(key, 4, 2, 3), some_memory(key)
     rule = feature_map_momentum(ETA, jnp.tanh, decay=ALPHA, precondition=p)
@@ -443,7 +443,7 @@ def test_equation_51_feature_maps(key):
 def test_equation_52_non_linear_outputs(key):
     """W + sigma(m_{i+1}); with Newton-Schulz for sigma and a linear m this is Muon.
 
-    Implements: hope_jax.optim.momentum.nonlinear_momentum
+    Implements: hope_jax.optim.momenta.nonlinear_momentum
     """
     g = normal(key, 4, 3, 3)
     m = -jnp.stack(

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from experiments import fig4_toy, orthogonal_tasks
-from hope_jax.optim.momentum import delta_momentum, momentum
+from hope_jax.optim.momenta import delta_momentum, momentum
 
 SETTINGS = orthogonal_tasks.Settings(tasks=3, rank=2, width=7, outputs=3)
 
@@ -20,7 +20,7 @@ def test_equation_45_momentum_loses_the_subspaces_of_earlier_tasks(key):
     """L_i = E (W x - y)^2: gradients of task i lie in its subspace, and so, once task
     i lasts, does all of the memory: what it knew of others goes like alpha^n.
 
-    Implements: hope_jax.optim.momentum.momentum
+    Implements: hope_jax.optim.momenta.momentum
     """
     of = orthogonal_tasks.tasks(SETTINGS, key)
     columns = jnp.concatenate(list(of.subspaces), axis=1)
@@ -58,7 +58,7 @@ def test_equation_45_momentum_loses_the_subspaces_of_earlier_tasks(key):
 def test_equation_53_delta_momentum_on_the_bending_valley():
     """psi = r^2 + k (r - theta + a sin(w r))^2, and a path on it by hand.
 
-    Implements: hope_jax.optim.momentum.delta_momentum
+    Implements: hope_jax.optim.momenta.delta_momentum
     """
     k, a, w = constants = np.array([4.0, 1.0, 2.0])
     start, rate, decay = np.array([-3.5, 2.0]), 0.05, 0.9

@@ -10,6 +10,7 @@ import pytest
 from experiments.benchmarks import optimizers, timing
 from hope_jax import optim
 from hope_jax.models import lm
+from hope_jax.optim.rules.m3 import M3
 from hope_jax.train.metrics import read_benchmark
 
 TINY = optimizers.SIZES["tiny"]
@@ -167,8 +168,7 @@ def test_m3_beside_muon(tmp_path, capsys, monkeypatch):
 
 
 def test_two_that_disagree_are_not_timed(tmp_path, capsys, monkeypatch):
-    other = {"name": "m3", "m3": optimizers.options.M3(periods=(1,))}
-    monkeypatch.setitem(optimizers.VARIANTS, "muon_ours", other)
+    monkeypatch.setitem(optimizers.VARIANTS, "muon_ours", M3(periods=(1,)))
     arguments = ["--size=tiny", "--only=muon,muon_ours", f"--out={tmp_path}"]
     assert optimizers.main(arguments) == 1
     output = capsys.readouterr().out

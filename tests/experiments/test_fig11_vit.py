@@ -98,7 +98,7 @@ def test_every_optimizer_has_the_same_budget_and_tuning_sees_no_test(monkeypatch
 def test_traced_rates_build_what_the_trainer_builds():
     """An optimizer of this experiment is that of `hope_jax.optim.build`."""
     config = OptimizerConfig(
-        name="adamw",
+        rule="adamw",
         learning_rate=0.03,
         warmup_steps=SMOKE.warmup,
         final_fraction=SMOKE.final_fraction,

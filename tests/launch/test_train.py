@@ -144,7 +144,7 @@ def test_experiments_are_those_with_rows_to_train():
 
 
 def test_a_mistake_is_one_line_not_a_traceback(tmp_path):
-    _, err = finish(start(*TINY, "--workdir=x", "--set=optimizer.b1=2"), code=1)
+    _, err = finish(start(*TINY, "--workdir=x", "--set=optimizer.rule.b1=2"), code=1)
     assert err.strip().splitlines()[-1].startswith("ValueError: b1 must lie between")
     assert "Traceback" not in err
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hope_jax.optim.deep import DeepMemory, deep_momentum
+from hope_jax.optim.rules.deep_momentum import DeepMemory, deep_momentum
 
 ETA = 0.3
 

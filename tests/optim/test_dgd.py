@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hope_jax.core.level import Level, begin, unroll
-from hope_jax.optim.dgd import dgd
+from hope_jax.optim.rules.dgd import dgd
 
 
 def problem(key, shape=(3, 4)):

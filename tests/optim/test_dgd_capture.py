@@ -17,7 +17,7 @@ from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.layers import Dense
 from hope_jax.optim import capture
 from hope_jax.optim.capture import dgd_gradients, value_and_dgd_gradients
-from hope_jax.optim.dgd import dgd
+from hope_jax.optim.rules.dgd import dgd
 from tests.models import small
 
 ETA = 0.7

@@ -12,8 +12,8 @@ import pytest
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Level, begin, unroll
 from hope_jax.core.transfer import attend
-from hope_jax.optim.from_level import from_level
-from hope_jax.optim.momentum import delta_level, delta_momentum, hebbian_level, momentum
+from hope_jax.optim.levels import from_level
+from hope_jax.optim.momenta import delta_level, delta_momentum, hebbian_level, momentum
 
 
 def params():

@@ -11,8 +11,6 @@ import pytest
 from hope_jax.core.level import begin, tick, unroll
 from hope_jax.memory import bias, compose, features, named
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
-from hope_jax.optim.dgd import dgd
-from hope_jax.optim.from_level import from_level
 from hope_jax.optim.generalised import (
     attention_level,
     from_memory,
@@ -21,6 +19,8 @@ from hope_jax.optim.generalised import (
     gradient_start,
 )
 from hope_jax.optim.leaves import unit_rows
+from hope_jax.optim.levels import from_level
+from hope_jax.optim.rules.dgd import dgd
 
 ETA, ALPHA = 0.3, 0.9
 

@@ -1,5 +1,6 @@
 """Optimizers by name and by clock: which parameters move when, and by what."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,8 +13,9 @@ from flax import nnx
 from hope_jax import optim
 from hope_jax.core import config as config_lib
 from hope_jax.optim import groups
-from hope_jax.optim.dgd import dgd
-from hope_jax.optim.m3 import scale_by_m3
+from hope_jax.optim.rules.dgd import dgd
+from hope_jax.optim.rules.m3 import M3, scale_by_m3
+from hope_jax.optim.rules.momentum import Momentum
 from hope_jax.train.config import OptimizerConfig
 
 
@@ -24,14 +26,12 @@ def _optax_counts_in_integers():
 
 
 SETTINGS = dict(
-    name="adamw",
+    rule="adamw",
     learning_rate=0.1,
     warmup_steps=0,
     final_fraction=1.0,
     weight_decay=0.0,
     clip_norm=None,
-    b1=0.9,
-    b2=0.95,
 )
 
 
@@ -98,7 +98,7 @@ def test_slow_parameters_get_the_sum_of_their_own_gradients(key):
 
 
 def test_clipping_a_slow_group_ignores_the_faster_ones():
-    config = settings(name="sgd", clip_norm=1.0, learning_rate=1.0)
+    config = settings(rule="sgd", clip_norm=1.0, learning_rate=1.0)
     params = {"fast": jnp.zeros(1), "slow": jnp.zeros(1)}
     tx = optim.build(config, total_steps=10, periods={"fast": 1, "slow": 2})
     huge = {"fast": jnp.array([1e6]), "slow": jnp.array([0.5])}
@@ -164,7 +164,11 @@ def test_rules_of_every_build_compile_once_and_converge(key, name, rate):
         }
     )
     periods = jax.tree.map(lambda p: 3 if p.ndim == 3 else 1, params)
-    config = settings(name=name, learning_rate=rate, final_fraction=0.02, b1=0.8)
+    config = settings(rule=name, learning_rate=rate, final_fraction=0.02)
+    rule = config.rule
+    if hasattr(rule, "b1"):
+        rule = dataclasses.replace(rule, b1=0.8)
+    config = dataclasses.replace(config, rule=rule)
     layers, inputs = no_inputs(params)
     tx = optim.build(config, total_steps=300, periods=periods, layers=layers)
 
@@ -194,7 +198,7 @@ def test_muon_takes_stacked_kernels_and_only_those(key):
         "conv_q": {"kernel": jnp.zeros((2, 8, 8))},
     }
     tx = optim.build(
-        settings(name="muon"), total_steps=9, periods=optim.one_clock(params)
+        settings(rule="muon"), total_steps=9, periods=optim.one_clock(params)
     )
     updates, *_ = run(tx, params, some_gradients(key, params, 1))
 
@@ -215,7 +219,7 @@ def test_each_kind_has_the_rule_that_is_named_for_it(key):
         "conv_q": {"kernel": jnp.zeros((3, 4))},
         "token": {"embedding": jnp.zeros((5, 4))},
     }
-    config = settings(name="m3", embeddings="lion", convolutions="sgd")
+    config = settings(rule="m3", embeddings="lion", convolutions="sgd")
     periods = jax.tree.map(lambda _: 1, params)
     tx = optim.build(config, total_steps=9, periods=periods)
     (gradient,) = some_gradients(key, params, 1)
@@ -254,7 +258,7 @@ def test_inputs_are_reduced_like_gradients(key):
     params["a"]["bias"] = jnp.zeros(2)
     periods = {"a": {"kernel": 2, "bias": 2}, "b": {"kernel": 1}, "c": {"kernel": 2}}
     layers = jax.tree.map(lambda p: p.ndim == 2, params) | {"c": {"kernel": False}}
-    config = settings(name="dgd", others="lion")
+    config = settings(rule="dgd", others="lion")
     tx = optim.build(config, total_steps=9, periods=periods, layers=layers)
     update = jax.jit(tx.update)
 
@@ -293,7 +297,7 @@ def test_only_matrices_decay(name):
     }
     layers, inputs = no_inputs(params)
     tx = optim.build(
-        settings(name=name, weight_decay=0.5),
+        settings(rule=name, weight_decay=0.5),
         total_steps=2,
         periods=optim.one_clock(params),
         layers=layers,
@@ -315,7 +319,7 @@ def test_only_matrices_decay(name):
 
 def test_the_schedule_is_of_steps_on_every_clock():
     """At a common step, a slow and a fast parameter move at one rate."""
-    config = settings(name="sgd", learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
+    config = settings(rule="sgd", learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
     params = {"fast": jnp.zeros(()), "slow": jnp.zeros(())}
     tx = optim.build(config, total_steps=12, periods={"fast": 1, "slow": 3})
     ones = jax.tree.map(jnp.ones_like, params)
@@ -335,27 +339,33 @@ def test_the_schedule_is_of_steps_on_every_clock():
         (lambda: groups.on_clock(optax.sgd(1.0), 2.5), "period .* got 2.5"),
         (lambda: groups.on_clock(optax.sgd(1.0), 2, reduce="max"), "got 'max'"),
         (
-            lambda: optim.build(settings(name="adamv"), total_steps=1, periods=1),
-            "'adamv', which name asks for; the names are adamw, .*Did you mean 'adam'",
+            lambda: optim.build(settings(rule="adamv"), total_steps=1, periods=1),
+            "rule must be one of adamw, .*, got 'adamv'. Did you mean 'adam'",
         ),
         (
             lambda: optim.build(
-                settings(name="adam", weight_decay=0.1), total_steps=1, periods=1
+                settings(rule="adam", weight_decay=0.1), total_steps=1, periods=1
             ),
             "adam has no weight decay, got weight_decay=0.1",
         ),
-        (lambda: settings(embeddings="lian"), "'lian', which embeddings .*'lion'"),
+        (lambda: settings(embeddings="lian"), "embeddings must .*'lian'.*'lion'"),
         (lambda: settings(others="m3"), "others='m3': m3 moves matrices, and biases"),
         (
             lambda: settings(embeddings="dgd"),
             "embeddings='dgd': dgd .*inputs are known",
         ),
         (
-            lambda: config_lib.override(settings(), ["m3.alpha=0.5"]),
-            "m3 is set to .*alpha=0.5.* moves no parameters: these are moved by adamw",
+            lambda: config_lib.override(settings(), ["rule.alpha=0.5"]),
+            r"rule \(Adam\) has no field 'alpha'",
+        ),
+        (lambda: settings(rule=3), "rule must be the name or the config .* got 3"),
+        (lambda: settings(rule=Momentum(b1=1.0)), "b1 must be .* below 1, got 1.0"),
+        (
+            lambda: settings(rule=M3(b1=0.5, decays=(0.8, 0.7))),
+            r"b1 \(0.5\) is not read where decays are given",
         ),
         (
-            lambda: optim.build(settings(name="dgd"), total_steps=1, periods=1),
+            lambda: optim.build(settings(rule="dgd"), total_steps=1, periods=1),
             "dgd needs layers, .*dense_kernels",
         ),
         (

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from hope_jax.core.level import begin, unroll
-from hope_jax.optim.learned import (
+from hope_jax.optim.meta import (
     Item,
     LearnedConfig,
     Task,

@@ -10,8 +10,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hope_jax.optim.m3 import m3, scale_by_m3
-from hope_jax.optim.muon import orthogonalise_tree, scale_by_adamuon
+from hope_jax.optim.orthogonal import orthogonalise_tree, scale_by_adamuon
+from hope_jax.optim.rules.m3 import m3, scale_by_m3
 
 VARIANTS = ("adamuon", "two_scale", "literal")
 # Compiled once a shape: by itself each call would compile its loop again.

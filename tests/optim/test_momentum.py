@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.optim.momentum import (
+from hope_jax.optim.momenta import (
     delta_level,
     delta_momentum,
     hebbian_level,

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from hope_jax.kernels.newton_schulz import orthogonalise
-from hope_jax.optim.momentum import (
+from hope_jax.optim.momenta import (
     delta_momentum,
     feature_map_momentum,
     momentum,

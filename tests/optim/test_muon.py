@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from hope_jax.kernels.newton_schulz import orthogonalise
-from hope_jax.optim.muon import (
+from hope_jax.optim.orthogonal import (
     adamuon,
     for_matrices,
     orthogonalise_tree,

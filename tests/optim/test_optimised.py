@@ -27,7 +27,7 @@ def test_matrices_without_a_gradient_stay(names):
     config = OptimizerConfig(weight_decay=0.0, warmup_steps=0)
     rules = [
         optim.build(
-            dataclasses.replace(config, name=name),
+            dataclasses.replace(config, rule=name),
             total_steps=9,
             periods=optim.one_clock(params),
         )

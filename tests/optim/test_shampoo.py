@@ -9,8 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hope_jax.optim.muon import with_adamw
-from hope_jax.optim.shampoo import (
+from hope_jax.optim.kronecker import (
     inverse_root,
     orthonormal,
     power_iteration,
@@ -19,6 +18,7 @@ from hope_jax.optim.shampoo import (
     shampoo,
     soap,
 )
+from hope_jax.optim.orthogonal import with_adamw
 
 SHAPES = {"a": (4, 4), "b": (4, 4, 4)}
 

@@ -9,7 +9,7 @@ import pytest
 
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.optim.capture import dgd_gradients, value_and_slopes
-from hope_jax.optim.dgd import dgd
+from hope_jax.optim.rules.dgd import dgd
 from hope_jax.optim.slopes import descend_slopes, objective
 
 CONFIG = MemoryConfig(

@@ -222,8 +222,10 @@ def test_when_nothing_is_intact(copied, state):
 
 
 def test_another_config_is_refused_by_field(two_steps, state):
-    other = config_lib.override(CONFIG, ["model.d_model=32", "optimizer.b1=0.5"])
-    message = r"(?s)model.d_model: saved 16, now 32.*optimizer.b1: saved 0.9, now 0.5"
+    other = config_lib.override(CONFIG, ["model.d_model=32", "optimizer.rule.b1=0.5"])
+    message = (
+        r"(?s)model.d_model: saved 16, now 32.*optimizer.rule.b1: saved 0.9, now 0.5"
+    )
     with pytest.raises(checkpoint.ConfigMismatch, match=message):
         restore(two_steps, spec(state), config=other)
     with checkpoint.Checkpoints(two_steps) as checkpoints:

@@ -12,7 +12,7 @@ from hope_jax import optim
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.mixers.self_modifying import MLP, SelfModifyingConfig
-from hope_jax.optim import options
+from hope_jax.optim import rules
 from hope_jax.optim.capture import dgd_gradients
 from hope_jax.train import loop
 from hope_jax.train import state as state_lib
@@ -23,7 +23,7 @@ from tests.train import tiny
 
 ETA, STEPS, SEQ = 0.05, 3, 16
 DGD = OptimizerConfig(
-    name="dgd",
+    rule="dgd",
     learning_rate=ETA,
     warmup_steps=0,
     final_fraction=1.0,
@@ -103,8 +103,8 @@ def test_training_with_dgd_is_what_its_gradients_say_by_hand():
 
 def test_training_with_ggd_of_squares_is_explicit_dgd():
     """Also on a slow clock, where slopes are reduced like gradients."""
-    explicit = dataclasses.replace(DGD, dgd=options.DGD(explicit=True))
-    squares = dataclasses.replace(DGD, name="ggd")
+    explicit = dataclasses.replace(DGD, rule=rules.DGD(explicit=True))
+    squares = dataclasses.replace(DGD, rule="ggd")
     ends = []
     for optimizer in (explicit, squares):
         *_, state, step = made(tiny.MODEL, optimizer)
@@ -142,12 +142,12 @@ def test_a_model_that_modifies_itself_trains_with_dgd():
 def test_inputs_are_captured_only_where_they_are_asked_for():
     run = tiny.rows("smoke")["tiny"]
     graphdef, params = lm.abstract_model(run.model)
-    for name, rule in optim.RULES.items():
-        config = dataclasses.replace(run.optimizer, name=name, weight_decay=0.0)
+    for name in optim.RULES:
+        config = dataclasses.replace(run.optimizer, rule=name, weight_decay=0.0)
         asked = loop.groups(
             dataclasses.replace(run, optimizer=config), graphdef, params
         )
-        assert (asked.layers is None) == (rule.inputs is None)
+        assert (asked.layers is None) == (config.rule.inputs is None)
 
 
 def test_a_run_says_which_parameters_move_by_what():

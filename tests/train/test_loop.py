@@ -90,7 +90,7 @@ def test_resuming_with_another_config_names_the_field(finished, monkeypatch):
 def test_nan_stops_and_names_the_step(tmp_path):
     """A step that blows up is not saved, and what was saved before is kept."""
     diverging = config(
-        "optimizer.name=sgd",
+        "optimizer.rule=sgd",
         "optimizer.learning_rate=1e38",
         "optimizer.clip_norm=none",
         "optimizer.warmup_steps=0",
@@ -142,7 +142,7 @@ def test_a_gradient_that_is_nan_is_not_saved_either(tmp_path, monkeypatch):
             ["train.validate_every=1", "train.batch=4000"],
             "rows of seq_len=16, fewer",
         ),
-        (["optimizer.name=adamv"], "no optimizer 'adamv'"),
+        (["optimizer.rule=adamv"], "optimizer.rule must be one of .* got 'adamv'"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, settings, message):

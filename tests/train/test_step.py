@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from hope_jax import optim
-from hope_jax.optim import options
+from hope_jax.optim.rules.m3 import M3
 from hope_jax.train import sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
@@ -129,7 +129,7 @@ def test_devices_that_share_the_orthogonalisations_equal_one(tokens, key):
         return x, state
 
     config = OptimizerConfig(
-        name="m3", learning_rate=0.05, warmup_steps=0, m3=options.M3(periods=(1, 2))
+        rule=M3(periods=(1, 2)), learning_rate=0.05, warmup_steps=0
     )
     ends = []
     for devices, spread in ((1, False), (4, True)):

@@ -1,6 +1,7 @@
 """Deep momentum: the memory of gradients is a network that learns while it is used."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,50 @@ from hope_jax.optim.leaves import (
     as_rows,
     as_type,
     check_fraction,
+    guarded,
+    placed,
     rate_at,
+    taken,
     unit_rows,
     wide,
 )
-from hope_jax.optim.momentum import preconditioner
+from hope_jax.optim.momenta import preconditioner
+from hope_jax.optim.rule import Rule, Settings, check_decays, stepping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepMomentum(Rule):
+    """See `deep_momentum`.
+
+    Attributes:
+      b1: what the memory keeps at each step.
+      inner_rate: of the memory's own descent.
+      objective: what it descends, an attentional bias of `hope_jax.memory.bias`.
+      target: what gradients are mapped to: none for themselves, or the `ones` of the
+        paper.
+      hidden: width of the network.
+    """
+
+    kind: Literal["deep_momentum"] = "deep_momentum"
+    b1: float = 0.9
+    inner_rate: float = 0.1
+    objective: str = "l2"
+    target: Literal["ones"] | None = None
+    hidden: int = 32
+
+    def __post_init__(self):
+        check_decays(self)
+
+    def make(self, s: Settings) -> optax.GradientTransformation:
+        rule = deep_momentum(
+            s.rate,
+            decay=self.b1,
+            inner_rate=self.inner_rate,
+            objective=self.objective,
+            target=self.target,
+            hidden=self.hidden,
+        )
+        return stepping(rule, s)
 
 
 class DeepMemory(NamedTuple):
@@ -53,6 +93,7 @@ class DeepState(NamedTuple):
     target: PyTree
 
 
+@guarded
 def deep_momentum(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -121,12 +162,12 @@ def deep_momentum(
         )
 
     def init(params):
-        leaves, structure = jax.tree.flatten(params)
+        leaves = jax.tree.leaves(params)
         memories = [begin(i, leaf) for i, leaf in enumerate(leaves)]
         return DeepState(
             jnp.zeros((), jnp.int32),
-            structure.unflatten(memories),
-            structure.unflatten([m.w2 for m in memories]),
+            placed(params, memories),
+            placed(params, [m.w2 for m in memories]),
             signal.init(jax.tree.map(wide, params)),
         )
 
@@ -161,12 +202,12 @@ def deep_momentum(
         )
         rate = rate_at(learning_rate, state.count)
         leaves, structure = jax.tree.flatten(updates)
-        trees = (images, state.memory, state.start)
-        rest = [structure.flatten_up_to(tree) for tree in trees]
+        rest = [structure.flatten_up_to(images)]
+        rest += [taken(updates, tree) for tree in (state.memory, state.start)]
         moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
         return structure.unflatten([step for step, _ in moved]), DeepState(
             optax.safe_increment(state.count),
-            structure.unflatten([memory for _, memory in moved]),
+            placed(updates, [memory for _, memory in moved]),
             state.start,
             inner,
         )

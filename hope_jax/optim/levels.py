@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.level import Level, Seen, begin, tick
-from hope_jax.optim.leaves import wide
+from hope_jax.optim.leaves import guarded, placed, taken, wide
 
 
 class Remembered(NamedTuple):
@@ -20,6 +20,7 @@ class Remembered(NamedTuple):
     count: Int[Array, ""]
 
 
+@guarded
 def from_level(
     level: Level,
     start: Callable[[Array], PyTree] = jnp.zeros_like,
@@ -43,7 +44,7 @@ def from_level(
 
     Returns:
       An optax transformation; its state has a `LevelState` for each leaf, or for
-      non-parametric levels a `Remembered`.
+      non-parametric levels a `Remembered`, in dicts by the names of leaves.
 
     Raises:
       ValueError: a context for a level that keeps its own state, or none for one that
@@ -118,7 +119,7 @@ def from_level(
         return Remembered(past, jnp.zeros((), jnp.int32))
 
     def init(params):
-        return jax.tree.map(first, params)
+        return placed(params, [first(leaf) for leaf in jax.tree.leaves(params)])
 
     def move(gradient, standing):
         if level.clock.parametric:
@@ -132,7 +133,7 @@ def from_level(
     def update(updates, state, params=None, **extra):
         del params, extra
         leaves, structure = jax.tree.flatten(updates)
-        states = structure.flatten_up_to(state)
+        states = taken(updates, state)
         moved, reads = [], []
         for gradient, standing in zip(leaves, states, strict=True):
             standing, read = move(wide(gradient), standing)
@@ -143,6 +144,6 @@ def from_level(
                 )
             moved.append(standing)
             reads.append(read.astype(gradient.dtype))
-        return structure.unflatten(reads), structure.unflatten(moved)
+        return structure.unflatten(reads), placed(updates, moved)
 
     return optax.GradientTransformationExtraArgs(init, update)

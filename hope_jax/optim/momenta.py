@@ -2,8 +2,8 @@
 
 Both are here twice: as a `Level` (what they are; `from_level` makes it an optimizer)
 and as an optax transformation (the same, in closed form). Then what equations 46, 47,
-51 and 52 of arXiv:2512.24695 put into the same place. `deep` has the one of equation
-50, and `generalised` those that take any memory of `hope_jax.memory`.
+51 and 52 of arXiv:2512.24695 put into the same place. `rules.deep_momentum` has the one
+of equation 50, and `generalised` those that take any memory of `hope_jax.memory`.
 
 Memories of gradients are float32 or wider, whatever type the parameters have. With
 `optax.inject_hyperparams`, functions, configs and whole numbers are `static_args`.
@@ -23,6 +23,7 @@ from hope_jax.optim.leaves import (
     as_matrix,
     as_type,
     check_fraction,
+    guarded,
     like,
     rate_at,
     unit,
@@ -73,6 +74,7 @@ def delta_level(learning_rate: float, *, decay: float = 0.9) -> Level:
     )
 
 
+@guarded(complex_too=True)
 def momentum(
     learning_rate: optax.ScalarOrSchedule, *, decay: float = 0.9
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,6 +98,7 @@ def momentum(
     return _with_memory(step, learning_rate)
 
 
+@guarded
 def delta_momentum(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -214,6 +217,7 @@ class AfterState(NamedTuple):
     momentum: PyTree
 
 
+@guarded
 def preconditioned_momentum(
     learning_rate: optax.ScalarOrSchedule,
     precondition: Any,
@@ -247,6 +251,7 @@ def preconditioned_momentum(
     return _after(signal, momentum(learning_rate, decay=decay))
 
 
+@guarded
 def feature_map_momentum(
     learning_rate: optax.ScalarOrSchedule,
     feature_map: Callable[[Array], Array],
@@ -277,6 +282,7 @@ def feature_map_momentum(
     return _after(signal, momentum(learning_rate, decay=decay))
 
 
+@guarded
 def nonlinear_momentum(
     learning_rate: optax.ScalarOrSchedule,
     sigma: Callable[[Array], Array] | None = None,

@@ -21,8 +21,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from hope_jax.optim import muon
-from hope_jax.optim.leaves import as_type, like, unit, wide, zeros
+from hope_jax.optim import orthogonal
+from hope_jax.optim.leaves import (
+    as_type,
+    guarded,
+    like,
+    placed,
+    taken,
+    unit,
+    wide,
+    zeros,
+)
 
 Grafting = Literal["adam", "rms", "none"]
 
@@ -89,6 +98,7 @@ class SoapState(NamedTuple):
     bases: PyTree
 
 
+@guarded
 def scale_by_shampoo(
     *,
     b1: float = 0.9,
@@ -143,9 +153,9 @@ def scale_by_shampoo(
     >>> [round(float(x), 2) for x in jnp.diag(update)]
     [1.0, 1.0]
     """
-    muon.check_fraction("b1", b1)
+    orthogonal.check_fraction("b1", b1)
     if not (isinstance(b2, int | float) and b2 == 1):
-        muon.check_fraction("b2", b2)
+        orthogonal.check_fraction("b2", b2)
     _check_whole("frequency", frequency)
     _check_whole("max_size", max_size)
     if root not in (2, 4):
@@ -184,12 +194,12 @@ def scale_by_shampoo(
             return direction
         direction, _ = unit(direction, (-2, -1))
         if grafting == "rms":
-            return muon.RMS * math.sqrt(math.prod(mean.shape[-2:])) * direction
+            return orthogonal.RMS * math.sqrt(math.prod(mean.shape[-2:])) * direction
         _, norm = unit(_over(mean, squares / jnp.sqrt(debt)), (-2, -1))
         return norm * direction
 
     def init(params):
-        muon.check_matrices(params)
+        orthogonal.check_matrices(params)
         grams, bare = _begin(params, max_size)
         squares = zeros(params) if grafting == "adam" else ()
         return ShampooState(
@@ -204,13 +214,13 @@ def scale_by_shampoo(
         squares = [None] * len(gradient)
         if grafting == "adam":
             squares = _root_mean_square(structure, state.root, gradient, b2)
-        grams = _gather(structure, state.grams, gradient, b2)
+        grams = _gather(taken(updates, state.grams), gradient, b2)
         powers = jax.lax.cond(
             (count - 1) % frequency == 0,
             lambda grams, powers: take(grams),
             lambda grams, powers: powers,
             grams,
-            structure.flatten_up_to(state.powers),
+            taken(updates, state.powers),
         )
         directions = [
             direct(*leaf, count)
@@ -220,13 +230,14 @@ def scale_by_shampoo(
             count,
             structure.unflatten(memory),
             structure.unflatten(squares) if grafting == "adam" else (),
-            structure.unflatten(grams),
-            structure.unflatten(powers),
+            placed(updates, grams),
+            placed(updates, powers),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@guarded
 def scale_by_soap(
     *,
     b1: float = 0.95,
@@ -283,9 +294,9 @@ def scale_by_soap(
     [0.5, 0.5, 0.5, 0.5]
     """
     for name, value in (("b1", b1), ("b2", b2)):
-        muon.check_fraction(name, value)
+        orthogonal.check_fraction(name, value)
     if not (isinstance(shampoo_beta, int | float) and shampoo_beta == 1):
-        muon.check_fraction("shampoo_beta", shampoo_beta)
+        orthogonal.check_fraction("shampoo_beta", shampoo_beta)
     _check_whole("frequency", frequency)
     _check_whole("max_size", max_size)
 
@@ -320,7 +331,7 @@ def scale_by_soap(
         return _turn(_over(_turn(mean, bases, back=True), below), bases)
 
     def init(params):
-        muon.check_matrices(params)
+        orthogonal.check_matrices(params)
         grams, bare = _begin(params, max_size)
         return SoapState(
             jnp.zeros((), jnp.int32),
@@ -334,7 +345,7 @@ def scale_by_soap(
         del params, extra
         first = state.count == 0
         gradient, structure = _flat(updates)
-        bases = structure.flatten_up_to(state.bases)
+        bases = taken(updates, state.bases)
         turned = [_turn(g, q, back=True) for g, q in zip(gradient, bases, strict=True)]
         memory = _average(structure, state.memory, gradient, b1)
         root = _root_mean_square(structure, state.root, turned, b2)
@@ -345,7 +356,7 @@ def scale_by_soap(
         directions = [
             direct(*leaf, moments) for leaf in zip(memory, root, bases, strict=True)
         ]
-        grams = _gather(structure, state.grams, gradient, shampoo_beta)
+        grams = _gather(taken(updates, state.grams), gradient, shampoo_beta)
         bases, root = jax.lax.cond(
             state.count % frequency == 0,
             turn,
@@ -357,7 +368,10 @@ def scale_by_soap(
         )
         return like(structure.unflatten(directions), updates), SoapState(
             optax.safe_increment(state.count),
-            *(structure.unflatten(x) for x in (memory, root, grams, bases)),
+            structure.unflatten(memory),
+            structure.unflatten(root),
+            placed(updates, grams),
+            placed(updates, bases),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -378,7 +392,7 @@ def shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo with decoupled weight decay, for trees of matrices.
 
-    `hope_jax.optim.muon.with_adamw(scale_by_shampoo(), learning_rate)` is the one for a
+    `hope_jax.optim.with_adamw(scale_by_shampoo(), learning_rate)` is the one for a
     whole model. See `scale_by_shampoo` for the other arguments.
     """
     direction = scale_by_shampoo(
@@ -412,7 +426,7 @@ def soap(
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP with decoupled weight decay, for trees of matrices.
 
-    `hope_jax.optim.muon.with_adamw(scale_by_soap(), learning_rate)` is the one for a
+    `hope_jax.optim.with_adamw(scale_by_soap(), learning_rate)` is the one for a
     whole model. See `scale_by_soap` for the other arguments.
     """
     direction = scale_by_soap(
@@ -531,10 +545,13 @@ def _begin(params: PyTree, max_size: int) -> tuple[PyTree, PyTree]:
             grams(leaf).sides,
         )
 
-    return jax.tree.map(grams, params), jax.tree.map(identities, params)
+    leaves = jax.tree.leaves(params)
+    return tuple(
+        placed(params, [of(leaf) for leaf in leaves]) for of in (grams, identities)
+    )
 
 
-def _gather(structure, grams: PyTree, gradient: list, decay) -> list[Grams]:
+def _gather(grams: list[Grams], gradient: list, decay) -> list[Grams]:
     """`decay` of the grams and the rest of the new ones; the sum for a decay of 1.
 
     The unit of size follows the gradients up at once and down as their sum forgets, so
@@ -556,13 +573,12 @@ def _gather(structure, grams: PyTree, gradient: list, decay) -> list[Grams]:
         trace = keep * old.trace + weight * jnp.sum(g**2, axis=(-2, -1), keepdims=True)
         return Grams(size, trace, Sides(*sides))
 
-    old = structure.flatten_up_to(grams)
-    return [gather(*pair) for pair in zip(old, gradient, strict=True)]
+    return [gather(*pair) for pair in zip(grams, gradient, strict=True)]
 
 
 def _average(structure, memory: PyTree, gradient: list, decay) -> list[Array]:
     old = structure.flatten_up_to(memory)
-    return [muon.average(m, g, decay) for m, g in zip(old, gradient, strict=True)]
+    return [orthogonal.average(m, g, decay) for m, g in zip(old, gradient, strict=True)]
 
 
 def _root_mean_square(structure, root: PyTree, gradient: list, decay) -> list[Array]:

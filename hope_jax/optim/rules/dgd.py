@@ -1,7 +1,8 @@
 """Delta gradient descent: gradient descent that looks at what the weights say now."""
 
+import dataclasses
 import numbers
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,35 @@ from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels import positive
 from hope_jax.optim.capture import full_precision
+from hope_jax.optim.leaves import guarded
+from hope_jax.optim.rule import Rule, Settings, stepping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DGD(Rule):
+    """See `dgd`.
+
+    Attributes:
+      explicit: one gradient step on the objective instead of its minimum.
+      retention: how much of a matrix is kept at each step.
+    """
+
+    kind: Literal["dgd"] = "dgd"
+    explicit: bool = False
+    retention: float = 1.0
+
+    matrices: ClassVar[bool] = True
+    inputs: ClassVar[Literal["grams"]] = "grams"
+    degree: ClassVar[None] = None
+
+    def make(self, s: Settings) -> optax.GradientTransformation:
+        rule = dgd(
+            s.rate,
+            explicit=self.explicit,
+            retention=self.retention,
+            input_axis=-2,
+        )
+        return stepping(rule, s)
 
 
 class DGDState(NamedTuple):
@@ -18,6 +48,7 @@ class DGDState(NamedTuple):
     count: Int[Array, ""]
 
 
+@guarded
 def dgd(
     learning_rate: optax.ScalarOrSchedule,
     *,

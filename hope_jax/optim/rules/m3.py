@@ -4,8 +4,9 @@ Algorithm 1 and equation 75 of arXiv:2512.24695. Each scale remembers the gradie
 pace of its own; what moves the weights is the sum of their orthogonal factors.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,59 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
-from hope_jax.optim import muon
-from hope_jax.optim.leaves import like, wide, zeros
+from hope_jax.optim import orthogonal
+from hope_jax.optim.leaves import guarded, like, wide, zeros
+from hope_jax.optim.rule import Rule, Settings, check_decays, decayed
 
 Variant = Literal["adamuon", "two_scale", "literal"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class M3(Rule):
+    """See `scale_by_m3`.
+
+    Attributes:
+      b1: what the first memory keeps when it moves; the others keep 0.9.
+      b2: what the second moment keeps.
+      periods: steps between two moves of each scale's memory, the first of them 1; on a
+        slower clock, moves of the group.
+      alpha: weights of all scales but the first, or one number for each.
+      decays: what each memory keeps, all of them; in place of `b1`.
+      variant: how their sum is scaled.
+      spread: take the factors of slow memories at several steps.
+    """
+
+    kind: Literal["m3"] = "m3"
+    b1: float = 0.9
+    b2: float = 0.95
+    periods: tuple[int, ...] = (1, 10)
+    alpha: float | tuple[float, ...] = 0.3
+    decays: tuple[float, ...] | None = None
+    variant: Variant = "adamuon"
+    spread: bool = False
+
+    matrices: ClassVar[bool] = True
+    degree: ClassVar[int] = 0
+
+    def __post_init__(self):
+        check_decays(self)
+        if self.decays is not None and self.b1 != M3.b1:
+            raise ValueError(
+                f"b1 ({self.b1}) is not read where decays are given: put it first in "
+                f"decays, which are {self.decays}."
+            )
+
+    def make(self, s: Settings) -> optax.GradientTransformation:
+        direction = scale_by_m3(
+            periods=self.periods,
+            alpha=self.alpha,
+            decays=self.decays or (self.b1,) + (0.9,) * (len(self.periods) - 1),
+            variant=self.variant,
+            beta2=self.b2,
+            spread=self.spread,
+            mesh=s.mesh,
+        )
+        return decayed(direction, s)
 
 
 class Scale(NamedTuple):
@@ -48,6 +98,7 @@ class M3State(NamedTuple):
     second: PyTree
 
 
+@guarded
 def scale_by_m3(
     *,
     periods: Sequence[int] = (1, 10),
@@ -99,11 +150,11 @@ def scale_by_m3(
       beta2: μ₂, in [0, 1); `two_scale` has no second moment.
       eps: ε, likewise.
       ns_steps: of Newton-Schulz; `static_args` of `optax.inject_hyperparams`.
-      dtype: see `hope_jax.optim.muon.orthogonalise_tree`.
+      dtype: see `hope_jax.optim.orthogonal.orthogonalise_tree`.
       spread: take the factors of slow memories not all when these move, but a few
         leaves at each step of the period that follows, so that no step is much longer
         than the others.
-      mesh: see `hope_jax.optim.muon.orthogonalise_tree`.
+      mesh: see `hope_jax.optim.orthogonal.orthogonalise_tree`.
 
     Raises:
       ValueError: names the argument, or the leaf that is no matrix.
@@ -122,7 +173,7 @@ def scale_by_m3(
                 f"{name} has {len(values)} values for periods {periods}: give {length}."
             )
     for value in decays:
-        muon.check_fraction("each of decays", value)
+        orthogonal.check_fraction("each of decays", value)
     for value in alphas:
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"alpha must be at least 0, got {value}.")
@@ -133,16 +184,18 @@ def scale_by_m3(
     literal = variant == "literal"
     if literal and spread:
         raise ValueError("spread=True delays the factors; variant='literal' does not.")
-    muon.check_fraction("beta2", beta2)
-    muon.check_steps(ns_steps)
+    orthogonal.check_fraction("beta2", beta2)
+    orthogonal.check_steps(ns_steps)
 
     def orthogonalise(tree):
-        return muon.orthogonalise_tree(tree, ns_steps, dtype, mesh=mesh)
+        return orthogonal.orthogonalise_tree(tree, ns_steps, dtype, mesh=mesh)
 
     def learn(memory, gradient, decay):
         if literal:
             return jax.tree.map(lambda m, g: m + decay * g, memory, gradient)
-        return jax.tree.map(lambda m, g: muon.average(m, g, decay), memory, gradient)
+        return jax.tree.map(
+            lambda m, g: orthogonal.average(m, g, decay), memory, gradient
+        )
 
     def gather(scale, gradient, count, period, decay):
         """The slow scale after one more gradient."""
@@ -179,7 +232,7 @@ def scale_by_m3(
         return structure.unflatten(factors)
 
     def init(params):
-        muon.check_matrices(params)
+        orthogonal.check_matrices(params)
         fresh = [1 if period == 1 else 3 for period in periods]
         return M3State(
             count=jnp.zeros((), jnp.int32),
@@ -206,9 +259,9 @@ def scale_by_m3(
 
         second = state.second
         if variant == "adamuon":
-            total, second = muon.by_second_moment(total, second, beta2, eps)
+            total, second = orthogonal.by_second_moment(total, second, beta2, eps)
         elif variant == "two_scale":
-            total = muon.by_shape(total)
+            total = orthogonal.by_shape(total)
         else:
             second = _root_of_sum(second, gradient, beta2)
             total = jax.tree.map(
@@ -236,7 +289,7 @@ def m3(
 ) -> optax.GradientTransformationExtraArgs:
     """M3 with decoupled weight decay, for trees of matrices.
 
-    `hope_jax.optim.muon.with_adamw(scale_by_m3(), learning_rate)` is the one for a
+    `hope_jax.optim.with_adamw(scale_by_m3(), learning_rate)` is the one for a
     whole model. See `scale_by_m3` for the other arguments.
 
     >>> rule = m3(0.1, periods=(1, 2))

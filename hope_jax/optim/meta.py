@@ -30,7 +30,7 @@ from hope_jax.core.level import (
     unroll,
 )
 from hope_jax.core.transfer import attend, regress
-from hope_jax.optim.leaves import as_type, rate_at, wide
+from hope_jax.optim.leaves import as_type, guarded, placed, rate_at, taken, wide
 
 MEMORIES = ("recurrent", "attention")
 OBJECTIVES = ("log", "mean")
@@ -220,6 +220,7 @@ def memory_level(memory: Recurrent | Attention, config: LearnedConfig) -> Level:
     return attend(read, through=lambda pair: (pair, pair[0].unit, pair))
 
 
+@guarded
 def learned(
     meta: Meta, config: LearnedConfig, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
@@ -266,7 +267,7 @@ def learned(
             jnp.zeros((), jnp.int32),
             jax.tree.map(lambda leaf: jnp.zeros_like(wide(leaf)), params),
             jax.tree.map(lambda leaf: jnp.zeros_like(wide(leaf)), params),
-            jax.tree.map(start, params),
+            placed(params, [start(leaf) for leaf in jax.tree.leaves(params)]),
         )
 
     def move(gradient, root, peak, memory, count, rate):
@@ -291,11 +292,12 @@ def learned(
         rate = rate_at(learning_rate, state.count)
         count = optax.safe_increment(state.count)
         leaves, structure = jax.tree.flatten(updates)
-        rest = [structure.flatten_up_to(tree) for tree in state[1:]]
+        rest = [structure.flatten_up_to(tree) for tree in (state.root, state.peak)]
+        rest.append(taken(updates, state.memory))
         moved = [move(*leaf, count, rate) for leaf in zip(leaves, *rest, strict=True)]
         steps, *rest = zip(*moved, strict=True) if moved else ((),) * 4
         return structure.unflatten(steps), LearnedState(
-            count, *(structure.unflatten(part) for part in rest)
+            count, *map(structure.unflatten, rest[:2]), placed(updates, rest[2])
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

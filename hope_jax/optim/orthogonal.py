@@ -1,6 +1,6 @@
 """Orthogonal factors of a whole tree at once, and AdaMuon, which scales them.
 
-Muon itself is `optax.contrib.muon`; what is here serves AdaMuon and M3 (`m3.py`).
+Muon itself is `optax.contrib.muon`; what is here serves AdaMuon and M3 (`rules/m3.py`).
 A matrix is the last two axes of a leaf, whatever is stacked before them.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax.kernels.newton_schulz import orthogonalise
 from hope_jax.optim import groups
-from hope_jax.optim.leaves import like, wide, zeros
+from hope_jax.optim.leaves import guarded, like, wide, zeros
 
 RMS = 0.2  # of an update, about AdamW's, so that learning rates carry over
 
@@ -96,6 +96,7 @@ def orthogonalise_tree(
     return structure.unflatten(factors)
 
 
+@guarded
 def scale_by_adamuon(
     *,
     decay: float = 0.95,
