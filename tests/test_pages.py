@@ -66,9 +66,12 @@ def paths(page: Page) -> list[Path]:
     spans = {s for s in page.spans if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", s)}
     spans |= {s for s in page.spans if re.fullmatch(r"\w+\.(md|txt|cff)|LICENSE", s)}
     links = re.findall(r"\]\(([^)\s]+)\)", page.text)
-    found = [ROOT / s for s in sorted(spans) if not s.startswith(MADE)]
     here = (ROOT / page.path).parent
-    return found + [here / link for link in sorted(links) if "://" not in link]
+    found = [here / link for link in sorted(links) if "://" not in link]
+    for span in sorted(spans):
+        if not span.startswith(MADE):
+            found.append(here / span if (here / span).exists() else ROOT / span)
+    return found
 
 
 def names(page: Page) -> list[str]:

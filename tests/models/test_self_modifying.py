@@ -215,21 +215,6 @@ def layer():
     return read
 
 
-@pytest.mark.parametrize("size", [1, 3, 7])
-def test_pieces_make_the_whole(layer, size):
-    x = tokens(13)
-    expected, end = layer(x, aligned=True)
-    y, state = layer(x[:, :size])
-    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), state)
-    reads = [y]
-    for start in range(size, 13, size):
-        y, state = layer(x[:, start : start + size], state)
-        assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == shapes
-        reads.append(y)
-    close(jnp.concatenate(reads, axis=1), expected)
-    close(state, end)
-
-
 def test_pieces_share_the_budget_of_their_chunk():
     """Rows cut anywhere: what a chunk has left is kept, and whole again in the next."""
     graphdef, params = build(remembering(memory=dict(rate_law="budget")))
@@ -251,44 +236,6 @@ def test_a_state_between_chunks_goes_on_in_parallel(layer):
     rest, state = layer(x[:, 8:], state, aligned=True)
     close(jnp.concatenate([y, rest], axis=1), expected)
     close(state, end)
-
-
-@pytest.mark.parametrize("aligned", [True, False])
-def test_outputs_do_not_see_the_future(layer, aligned):
-    x = tokens(13)
-    y, _ = layer(x, aligned=aligned)
-    for token in (5, 7, 12):
-        z, _ = layer(x.at[:, token].add(1.0), aligned=aligned)
-        equal(z[:, :token], y[:, :token])
-        assert bool(jnp.all(jnp.any(z[:, token] != y[:, token], axis=-1)))
-
-
-def test_the_first_token_reaches_the_last(layer):
-    x = tokens(13)
-    y, _ = layer(x, aligned=True)
-    z, _ = layer(x.at[:, 0].add(1.0), aligned=True)
-    assert jnp.min(jnp.max(jnp.abs(z - y)[:, 4:], axis=-1)) > 1e-5
-
-
-@pytest.mark.parametrize("aligned", [True, False])
-def test_rows_are_apart(layer, aligned):
-    x = tokens(13)
-    y, state = layer(x, aligned=aligned)
-    z, other = layer(x.at[1].add(1.0), aligned=aligned)
-    first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
-    equal(first((z, other)), first((y, state)))
-    assert bool(jnp.any(z[1] != y[1]))
-
-
-def test_rows_stand_where_they_stand(layer):
-    """Rows at different places of their chunks go on as each would by itself."""
-    x = tokens(13)
-    _, ahead = layer(x[:, :7])
-    _, behind = layer(x[:, :3])
-    mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, behind)
-    y, _ = layer(jnp.stack([x[0, 7:13], x[1, 3:9]]), mixed)
-    expected, _ = layer(x, aligned=True)
-    close(y, jnp.stack([expected[0, 7:13], expected[1, 3:9]]))
 
 
 def test_reading_changes_the_memory(layer):
@@ -355,28 +302,6 @@ def test_fresh_memories_pass_their_input_on():
         x = jax.random.normal(jax.random.key(1), (5, 8))
         main = {n: w[2] for n, w in layer.starts()[1].items()}
         close(apply(main, x), x, 1e-6)
-
-
-def test_memories_stay_in_float32():
-    graphdef, params = build(configured(), dtype=jnp.bfloat16)
-    x = tokens(5).astype(jnp.bfloat16)
-    with jax.numpy_dtype_promotion("standard"):  # for the library's own norm
-        y, state = jax.eval_shape(lambda x: call(graphdef, params, x), x)
-        again = jax.eval_shape(lambda x, s: call(graphdef, params, x, s), x, state)[1]
-    assert y.dtype == jnp.bfloat16
-    kept = state._replace(position=None)
-    assert {a.dtype for a in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
-    same = jax.tree.map(lambda a, b: a.dtype == b.dtype, again, state)
-    assert jax.tree.all(same)
-
-
-def test_new_values_do_not_compile_again():
-    graphdef, params = build(configured(memory=dict(architecture="linear")))
-    run = jax.jit(lambda p, x, s: call(graphdef, p, x, s, aligned=True))
-    state = nnx.merge(graphdef, params).initial_state(ROWS)
-    for seed in (0, 1):
-        _, state = run(params, tokens(8, seed), state)
-    assert run._cache_size() == 1
 
 
 @pytest.mark.parametrize(

@@ -232,23 +232,6 @@ def test_layer_is_its_definition(variant):
         assert bool(jnp.all(jnp.isfinite(gradient[...]))), path
 
 
-@pytest.mark.parametrize("size", [1, 3, 7])
-def test_pieces_make_the_whole(layer, size):
-    """With a save between them: the state is arrays and nothing else."""
-    x = tokens(13)
-    expected, end = layer(x, aligned=True)
-    y, state = layer(x[:, :size])
-    reads = [y]
-    for start in range(size, 13, size):
-        saved = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-        assert {leaf.shape[0] for leaf in saved} == {ROWS}
-        state = jax.tree.unflatten(jax.tree.structure(state), saved)
-        y, state = layer(x[:, start : start + size], state)
-        reads.append(y)
-    close(jnp.concatenate(reads, axis=1), expected)
-    close(state, end)
-
-
 def test_a_state_between_segments_goes_on_in_parallel(layer):
     x = tokens(13)
     expected, end = layer(x, aligned=True)
@@ -256,43 +239,6 @@ def test_a_state_between_segments_goes_on_in_parallel(layer):
     rest, state = layer(x[:, 8:], state, aligned=True)
     close(jnp.concatenate([y, rest], axis=1), expected)
     close(state, end)
-
-
-@pytest.mark.parametrize("aligned", [True, False])
-def test_outputs_do_not_see_the_future(layer, aligned):
-    x = tokens(13)
-    y, _ = layer(x, aligned=aligned)
-    for token in (1, 5, 8, 12):
-        z, _ = layer(x.at[:, token].add(1.0), aligned=aligned)
-        equal(z[:, :token], y[:, :token])
-        assert bool(jnp.all(jnp.any(z[:, token] != y[:, token], axis=-1)))
-
-
-def test_the_first_token_reaches_the_last(layer):
-    x = tokens(13)
-    y, _ = layer(x, aligned=True)
-    z, _ = layer(x.at[:, 0].add(1.0), aligned=True)
-    assert jnp.min(jnp.max(jnp.abs(z - y)[:, 4:], axis=-1)) > 1e-6
-
-
-@pytest.mark.parametrize("aligned", [True, False])
-def test_rows_are_apart(layer, aligned):
-    x = tokens(13)
-    y, state = layer(x, aligned=aligned)
-    z, other = layer(x.at[1].add(1.0), aligned=aligned)
-    first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
-    equal(first((z, other)), first((y, state)))
-    assert bool(jnp.any(z[1] != y[1]))
-
-
-def test_rows_stand_where_they_stand(layer):
-    x = tokens(13)
-    _, ahead = layer(x[:, :7])
-    _, behind = layer(x[:, :3])
-    mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, behind)
-    y, _ = layer(jnp.stack([x[0, 7:13], x[1, 3:9]]), mixed)
-    expected, _ = layer(x, aligned=True)
-    close(y, jnp.stack([expected[0, 7:13], expected[1, 3:9]]))
 
 
 @pytest.mark.parametrize("aligned, read", [(True, 8), (False, 7)])
@@ -356,35 +302,6 @@ def test_the_memory_reads_the_persistent_tokens_first(variant):
     close(start.tails, read.tails)
     equal(start.memory.anchor, start.memory.weights)  # the text begins a chunk
     assert start.position.tolist() == [0, 0]
-
-
-def test_memories_stay_in_float32():
-    for variant in VARIANTS:
-        graphdef, params = build(variant, configured(variant), dtype=jnp.bfloat16)
-        x = tokens(5).astype(jnp.bfloat16)
-        call = lambda x, s: nnx.merge(graphdef, params)(x, s)  # noqa: B023, E731
-        with jax.numpy_dtype_promotion("standard"):  # for the library's own norm
-            y, state = jax.eval_shape(lambda x: call(x, None), x)  # noqa: B023
-            again = jax.eval_shape(call, x, state)[1]
-        assert y.dtype == jnp.bfloat16
-        kept = {a.dtype for a in jax.tree.leaves(state.memory.memory)}
-        assert kept == {jnp.dtype("float32")}
-        same = jax.tree.map(lambda a, b: a.dtype == b.dtype, again, state)
-        assert jax.tree.all(same)
-
-
-def test_new_values_do_not_compile_again():
-    for variant in VARIANTS:
-        graphdef, params = build(variant, configured(variant, architecture="linear"))
-
-        @jax.jit
-        def run(p, x, s, graphdef=graphdef):
-            return nnx.merge(graphdef, p)(x, s, aligned=True)
-
-        state = nnx.merge(graphdef, params).initial_state(ROWS)
-        for seed in (0, 1):
-            _, state = run(params, tokens(8, seed), state)
-        assert run._cache_size() == 1
 
 
 def test_long_monotonous_texts_stay_bounded():

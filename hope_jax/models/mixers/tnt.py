@@ -134,12 +134,11 @@ class TNTConfig(MixerConfig):
                 f"memory.gradient must be 'anchored', got {memory.gradient!r}: the "
                 "global memory is read where its chunk began."
             )
-        plain = memory.features == "none" and memory.steps == 1
-        if not plain or memory.retention not in ("none", "decay"):
+        plain = memory.retention in ("none", "decay")
+        if memory.features != "none" or not plain:
             raise ValueError(
-                "memory needs features='none', steps=1 and retention 'none' or "
-                f"'decay', got {memory.features!r}, {memory.steps} and "
-                f"{memory.retention!r}."
+                "memory needs features='none' and retention 'none' or 'decay', got "
+                f"{memory.features!r} and {memory.retention!r}."
             )
         one_of(self, projection=("sum", "unit", "none"))
         if self.rates is not None:

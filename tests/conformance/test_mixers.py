@@ -1,0 +1,195 @@
+"""What every mixer of the registry promises; a new one is found unasked.
+
+Each is compiled once for a whole text and once for pieces of 1, 3 and 7 tokens, and all
+promises are asked of these four programs.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hope_jax.memory import named
+from hope_jax.models.mixers import MIXERS
+from hope_jax.models.mixers.memory import NamedConfig
+
+D, HEADS, ROWS, LENGTH = 8, 2, 2, 13
+ORDERS = ((1, 3, 7, 1, 1), (7, 3, 1, 1, 1))  # of pieces
+FORGETS = ("sliding_window",)  # the first token by design
+_MEMORY = dict(chunk=2, expansion=2)
+_TITANS = dict(memory=_MEMORY, persistent=3, conv=3)
+# Sizes at which clocks turn within the text. A mixer that is not here is asked as it
+# is, at its default.
+SMALL = {
+    "self_modifying": dict(memory=_MEMORY, projection_chunk=4),
+    "attention": dict(context=LENGTH),
+    "softmax_attention": dict(context=LENGTH),
+    "sliding_window": dict(window=3),
+    "memory": dict(memory=_MEMORY, conv=3, rank=2),
+    "titans_mac": _TITANS | dict(segment=4),
+    "titans_mag": _TITANS | dict(window=3),
+    "titans_mal": _TITANS | dict(window=3),
+    "tnt": dict(
+        memory=dict(expansion=2), global_chunk=8, local_chunks=(2, 4), shard=4, conv=3
+    ),
+}
+each = pytest.mark.parametrize("kind", MIXERS)
+
+
+def configured(kind):
+    config = MIXERS.get(kind)
+    changes = dict(SMALL.get(kind, {}))
+    if isinstance(config, NamedConfig):
+        changes["chunk"] = min(4, config.layer.memory.chunk)
+    if "memory" in changes:
+        changes["memory"] = dataclasses.replace(config.memory, **changes["memory"])
+    return dataclasses.replace(config, **changes)
+
+
+@functools.cache
+def built(kind, dtype=jnp.float32):
+    """The mixer with every parameter moved from where it starts."""
+    layer = configured(kind).build(D, HEADS, dtype, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer, nnx.Param)
+    keys = iter(jax.random.split(jax.random.key(1), 999))
+    return graphdef, jax.tree.map(
+        lambda w: w + 0.2 * jax.random.normal(next(keys), w.shape, w.dtype), params
+    )
+
+
+@functools.cache
+def program(kind, aligned):
+    graphdef, _ = built(kind)
+    return jax.jit(
+        lambda params, x, state: nnx.merge(graphdef, params)(x, state, aligned=aligned)
+    )
+
+
+def start(kind):
+    graphdef, params = built(kind)
+    return nnx.merge(graphdef, params).initial_state(ROWS)
+
+
+def read(kind, x, state=None, aligned=False):
+    state = start(kind) if state is None else state
+    return program(kind, aligned)(built(kind)[1], x, state)
+
+
+def text(seed=2):
+    return jax.random.normal(jax.random.key(seed), (ROWS, LENGTH, D))
+
+
+def close(a, b):
+    def compare(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = 1.0 + np.max(np.abs(b), initial=0.0)
+        np.testing.assert_allclose(a / scale, b / scale, atol=2e-5, rtol=0)
+
+    jax.tree.map(compare, a, b)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_every_published_memory_is_a_mixer():
+    assert set(named.POINTS) <= set(MIXERS)
+
+
+@each
+def test_pieces_make_the_whole(kind):
+    """Of 1, 3 and 7 tokens, saved after each, also in mid-chunk. A state is arrays that
+    lead with rows, of one shape and type for ever."""
+    x = text()
+    expected, end = read(kind, x, aligned=True)
+    assert np.isfinite(expected).all()
+    for order in ORDERS:
+        state, reads, place = start(kind), [], 0
+        shapes = jax.tree.map(lambda a: (a.shape, a.dtype), state)
+        for size in order:
+            y, state = read(kind, x[:, place : place + size], state)
+            place += size
+            reads.append(y)
+            assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == shapes
+            state = jax.device_put(jax.device_get(state))
+        close(jnp.concatenate(reads, axis=1), expected)
+        close(state, end)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(state)} == {ROWS}
+
+
+@each
+@pytest.mark.parametrize("aligned", [True, False])
+def test_no_output_sees_the_future_or_another_row(kind, aligned):
+    """Bit for bit."""
+    x = text() if aligned else text()[:, :7]
+    y, _ = read(kind, x, aligned=aligned)
+    for place in (1, 5, x.shape[1] - 1):
+        z, _ = read(kind, x.at[:, place].add(1.0), aligned=aligned)
+        equal(z[:, :place], y[:, :place])
+        assert np.all(np.any(z[:, place] != y[:, place], axis=-1))
+    before = read(kind, x, aligned=aligned)
+    after = read(kind, x.at[1].add(1.0), aligned=aligned)
+    first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
+    equal(first(after), first(before))
+    assert np.any(after[0][1] != y[1])
+
+
+@each
+def test_the_first_token_reaches_the_last_output(kind):
+    x = text()
+    y, _ = read(kind, x, aligned=True)
+    z, _ = read(kind, x.at[:, 0].add(1.0), aligned=True)
+    assert (np.abs(z - y)[:, -1].max() > 1e-6) == (kind not in FORGETS)
+
+
+@each
+def test_rows_stand_where_they_stand(kind):
+    """Rows at different places of their chunks go on as each would by itself."""
+    x = text()
+    expected, _ = read(kind, x, aligned=True)
+    _, behind = read(kind, x[:, :3])
+    _, ahead = read(kind, x[:, 3:6], behind)
+    mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, behind)
+    y, _ = read(kind, jnp.stack([x[0, 6:], x[1, 3:10]]), mixed)
+    close(y, jnp.stack([expected[0, 6:], expected[1, 3:10]]))
+
+
+@each
+def test_memories_stay_in_float32(kind):
+    """In a layer of bfloat16, whose types are the same after reading as before."""
+    graphdef, params = built(kind, jnp.bfloat16)
+
+    def run(params, x):
+        layer = nnx.merge(graphdef, params)
+        before = layer.initial_state(ROWS)
+        return before, *layer(x, before, aligned=True)
+
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix the two
+        before, y, after = jax.eval_shape(run, params, text().astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype, before, after)
+    assert jax.tree.all(same)
+    memories = [
+        leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(after)
+        if any(f".{part}" in jax.tree_util.keystr(path) for part in KEPT)
+    ]
+    learns = any(part.period for part in configured(kind).parts)
+    assert bool(memories) == learns and set(memories) <= {jnp.dtype("float32")}
+
+
+KEPT = ("weights", "momentum", "anchor", "values", "keys")  # of a `MemoryState`
+
+
+@each
+def test_new_values_do_not_compile_again(kind):
+    """Runs last: by now each program has been called with many values."""
+    if program(kind, True)._cache_size() == 0:  # asked alone
+        test_pieces_make_the_whole(kind)
+    read(kind, text(7), aligned=True)
+    assert program(kind, True)._cache_size() == 1
+    assert program(kind, False)._cache_size() <= len(set(sum(ORDERS, ())))
