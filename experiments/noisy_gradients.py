@@ -67,8 +67,9 @@ from experiments import lab
 from hope_jax.data import images
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.optim.generalised import from_memory
+from hope_jax.optim.matrices import with_adamw
 from hope_jax.optim.momenta import delta_momentum, momentum
-from hope_jax.optim.orthogonal import scale_by_adamuon, with_adamw
+from hope_jax.optim.orthogonal import scale_by_adamuon
 from hope_jax.optim.rules.deep_momentum import deep_momentum
 from hope_jax.optim.rules.m3 import scale_by_m3
 from launch import command

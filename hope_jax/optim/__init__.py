@@ -6,7 +6,8 @@ names of functions are those of no module: `hope_jax.optim.m3` is the function
 all of them are in `RULES`. The other modules are
 
 - `builder`: a whole optimizer from a config; `rule` and `rules`: the configs by kind;
-- `groups`: which parameters are what, and how often they move;
+- `groups`: which parameters of our models are what, and how often they move;
+- `matrices`: which leaves are matrices in the trees of others;
 - `capture`: what matrices are multiplied with, for `dgd` and `slopes`;
 - `momenta`, `orthogonal`, `kronecker`, `adaptive`, `generalised`, `slopes`, `levels`,
   `meta`: the transformations.
@@ -33,6 +34,7 @@ from hope_jax.optim.kronecker import (
     soap,
 )
 from hope_jax.optim.levels import from_level
+from hope_jax.optim.matrices import for_matrices, with_adamw
 from hope_jax.optim.meta import learned
 from hope_jax.optim.momenta import (
     delta_momentum,
@@ -41,12 +43,7 @@ from hope_jax.optim.momenta import (
     nonlinear_momentum,
     preconditioned_momentum,
 )
-from hope_jax.optim.orthogonal import (
-    adamuon,
-    for_matrices,
-    scale_by_adamuon,
-    with_adamw,
-)
+from hope_jax.optim.orthogonal import adamuon, scale_by_adamuon
 from hope_jax.optim.rule import Rule, Settings
 from hope_jax.optim.rules import RULES
 from hope_jax.optim.rules.deep_momentum import deep_momentum

@@ -5,7 +5,6 @@ A matrix is the last two axes of a leaf, whatever is stacked before them.
 """
 
 import collections
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax.kernels.newton_schulz import orthogonalise
-from hope_jax.optim import groups
 from hope_jax.optim.leaves import guarded, like, wide, zeros
 
 RMS = 0.2  # of an update, about AdamW's, so that learning rates carry over
@@ -185,40 +183,6 @@ def adamuon(
     return optax.chain(
         direction,
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def for_matrices(
-    rule: optax.GradientTransformation, others: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-    """`rule` for the matrices of a model, `others` for all else.
-
-    `groups.kind` says which are: kernels, also stacked ones, but neither embeddings nor
-    convolutions. `groups.by_name` takes more rules than two.
-    """
-    names = dict.fromkeys(groups.KINDS, "others") | {"matrices": "matrices"}
-    rules = {"matrices": rule, "others": others}
-    return groups.by_name(rules, functools.partial(groups.names_of, names=names))
-
-
-def with_adamw(
-    direction: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for a whole model: `direction` for its matrices, Adam for all else.
-
-    Both at one rate, for which directions with the root mean square of Adam's are made:
-    `scale_by_m3()`, `scale_by_adamuon()`. Decoupled decay of what `groups.decays` says.
-    """
-    return optax.chain(
-        for_matrices(direction, optax.scale_by_adam(b1=b1, b2=b2, eps=eps)),
-        optax.add_decayed_weights(weight_decay, mask=groups.decays),
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -31,6 +31,7 @@ from hope_jax.optim.generalised import from_memory, ggd
 from hope_jax.optim.groups import on_clock
 from hope_jax.optim.kronecker import shampoo, soap
 from hope_jax.optim.levels import from_level
+from hope_jax.optim.matrices import with_adamw
 from hope_jax.optim.meta import LearnedConfig, init_learned, learned
 from hope_jax.optim.momenta import (
     delta_level,
@@ -41,7 +42,7 @@ from hope_jax.optim.momenta import (
     nonlinear_momentum,
     preconditioned_momentum,
 )
-from hope_jax.optim.orthogonal import adamuon, scale_by_adamuon, with_adamw
+from hope_jax.optim.orthogonal import adamuon, scale_by_adamuon
 from hope_jax.optim.rules.deep_momentum import deep_momentum
 from hope_jax.optim.rules.dgd import dgd
 from hope_jax.optim.rules.m3 import m3, scale_by_m3

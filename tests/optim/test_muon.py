@@ -8,12 +8,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from hope_jax.kernels.newton_schulz import orthogonalise
+from hope_jax.optim.matrices import for_matrices, with_adamw
 from hope_jax.optim.orthogonal import (
     adamuon,
-    for_matrices,
     orthogonalise_tree,
     scale_by_adamuon,
-    with_adamw,
 )
 
 

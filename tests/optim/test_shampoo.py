@@ -18,7 +18,7 @@ from hope_jax.optim.kronecker import (
     shampoo,
     soap,
 )
-from hope_jax.optim.orthogonal import with_adamw
+from hope_jax.optim.matrices import with_adamw
 
 SHAPES = {"a": (4, 4), "b": (4, 4, 4)}
 
