@@ -30,8 +30,5 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.8",
         ],
-        "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources"],
-        "eval": ["lm-eval>=0.4.13"],
-        "notebook": ["jupyterlab>=4", "treescope>=0.1.10"],
     },
 )

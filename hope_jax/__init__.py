@@ -1,6 +1,7 @@
 """Nested learning in JAX: levels that learn, from optimizers to sequence memories."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from hope_jax.core.clock import Clock
@@ -48,6 +49,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # one place says it, setup.py
+        return importlib.metadata.version("hope_jax")
     if name not in _LATER:
         raise AttributeError(f"module 'hope_jax' has no attribute {name!r}")
     module, _, attribute = _LATER[name].partition(":")

@@ -1,6 +1,7 @@
 """What `import hope_jax` gives."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,11 @@ def test_later_names_are_those_of_their_modules():
         expected = getattr(found, attribute) if attribute else found
         assert getattr(hope_jax, name) is expected
         assert name in hope_jax.__all__
+
+
+def test_the_version_is_that_of_the_package():
+    setup = (Path(__file__).parents[1] / "setup.py").read_text()
+    assert f'version="{hope_jax.__version__}"' in setup
 
 
 def test_other_names_are_not():

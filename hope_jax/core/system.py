@@ -4,7 +4,7 @@ import dataclasses
 import graphlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import optax
@@ -224,16 +224,36 @@ def start(system: System, params: Mapping[str, PyTree]) -> dict[str, LevelState]
       system: every box with its `level`.
       params: where each level starts. A level with an `initialise` edge is left out: it
         starts at the parameters of the edge's source.
+
+    Raises:
+      ValueError: `params` lacks a level, or has one that is not asked for; named.
     """
     origins = {e.target: e for e in system.edges if e.kind == "initialise"}
+    asked = {box.name: origins.get(box.name) for box in system.boxes}
+    places = {name: edge.source if edge else name for name, edge in asked.items()}
+    _same_levels("params", params, set(places.values()))
     states = {}
     for box in system.boxes:
-        edge = origins.get(box.name)
-        initial = params[edge.source if edge else box.name]
+        edge = asked[box.name]
+        initial = params[places[box.name]]
         if edge and not edge.differentiable:
             initial = jax.lax.stop_gradient(initial)
         states[box.name] = begin(_level(box), initial)
     return states
+
+
+def _same_levels(what: str, given: Mapping[str, Any], asked: set[str]) -> None:
+    """Refuses a mapping that is not about the levels that are asked for."""
+    lacks, more = sorted(asked - set(given)), sorted(set(given) - asked)
+    if lacks:
+        raise ValueError(
+            f"{what} lacks {', '.join(lacks)}; it must have {', '.join(sorted(asked))}."
+        )
+    if more:
+        raise ValueError(
+            f"{what} has {', '.join(more)}, which nothing asks for: it must have "
+            f"{', '.join(sorted(asked))}."
+        )
 
 
 def live(
@@ -256,8 +276,16 @@ def live(
       The states after the last item, and the T reads of each level by name.
 
     Raises:
-      ValueError: when a box has no level, or the edges leave no order to run in.
+      ValueError: when a box has no level, the edges leave no order to run in, or
+        `states` are not those of the system's levels.
     """
+    _same_levels("states", states, {box.name for box in system.boxes})
+    for name, state in states.items():
+        if not isinstance(state, LevelState):
+            raise ValueError(
+                f"states[{name!r}] is no LevelState, got {type(state).__name__}: "
+                "states come from start(system, params) or an earlier live."
+            )
     params, reads, moved = {}, {}, {}
     for group in _flows(system):
         outside = {

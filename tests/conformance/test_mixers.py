@@ -7,6 +7,7 @@ promises are asked of these four programs.
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,10 +93,6 @@ def close(a, b):
     jax.tree.map(compare, a, b)
 
 
-def equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def test_every_published_memory_is_a_mixer():
     assert set(named.POINTS) <= set(MIXERS)
 
@@ -106,15 +103,15 @@ def test_pieces_make_the_whole(kind):
     lead with rows, of one shape and type for ever."""
     x = text()
     expected, end = read(kind, x, aligned=True)
-    assert np.isfinite(expected).all()
+    chex.assert_tree_all_finite(expected)
     for order in ORDERS:
         state, reads, place = start(kind), [], 0
-        shapes = jax.tree.map(lambda a: (a.shape, a.dtype), state)
+        first = state
         for size in order:
             y, state = read(kind, x[:, place : place + size], state)
             place += size
             reads.append(y)
-            assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == shapes
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, first)
             state = jax.device_put(jax.device_get(state))
         close(jnp.concatenate(reads, axis=1), expected)
         close(state, end)
@@ -129,12 +126,12 @@ def test_no_output_sees_the_future_or_another_row(kind, aligned):
     y, _ = read(kind, x, aligned=aligned)
     for place in (1, 5, x.shape[1] - 1):
         z, _ = read(kind, x.at[:, place].add(1.0), aligned=aligned)
-        equal(z[:, :place], y[:, :place])
+        chex.assert_trees_all_equal(z[:, :place], y[:, :place])
         assert np.all(np.any(z[:, place] != y[:, place], axis=-1))
     before = read(kind, x, aligned=aligned)
     after = read(kind, x.at[1].add(1.0), aligned=aligned)
     first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
-    equal(first(after), first(before))
+    chex.assert_trees_all_equal(first(after), first(before))
     assert np.any(after[0][1] != y[1])
 
 

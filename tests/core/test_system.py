@@ -214,6 +214,22 @@ def test_live_is_linear_attention(key):
     assert float(jnp.abs(stopped["memory"]).max()) > 0  # its start is not detached
 
 
+def test_levels_that_do_not_match_are_named(key):
+    """Before anything is computed."""
+    sys, x = linear_transformer(), jnp.ones((6, 2))
+    params = {"projection": projection().init(key), "memory": jnp.zeros((2, 2))}
+    states = start(sys, params)
+    lacking = {name: p for name, p in params.items() if name != "memory"}
+    with pytest.raises(ValueError, match="params lacks memory; it must have memory, "):
+        start(sys, lacking)
+    with pytest.raises(ValueError, match="params has more, which nothing asks for"):
+        start(sys, params | {"more": 1.0})
+    with pytest.raises(ValueError, match="states lacks projection"):
+        live(sys, {"memory": states["memory"]}, x)
+    with pytest.raises(ValueError, match="states\\['memory'\\] is no LevelState, got"):
+        live(sys, states | {"memory": params["memory"]}, x)
+
+
 def test_live_in_two_pieces_is_live(key):
     sys = linear_transformer()
     x = jax.random.normal(key, (6, 2))
