@@ -1,4 +1,4 @@
-"""What the README says is so: its examples, paths, names, commands and tables."""
+"""What the README and the pages of the rooms say is so: examples, paths, names."""
 
 import argparse
 import doctest
@@ -23,7 +23,17 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
-SPANS = set(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"(?s)```.*?```", "", TEXT)))
+PAGES = {str(p.relative_to(ROOT)): p for p in ROOT.glob("hope_jax/*/README.md")}
+PAGES["README.md"] = README
+
+
+def spans(text):
+    """What stands between back-ticks, but not in blocks."""
+    plain = re.sub(r"(?s)```.*?```", "", text)
+    return set(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", plain))
+
+
+SPANS = spans(TEXT)
 COMMANDS = re.findall(
     r"python -m (launch\.\w+) ?(.*)", re.sub(r"\\\n\s*", "", TEXT).replace("`", "\n")
 )
@@ -31,18 +41,20 @@ PROGRAMS = sorted({program for program, _ in COMMANDS})
 MADE = ("runs/", ".venv")  # by the commands, so not there before
 
 
-def paths():
+def paths(text):
     """Spans that name a file or a folder of the repository, and targets of links."""
-    spans = {s for s in SPANS if re.fullmatch(r"[\w.-]+(/[\w.-]*)+|\w+\.(md|txt)", s)}
-    spans |= {s for s in SPANS if s == "LICENSE"}
-    links = {s for s in re.findall(r"\]\(([^)\s]+)\)", TEXT) if "://" not in s}
-    return sorted(s for s in spans | links if not s.startswith(MADE))
+    said = spans(text)
+    found = {s for s in said if re.fullmatch(r"[\w.-]+(/[\w.-]*)+|\w+\.(md|txt)", s)}
+    found |= {s for s in said if s == "LICENSE"}
+    links = {s for s in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in s}
+    return sorted(s for s in found | links if not s.startswith(MADE))
 
 
 def names():
-    """Spans that begin with a dotted name of the package."""
-    found = (re.match(r"hope_jax(\.\w+)+", span) for span in SPANS)
-    return sorted(match[0] for match in found if match)
+    """Spans of any page that begin with a dotted name of the package."""
+    said = set().union(*(spans(p.read_text(encoding="utf-8")) for p in PAGES.values()))
+    found = (re.match(r"hope_jax(\.\w+)+", span) for span in said)
+    return sorted({match[0] for match in found if match})
 
 
 @functools.cache
@@ -58,16 +70,20 @@ def help_of(program):
     return done.stdout.replace("--[no]", "--")
 
 
-def test_examples_run():
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_run(page):
     """With JAX as its users have it, not as strict as it is in other tests."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result = doctest.testfile(str(README), module_relative=False)
-    assert result.attempted > 20 and result.failed == 0
+        result = doctest.testfile(str(PAGES[page]), module_relative=False)
+    least = 20 if page == "README.md" else 0
+    assert result.attempted > least and result.failed == 0
 
 
-def test_paths_exist():
-    assert len(paths()) > 30
-    assert [path for path in paths() if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    found = paths(PAGES[page].read_text(encoding="utf-8"))
+    assert len(found) > 30 or page != "README.md"
+    assert [path for path in found if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("name", names())

@@ -93,8 +93,8 @@ class Captured:
 _ONLY_PRODUCTS = (
     "A matrix whose inputs are captured can only be multiplied: x @ w, w @ x or "
     "hope_jax.optim.capture.dot(x, w), as hope_jax.models.layers.Dense does; the dense "
-    "and embedding layers of Flax do otherwise. Leave it out with `layers`, or take the "
-    "plain arrays of hope_jax.optim.capture.plain(params) for other uses."
+    "and embedding layers of Flax do otherwise. Leave it out with `layers`, or take "
+    "the plain arrays of hope_jax.optim.capture.plain(params) for other uses."
 )
 
 
