@@ -83,14 +83,18 @@ class Captured:
             raise TypeError(f"{_ONLY_PRODUCTS} It was indexed with {index!r}.")
         return self
 
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError(f"{_ONLY_PRODUCTS} It was made an array.")
+
     def __getattr__(self, name):
         raise AttributeError(f"{_ONLY_PRODUCTS} Its attribute {name!r} was asked for.")
 
 
 _ONLY_PRODUCTS = (
     "A matrix whose inputs are captured can only be multiplied: x @ w, w @ x or "
-    "hope_jax.optim.capture.dot(x, w). Leave it out with `layers`, or take the plain "
-    "arrays of hope_jax.optim.capture.plain(params) for other uses."
+    "hope_jax.optim.capture.dot(x, w), as hope_jax.models.layers.Dense does; the dense "
+    "and embedding layers of Flax do otherwise. Leave it out with `layers`, or take "
+    "the plain arrays of hope_jax.optim.capture.plain(params) for other uses."
 )
 
 

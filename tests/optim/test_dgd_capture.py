@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from hope_jax.models import lm
 from hope_jax.models.capture import dense_kernels
@@ -376,3 +376,30 @@ def test_a_loss_may_also_use_the_plain_matrix(key):
 def test_examples_in_docstrings():
     results = doctest.testmod(capture)
     assert results.attempted > 0 and results.failed == 0
+
+
+class Foreign(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(3)(x)
+
+
+def foreign(kind):
+    """A layer of Flax as `(loss, params)`."""
+    x = jnp.ones((2, 4))
+    if kind == "linen.Dense":
+        params = Foreign().init(jax.random.key(0), x)
+        return lambda params: jnp.sum(Foreign().apply(params, x)), params
+    if kind == "nnx.Embed":
+        layer, x = nnx.Embed(5, 4, rngs=nnx.Rngs(0)), jnp.arange(3)
+    else:
+        layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer, nnx.Param)
+    return lambda params: jnp.sum(nnx.merge(graph, params)(x)), params
+
+
+@pytest.mark.parametrize("kind", ["nnx.Linear", "nnx.Embed", "linen.Dense"])
+def test_layers_that_cannot_be_captured_say_what_can(kind):
+    loss, params = foreign(kind)
+    with pytest.raises((TypeError, AttributeError), match="capture.dot.*layers.Dense"):
+        dgd_gradients(loss, params)
