@@ -167,8 +167,8 @@ def build(
         of the matrices and not all of them.
 
     Raises:
-      ValueError: a config that `rules_of` refuses, or no `layers` where they are
-        needed.
+      ValueError: a config that `rules_of` refuses, no `layers` where they are needed,
+        or (of the transformation's `init`) a rule for matrices and no matrix.
     """
     rules = rules_of(config)
     names = labelled(rules)
@@ -200,7 +200,20 @@ def build(
 
     choose = functools.partial(groups.names_of, names=names, layers=layers)
     given = layers if config.rule.inputs == "grams" else None
-    return _promoting(groups.on_clocks(rule, periods, layers=given))
+    tx = _promoting(groups.on_clocks(rule, periods, layers=given))
+
+    def init(params):
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        if config.rule.matrices and "matrices" not in (groups.kind(*p) for p in paths):
+            found = ", ".join(".".join(groups.path_names(path)) for path, _ in paths)
+            raise ValueError(
+                f"No matrix was found for {config.rule.kind} among {found}: here a "
+                "matrix is called `kernel`. For other trees there is "
+                "hope_jax.optim.with_adamw."
+            )
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def inner(rule: Rule, rate: Array | float) -> optax.GradientTransformationExtraArgs:

@@ -73,7 +73,7 @@ def for_matrices(
         rest is stacked), and None for what `others` moves. By default what `find` says.
 
     Raises:
-      ValueError: no leaf is a matrix.
+      ValueError: no leaf is a matrix, and `axes` does not say so.
     """
 
     def layout(tree):
@@ -82,7 +82,7 @@ def for_matrices(
             known = [one for _, one in find(tree)]
         else:
             known = structure.flatten_up_to(axes(tree) if callable(axes) else axes)
-        if not any(one is not None for one in known):
+        if axes is None and not any(one is not None for one in known):
             shapes = {
                 ".".join(path_names(path)) or "the parameter": jnp.shape(leaf)
                 for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -150,7 +150,7 @@ def with_adamw(
       axes: see `for_matrices`.
 
     Raises:
-      ValueError: no leaf is a matrix.
+      ValueError: no leaf is a matrix, and `axes` does not say so.
     """
     return optax.chain(
         for_matrices(direction, optax.scale_by_adam(b1=b1, b2=b2, eps=eps), axes=axes),

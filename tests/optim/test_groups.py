@@ -369,6 +369,12 @@ def test_the_schedule_is_of_steps_on_every_clock():
             "dgd needs layers, .*dense_kernels",
         ),
         (
+            lambda: optim.build(
+                settings(rule="m3"), total_steps=1, periods={"w": 1}
+            ).init({"w": jnp.ones((2, 2))}),
+            "No matrix was found for m3 among w: .*with_adamw",
+        ),
+        (
             lambda: groups.on_clock(optax.sgd(1.0), 2, layers=True).update(1.0, None),
             "layers names matrices .*inputs",
         ),
