@@ -145,7 +145,7 @@ def test_experiments_are_those_with_rows_to_train():
 
 def test_a_mistake_is_one_line_not_a_traceback(tmp_path):
     _, err = finish(start(*TINY, "--workdir=x", "--set=optimizer.rule.b1=2"), code=1)
-    assert err.strip().splitlines()[-1].startswith("ValueError: b1 must lie between")
+    assert err.strip().splitlines()[-1].startswith("ValueError: b1 must be at least 0")
     assert "Traceback" not in err
 
 

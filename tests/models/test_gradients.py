@@ -17,11 +17,11 @@ LENGTH = 17
 
 def with_gradient(gradient, **changes):
     """With a momentum in its memories, so that every parameter is in use."""
-    layer = small.HOPE.memory
+    layer = small.HOPE.mixer
     layer = dataclasses.replace(
         layer, memory=dataclasses.replace(layer.memory, rule="momentum")
     )
-    config = dataclasses.replace(small.HOPE, layers=1, memory=layer, **changes)
+    config = dataclasses.replace(small.HOPE, layers=1, mixer=layer, **changes)
     return dataclasses.replace(
         config, cms=dataclasses.replace(config.cms, gradient=gradient)
     )

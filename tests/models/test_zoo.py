@@ -185,7 +185,7 @@ def test_bad_model_configs(changes, message):
             lambda: CMSConfig(levels=(CMSLevel(period=8), CMSLevel(period=4))),
             "levels must be listed from fast to slow, got periods 8 before 4",
         ),
-        (lambda: CMSConfig(rule="sdg"), "no optimizer 'sdg', .* Did you mean 'sgd'"),
+        (lambda: CMSConfig(rule="sdg"), "rule must be .* 'sdg'. Did you mean 'sgd'"),
         (
             lambda: CMSConfig(levels=(CMSLevel(period=math.inf, rate=1.0),)),
             r"rate \(1.0\) must be below rate_bound \(1.0\)",

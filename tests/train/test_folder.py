@@ -6,9 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
+from experiments import sweep
 from hope_jax.train import checkpoint, loop
 from hope_jax.train.folder import ForeignFolder
-from launch import quickstart, sweep
+from launch import quickstart
 from tests.train import tiny
 
 RUN = tiny.rows("smoke")["tiny"]
