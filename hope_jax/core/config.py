@@ -456,6 +456,12 @@ def _name(hint: Any) -> str:
         return f"a {kinds.what}"
     if hint in _WORDS:
         return _WORDS[hint]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_name, typing.get_args(hint)))
+    if _is_tuple(hint) and typing.get_args(hint)[1:] == (Ellipsis,):
+        return f"several, each {_name(typing.get_args(hint)[0])}"
+    if hint is types.NoneType:
+        return "none"
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

@@ -146,11 +146,15 @@ def _mixers(given: Any) -> MixerConfig | tuple[MixerConfig, ...]:
     """`given` with names replaced by what they stand for; a pattern of one is that."""
     if isinstance(given, str) and "," in given:
         given = tuple(name.strip() for name in given.split(","))
-    if not isinstance(given, tuple | list):
-        return MIXERS.of(given, "mixer")
-    if not given:
+    several = tuple(given) if isinstance(given, tuple | list) else (given,)
+    if not several:
         raise ValueError("mixer must name at least one mixer, got none.")
-    made = tuple(MIXERS.of(one, "mixer") for one in given)
+    made = tuple(MIXERS.of(one, "mixer") for one in several)
+    for one in made:
+        if not isinstance(one, MixerConfig):
+            raise ValueError(
+                f"mixer must be the name or the config of a mixer, got {one!r}."
+            )
     return made[0] if len(made) == 1 else made
 
 

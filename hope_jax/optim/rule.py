@@ -3,6 +3,7 @@
 Each rule is a file of `hope_jax.optim.rules` and a line of its registry, `RULES`.
 """
 
+import abc
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import optax
@@ -28,7 +29,7 @@ class Settings(NamedTuple):
     eps_root: float = 0.0
 
 
-class Rule:
+class Rule(abc.ABC):
     """The base of the configs of optimizers: frozen dataclasses that build themselves.
 
     Attributes:
@@ -48,9 +49,9 @@ class Rule:
     inputs: ClassVar[Literal["grams", "slopes"] | None] = None
     degree: ClassVar[int | None] = 1
 
+    @abc.abstractmethod
     def make(self, s: Settings) -> optax.GradientTransformation:
         """The transformation, with the rate and decoupled decay."""
-        raise NotImplementedError
 
 
 def decayed(direction: optax.GradientTransformation, s: Settings):

@@ -8,6 +8,7 @@ from hope_jax import optim
 from hope_jax.core.config import at_least
 from hope_jax.data import text
 from hope_jax.models import lm
+from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.optim.rules import RULES, saved
 
 
@@ -188,13 +189,12 @@ def check_rows(config: RunConfig) -> None:
     """
     seq_len, model = config.train.seq_len, config.model
     for i, mixer in enumerate(model.pattern):
-        context = getattr(mixer, "context", seq_len)
-        if seq_len != context:
+        if isinstance(mixer, AttentionConfig) and mixer.context != seq_len:
             place = f"model.mixer.{i}" if len(model.pattern) > 1 else "model.mixer"
             raise ValueError(
-                f"train.seq_len ({seq_len}) and {place}.context ({context}) must be "
-                "the same: rows are what attention looks back over. Set "
-                f"{place}.context={seq_len}, or train.seq_len={context}."
+                f"train.seq_len ({seq_len}) and {place}.context ({mixer.context}) must "
+                "be the same: rows are what attention looks back over. Set "
+                f"{place}.context={seq_len}, or train.seq_len={mixer.context}."
             )
     if model.fast and seq_len <= model.base_chunk:
         raise ValueError(

@@ -114,6 +114,7 @@ def test_overrides_that_need_one_another():
         ("model.window=wide", "model.window must be a whole number, got 'wide'"),
         ("model.cms.2.period=1", "model.cms has 2 entries, 0 to 1; got '2'"),
         ("model.cms.0.perod=1", "Did you mean 'period'"),
+        ("model.cms.0.period=x", "period must be a whole number or a number, got 'x'"),
         ("model.memory=big", "model.memory is a whole Memory: set one of its fields"),
         ("seed.x=1", "seed is a whole number, so it has no field 'x'"),
         ("seed", "A setting reads 'field=value', got 'seed'"),
@@ -267,6 +268,11 @@ def test_what_was_saved_before_is_migrated():
 def test_kinds_are_checked(setting, message):
     with pytest.raises(ValueError, match=message):
         config_lib.override(Drawing(), [setting])
+
+
+def test_what_a_field_of_several_asks_for_is_said_in_words():
+    with pytest.raises(ValueError, match="shape must be several, each a whole number"):
+        config_lib.from_json(Model, {"name": "a", "shape": 5})
 
 
 def test_a_registry_is_checked():

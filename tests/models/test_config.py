@@ -128,6 +128,12 @@ def test_options_of_what_is_not_there_are_refused(settings, message):
         config_lib.override(ModelConfig(), settings)
 
 
+@pytest.mark.parametrize("mixer", [5, (MLP,), CMSConfig()])
+def test_what_is_no_mixer_is_refused(mixer):
+    with pytest.raises(ValueError, match="mixer must be the name or the config of a m"):
+        ModelConfig(mixer=mixer, layers=2)
+
+
 def test_only_attention_to_whole_rows_has_a_context():
     config = ModelConfig(mixer="attention,sliding_window,retnet", layers=3)
     raised = with_context(config, 999)
