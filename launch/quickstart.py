@@ -36,7 +36,7 @@ from hope_jax.core import config as config_lib
 from hope_jax.core import system
 from hope_jax.data import text
 from hope_jax.evaluate import language_model
-from hope_jax.models import lm
+from hope_jax.models import lm, systems
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import checkpoint, loop, metrics
 from hope_jax.train.config import RunConfig
@@ -232,7 +232,7 @@ def draw(
         title=corpus.name,
     )
     hope = rows["hope"]
-    system.draw(lm.system(hope.model, hope.train.seq_len), folder / "levels.png")
+    system.draw(systems.system(hope.model, hope.train.seq_len), folder / "levels.png")
 
 
 def table(rows: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Table:

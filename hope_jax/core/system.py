@@ -81,12 +81,15 @@ class Edge:
         `initialise`: where the target starts. `generate`: the source's answer, as
         context or weights.
       differentiable: whether gradients cross. Always so for `backprop`.
+      through: what of the source's parameters (`condition`, `initialise`) or of its
+        answer (the other kinds) is given; None for all.
     """
 
     source: str
     target: str
     kind: Kind
     differentiable: bool = True
+    through: Callable[[PyTree], PyTree] | None = None
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -236,8 +239,8 @@ def start(system: System, params: Mapping[str, PyTree]) -> dict[str, LevelState]
     for box in system.boxes:
         edge = asked[box.name]
         initial = params[places[box.name]]
-        if edge and not edge.differentiable:
-            initial = jax.lax.stop_gradient(initial)
+        if edge:
+            initial = _across(edge, initial)
         states[box.name] = begin(_level(box), initial)
     return states
 
@@ -465,7 +468,11 @@ def _incoming(system: System, name: str) -> list[Edge]:
 
 def _given(edge: Edge, params: dict, reads: dict) -> PyTree:
     """What the source of `edge` gives its target."""
-    value = (params if edge.kind == "condition" else reads)[edge.source]
+    return _across(edge, (params if edge.kind == "condition" else reads)[edge.source])
+
+
+def _across(edge: Edge, value: PyTree) -> PyTree:
+    value = value if edge.through is None else edge.through(value)
     return value if edge.differentiable else jax.lax.stop_gradient(value)
 
 

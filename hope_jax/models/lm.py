@@ -10,8 +10,6 @@ arrives: then the levels move, and that token is the first to see it. Nothing re
 it should not.
 """
 
-import collections
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -22,14 +20,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.clock import Clock
-from hope_jax.core.system import Box, Edge, System
+from hope_jax.core.level import collect
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.models import cms, learning
 from hope_jax.models.block import BlockState, unit
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, full_precision
 from hope_jax.models.learning import Learning
-from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.optim.leaves import path_names
 
 __all__ = [
     "LMState",
@@ -41,7 +39,6 @@ __all__ = [
     "count_parameters",
     "initial_state",
     "periods",
-    "system",
 ]
 
 
@@ -147,7 +144,7 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 
     def steps(path, leaf):
         del leaf
-        keys = _names(path)
+        keys = path_names(path)
         if "mixer" in keys or "levels" not in keys:
             return 1
         index = int(keys[keys.index("levels") + 1])
@@ -157,83 +154,6 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
         return max(1, round(level.period / seq_len))
 
     return jax.tree_util.tree_map_with_path(steps, params)
-
-
-def system(config: ModelConfig, row: int) -> System:
-    """The model as levels and what passes between them; items are tokens.
-
-    A mixer that layers repeat is shown once. It is the model in training, on rows of
-    `row` tokens: when it reads on, slower levels move by their own rules.
-    """
-    inside = config.within(row)
-    sizes = collections.Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
-        sizes[_owner(config, _names(path))] += leaf.size
-
-    slow = Box(
-        "slow weights",
-        Clock(period=row),
-        sizes["slow weights"],
-        "next-token loss",
-        "outer optimizer",
-    )
-    boxes, edges, ends = [slow], [], {}
-    seen = collections.Counter()
-    for mixer in dict.fromkeys(config.pattern):
-        called = {}  # two mixers of one kind differ in a number
-        for part in mixer.parts:
-            seen[part.name] += 1
-            again = f" {seen[part.name]}" if seen[part.name] > 1 else ""
-            called[part.name] = f"{part.name}{again}"
-        for part in mixer.parts:
-            name = called[part.name]
-            size = sizes[mixer, part.start] // part.share
-            clock = Clock(period=part.period)
-            boxes.append(Box(name, clock, size, part.objective, part.rule))
-            starts = 0 < part.period < row
-            kind = "initialise" if starts else "generate"
-            edges.append(Edge(slow.name, name, kind))
-            if part.name in mixer.ends:
-                ends[name] = "backprop" if part.period else "attend"
-        edges += [
-            dataclasses.replace(e, source=called[e.source], target=called[e.target])
-            for e in mixer.edges
-        ]
-    readers = tuple(ends)
-    for i, level in enumerate(config.cms.whole):
-        name = f"CMS {i + 1}"
-        fast = i in inside
-        period = level.period if level.period != float("inf") else row
-        rule = level.rule.kind.upper() if fast else "outer optimizer"
-        boxes.append(
-            Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
-        )
-        if fast:
-            edges.append(Edge(slow.name, name, "initialise"))
-            if config.cms.rates == "generated":
-                edges += [Edge(reader, name, "generate") for reader in readers]
-        edges += [Edge(below, name, kind) for below, kind in ends.items()]
-        ends = {name: "backprop"}
-    return System(tuple(boxes), tuple(edges))
-
-
-def _names(path) -> list[str]:
-    return [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
-
-
-def _owner(config: ModelConfig, keys: list[str]) -> str | tuple[MixerConfig, str]:
-    """The box that a parameter belongs to; in a mixer, it and a part's start."""
-    if "mixer" not in keys:
-        if "levels" in keys:
-            return f"CMS {int(keys[keys.index('levels') + 1]) + 1}"
-        return "slow weights"
-    at = keys.index("mixer")
-    mixer = config.pattern[int(keys[at - 1]) if "parts" in keys[:at] else 0]
-    inside = ".".join(keys[at + 1 :])
-    for part in mixer.parts:
-        if part.start and inside.startswith(f"{part.start}."):
-            return mixer, part.start
-    return "slow weights"
 
 
 def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState:
@@ -472,9 +392,9 @@ def _accumulate(model, levels, learned, read):
         if not model.learning.levels[model.config.fast[which]]:
             return level
         opened = jax.tree.map(lambda a: jnp.sum(a[..., which], axis=2), read.opened)
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
         return level._replace(
-            learned=add(level.learned, learned[which]), opened=add(level.opened, opened)
+            learned=collect(level.learned, learned[which]),
+            opened=collect(level.opened, opened),
         )
 
     return tuple(gathered(which, level) for which, level in enumerate(levels))
@@ -557,7 +477,7 @@ def _move_due(model, life, rows=None):
         if rows is None and period == config.base_chunk:
             fast[which], levels[which] = _move(model, which, *old)
             continue
-        due = life.position % period == 0
+        due = Clock(period=period).moves(life.position)
         due = due if rows is None else due & rows
 
         def move(*old, which=which, due=due):
