@@ -153,7 +153,7 @@ def _define(define) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints a table, or writes those of a file."""
-    given = command.parse(__doc__, _define, arguments)
+    given = command.parse(__doc__, _define, arguments, compiles=False)
     file = None if given.write is None else Path(given.write)
     try:
         if file is None:

@@ -35,8 +35,10 @@ def pytest_configure(config):
     With a size given it locks the folder, so that workers share it, and evicts.
     """
     if not hasattr(config, "cache"):  # -p no:cacheprovider
+        os.environ["XDG_CACHE_HOME"] = os.devnull  # and nowhere else
         return
     folder = config.cache.mkdir(f"programs-jax-{jax.__version__}")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # of programs they start
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
