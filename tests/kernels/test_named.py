@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import named
 from hope_jax.memory.compose import (
@@ -16,6 +15,7 @@ from hope_jax.memory.compose import (
     build_architecture,
     key_width,
 )
+from hope_jax.memory.state import begin_memory
 
 WIDTH, CHUNK, LENGTH = 4, 4, 10
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import (
     MemoryConfig,
     Tokens,
     build_architecture,
 )
+from hope_jax.memory.state import MemoryState, begin_memory, commit
 
 WIDTH = 6
 

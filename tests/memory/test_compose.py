@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from hope_jax.core.level import begin, unroll
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import architecture, bias, named, rule
 from hope_jax.memory.compose import (
@@ -18,6 +17,7 @@ from hope_jax.memory.compose import (
     half_life_to_retention,
     memory_level,
 )
+from hope_jax.memory.state import begin_memory
 
 PLAIN = dict(
     architecture="linear",

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import rates
 from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
+from hope_jax.memory.state import begin_memory
 
 WIDTH, CHUNK, ETA, ALPHA, THETA = 4, 8, 0.6, 0.9, 0.25
 
