@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hope_jax.memory.compose import MemoryConfig, build_architecture
+from hope_jax.memory.compose import MemoryConfig, build_architecture, with_choices
 from hope_jax.models.mixers.self_modifying import (
     MATRIX,
     MLP,
@@ -35,7 +35,7 @@ LITERAL = dict(
 def configured(chunk=2, projection_chunk=4, memory=None, **layer):
     """A small layer: the equations to the letter, but for what is given."""
     return SelfModifyingConfig(
-        memory=MemoryConfig(chunk=chunk, expansion=2, **memory or {}),
+        memory=with_choices(MemoryConfig(chunk=chunk, expansion=2), **memory or {}),
         projection_chunk=projection_chunk,
         **LITERAL | dict(conv=3) | layer,
     )
@@ -43,10 +43,17 @@ def configured(chunk=2, projection_chunk=4, memory=None, **layer):
 
 def remembering(chunk=2, projection_chunk=4, memory=None, **layer):
     """A small layer with the defaults that remember, all targets its own."""
-    choices = dict(rule="gd", dgd="none", toward="start", rate_law="output")
+    choices = MemoryConfig(
+        chunk=chunk,
+        expansion=2,
+        rule="gd",
+        dgd="none",
+        toward="start",
+        rate_law="output",
+    )
     layer = dict(targets="all") | layer
     return SelfModifyingConfig(
-        memory=MemoryConfig(chunk=chunk, expansion=2, **choices | (memory or {})),
+        memory=with_choices(choices, **memory or {}),
         projection_chunk=projection_chunk,
         **dict(conv=3) | layer,
     )
