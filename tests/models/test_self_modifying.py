@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hope_jax.core import config as config_lib
 from hope_jax.memory.compose import MemoryConfig, build_architecture, with_choices
 from hope_jax.models.mixers.self_modifying import (
     MATRIX,
@@ -419,3 +420,42 @@ def test_parallel_pieces_carry_every_convolution(adaptive_q):
     whole, end = jax.jit(lambda x: call(graphdef, params, x))(x)
     close(jnp.concatenate([head, tail], axis=1), whole)
     close(state, end)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(momentum_start=0.9),
+            "momentum_start=0.9 .*rule='gd' .* 'nesterov' would",
+        ),
+        (
+            dict(half_life_start=16.0, memory=dict(retention="none")),
+            "half_life_start=16.0 .*retention='none' .* 'decay' would",
+        ),
+        (
+            dict(memory=dict(features="elu")),
+            "memory.features must be 'none', got 'elu'",
+        ),
+    ],
+)
+def test_what_no_memory_reads_is_refused_but_of_earlier_versions(options, message):
+    memory = MemoryConfig(rule="gd", dgd="none") if "memory" in options else MLP
+    memory = dataclasses.replace(memory, **options.get("memory", {}))
+    with pytest.raises(ValueError, match=message):
+        SelfModifyingConfig(**options | dict(memory=memory))
+    saved = config_lib.to_json(SelfModifyingConfig(memory=MLP))
+    saved |= options | dict(memory=config_lib.to_json(memory))
+    found = config_lib.from_json(SelfModifyingConfig, saved)
+    plain = dataclasses.replace(memory, features="none")
+    assert found == SelfModifyingConfig(memory=plain)
+
+
+def test_what_a_memory_reads_is_set():
+    memory = MemoryConfig(rule="nesterov")
+    config = SelfModifyingConfig(
+        memory=memory, momentum_start=0.9, half_life_start=512.0
+    )
+    assert config_lib.from_json(SelfModifyingConfig, config_lib.to_json(config)) == (
+        config
+    )
