@@ -373,7 +373,9 @@ def _set(hint: Any, data: Json, path: list[str], text: str, at: str) -> Json:
         if data is None:
             raise ValueError(f"{at} is none, so it has no field {name!r} to set.")
         members = [h for h in typing.get_args(hint) if h is not types.NoneType]
-        hint = next((h for h in members if _fits(h, data, at)), members[0])
+        # What does not fit yet may do so with the next setting.
+        like = [h for h in members if _is_tuple(h) == isinstance(data, list)]
+        hint = next((h for h in members if _fits(h, data, at)), (like or members)[0])
     kinds = _kinds(hint)
     if kinds is not None:
         hint = type(kinds.get(data["kind"], at))

@@ -425,10 +425,7 @@ def test_parallel_pieces_carry_every_convolution(adaptive_q):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (
-            dict(momentum_start=0.9),
-            "momentum_start=0.9 .*rule='gd' .* 'nesterov' would",
-        ),
+        (dict(momentum_start=0.9), "momentum_start=0.9 .*rule='gd' .* or 'nesterov'"),
         (
             dict(half_life_start=16.0, memory=dict(retention="none")),
             "half_life_start=16.0 .*retention='none' .* 'decay' would",
