@@ -419,9 +419,9 @@ def _states(config, state, tokens, reads, start):
 
 def _affine(config):
     """Whether a token's weights are a fixed function of sums over earlier tokens."""
-    _, _, _, retention, rule = config.chosen
-    kept = retention.uniform or retention.mirrors
-    return rule.affine and kept and config.dgd == "none"
+    found = config.chosen
+    kept = found.retention.uniform or found.retention.mirrors
+    return found.rule.affine and kept and config.dgd == "none"
 
 
 def _move_in_turn(config, state, tokens, gradients, inputs):

@@ -194,6 +194,7 @@ class FunctionClass(Choice):
       linear: its answer is linear in its parameters, unless it is normed; they are one
         leaf, `w`.
       diagonal: that leaf is a vector, whose numbers never mix.
+      residual: it is `x + w1 h(x)`, and passes its input on where `w1` is zero.
       two_layers: it is `w1` over features that `w2` makes, and `memory.rates` knows how
         far a step of each moves the answer.
     """
@@ -202,6 +203,7 @@ class FunctionClass(Choice):
     first: Callable[["MemoryConfig"], tuple[str, ...]]
     linear: bool = False
     diagonal: bool = False
+    residual: bool = False
     two_layers: bool = False
 
     @property
@@ -248,6 +250,7 @@ ARCHITECTURES: Kinds[FunctionClass] = Kinds.of_entries(
         options=_MLP_OPTIONS,
         make=_mlp,
         first=lambda config: ("w2",),
+        residual=True,
         two_layers=True,
     ),
     FunctionClass(
@@ -256,6 +259,7 @@ ARCHITECTURES: Kinds[FunctionClass] = Kinds.of_entries(
         options=_MLP_OPTIONS,
         make=lambda *given: _mlp(*given, gated=True),
         first=lambda config: ("w2", "w3"),
+        residual=True,
     ),
     FunctionClass(
         kind="deep_mlp",
@@ -263,5 +267,6 @@ ARCHITECTURES: Kinds[FunctionClass] = Kinds.of_entries(
         options=(*_MLP_OPTIONS, "depth"),
         make=lambda config, *given: _mlp(config, *given, depth=config.depth),
         first=lambda config: (f"w{config.depth}",),
+        residual=True,
     ),
 )

@@ -5,10 +5,15 @@ name; so a new one, declared in its own file, works wherever the old ones do.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from hope_jax.memory.flow import Transformation
 
 if TYPE_CHECKING:
     from hope_jax.memory.compose import MemoryConfig
+
+Make = Callable[["MemoryConfig"], Transformation]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

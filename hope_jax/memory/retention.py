@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.config import Kinds
-from hope_jax.memory.choice import Choice
+from hope_jax.memory.choice import Choice, Make
 
 if TYPE_CHECKING:
     from hope_jax.memory.compose import MemoryConfig
@@ -247,7 +247,7 @@ class Retention(Choice):
       simplex: weights are positive, so that dual ones start as logits.
     """
 
-    make: Callable[["MemoryConfig"], optax.GradientTransformationExtraArgs] | None
+    make: Make | None
     landing: Callable[["MemoryConfig"], Callable[[Array], Array]] | None = None
     link: Callable[["MemoryConfig"], Link] | None = None
     linear: bool = False

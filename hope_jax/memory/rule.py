@@ -18,7 +18,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,7 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax.core.config import Kinds, did_you_mean
 from hope_jax.memory import rates
-from hope_jax.memory.choice import Choice
-
-if TYPE_CHECKING:
-    from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.choice import Choice, Make
 
 
 def descend() -> optax.GradientTransformationExtraArgs:
@@ -371,12 +368,8 @@ class Rule(Choice):
         included.
     """
 
-    step: Callable[["MemoryConfig"], optax.GradientTransformationExtraArgs] | None = (
-        None
-    )
-    momentum: (
-        Callable[["MemoryConfig"], optax.GradientTransformationExtraArgs] | None
-    ) = None
+    step: Make | None = None
+    momentum: Make | None = None
     linear: bool = False
     explicit: bool = False
     affine: bool = False

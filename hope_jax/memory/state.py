@@ -49,16 +49,16 @@ class MemoryState(NamedTuple):
 
 def form(config: MemoryConfig) -> Form:
     """Which chunk form computes this memory."""
-    architecture, _, _, retention, rule = config.chosen
-    if rule.solves:
+    found = config.chosen
+    if found.rule.solves:
         return "newton"
-    if retention.channels:
+    if found.retention.channels:
         return "channel"
-    if retention.along_values:
+    if found.retention.along_values:
         return "oja"
-    if not (retention.uniform and rule.linear):
+    if not (found.retention.uniform and found.rule.linear):
         return "states"
-    if not architecture.diagonal:
+    if not found.architecture.diagonal:
         return "rank_one"
     return "vector" if config.gradient == "exact" else "states"
 

@@ -485,17 +485,17 @@ def ggd(
       ValueError: another config, fractions out of range, or inputs that do not fit.
     """
     config = _PROXIMAL if config is None else config
+    found = config.chosen
     wanted = {
-        "architecture": "linear",
-        "features": "none",
-        "norm": False,
+        "architecture": ("'linear'", found.architecture.matrix),
+        "features": ("'none'", found.features.plain),
+        "norm": ("False", not config.norm),
+        "chunk": ("1", config.chunk == 1 or config.gradient == "exact"),
     }
-    if config.gradient == "anchored":
-        wanted["chunk"] = 1
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
+    for name, (value, so) in wanted.items():
+        if not so:
             raise ValueError(
-                f"{name} must be {value!r}: the weights of a layer are the memory; got "
+                f"{name} must be {value}: the weights of a layer are the memory; got "
                 f"{getattr(config, name)!r}."
             )
     if input_axis not in (-1, -2):
@@ -504,7 +504,7 @@ def ggd(
         )
     check_fraction("retention", retention)
     check_fraction("inertia", inertia)
-    kept = retention if config.chosen.retention.decays else 1.0
+    kept = retention if found.retention.decays else 1.0
     carried = inertia if config.inertia else 0.0
 
     def turned(leaf):

@@ -131,7 +131,8 @@ class SelfModifyingConfig(MixerConfig):
                 f"memory.gradient must be 'anchored' for {memory.architecture!r}, got "
                 f"{memory.gradient!r}: only a matrix has an exact form here."
             )
-        if form(memory) != "rank_one" or memory.window > 1:
+        starts = found.architecture.matrix or found.architecture.residual
+        if form(memory) != "rank_one" or not starts or memory.window > 1:
             raise ValueError(
                 "memory must be a matrix or an mlp with rule 'gd', 'momentum', "
                 "'nesterov' or 'implicit', retention 'none' or 'decay' and window 1, "
