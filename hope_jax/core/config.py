@@ -148,7 +148,7 @@ def refuse_unread(
     raise ValueError(
         f"{option}={value!r} is read by nothing: {choice}={chosen!r} does not read it, "
         f"{choice} {' or '.join(map(repr, readers))} would. Leave {option} at "
-        f"{default!r}, or choose another {choice}."
+        f"{default!r}, or choose one of those."
     )
 
 
