@@ -151,6 +151,8 @@ def _differences(file: Path, scale: str, config: Any) -> list[str]:
     Fields that were not there yet, or are no more, say nothing of that.
     """
     kept = metrics.read_result(file)
+    if scale == kept["scale"] and _says_the_same(kept["config"], config):
+        return []
     found = config_lib.differences(
         {"scale": kept["scale"], "config": kept["config"]},
         {"scale": scale, "config": config_lib.to_json(config)},
@@ -158,6 +160,16 @@ def _differences(file: Path, scale: str, config: Any) -> list[str]:
     found = [line for line in found if "saved nothing" not in line]
     found = [line for line in found if not line.endswith("now nothing")]
     return [f"{file}: {found[0]}"] if found else []
+
+
+def _says_the_same(saved: Any, config: Any) -> bool:
+    """Whether what an earlier version saved is this config, perhaps in other words."""
+    if not dataclasses.is_dataclass(config):
+        return False
+    try:
+        return config_lib.from_json(type(config), saved) == config
+    except ValueError:
+        return False
 
 
 def results(folder: Path, name: str, rows: Iterable[str]) -> list[Mapping[str, Any]]:

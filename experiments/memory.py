@@ -70,9 +70,7 @@ def _mixer(memory: MemoryConfig, **gates) -> MemoryMixerConfig:
 
 
 _BEFORE = MemoryConfig(expansion=2, dgd="none", retention="none")  # rates up to 1/chunk
-_PLAIN = dict(
-    targets="none", projection_rate=None, scale_free=False, half_life_start=16.0
-)
+_PLAIN = dict(targets="none", projection_rate=None, scale_free=False)
 
 
 def _bisection() -> dict[str, Row]:
@@ -86,7 +84,7 @@ def _bisection() -> dict[str, Row]:
         ("unit_values", {}, dict(unit_values=True)),
         ("no_silu", {}, dict(conv_activation="none")),
         ("slices_of_x", {}, dict(inputs="slice")),
-        ("decay_to_zero", dict(retention="decay"), {}),
+        ("decay_to_zero", dict(retention="decay"), dict(half_life_start=16.0)),
         ("delta_term", dict(dgd="both"), {}),
     ]
     for name, changed, set_to in switches:

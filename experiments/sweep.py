@@ -21,7 +21,6 @@ import json
 import math
 import sys
 import time
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -153,9 +152,7 @@ class Point(NamedTuple):
 
 def options(choice: str) -> tuple[str, ...]:
     """What there is of one of the four choices; rules also by `optax.<name>`."""
-    if choice == "rule":
-        return compose.RULES
-    return typing.get_args(typing.get_type_hints(MemoryConfig)[choice])
+    return tuple(compose.registries()[choice])
 
 
 def miras(config: SweepConfig, choices: Mapping[str, Sequence[str]]) -> list[Point]:
@@ -176,7 +173,7 @@ def _product(config: SweepConfig, choices: tuple[str, str, str, str]) -> Point:
     reasons = []
     for gradient in config.gradients:
         try:
-            memory = dataclasses.replace(
+            memory = compose.with_choices(
                 config.mixer.memory,
                 **dict(zip(CHOICES, choices, strict=True)),
                 gradient=gradient,

@@ -23,9 +23,9 @@ from hope_jax.evaluate.causality import check_causality
 
 if TYPE_CHECKING:
     from hope_jax import optim
-    from hope_jax.kernels.chunk import begin_memory
     from hope_jax.kernels.select import memory_scan
     from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+    from hope_jax.memory.state import begin_memory
     from hope_jax.models import zoo
     from hope_jax.models.config import ModelConfig
     from hope_jax.models.lm import apply, build, initial_state
@@ -37,7 +37,7 @@ _LATER = {
     "ModelConfig": "hope_jax.models.config:ModelConfig",
     "Tokens": "hope_jax.memory.compose:Tokens",
     "apply": "hope_jax.models.lm:apply",
-    "begin_memory": "hope_jax.kernels.chunk:begin_memory",
+    "begin_memory": "hope_jax.memory.state:begin_memory",
     "build": "hope_jax.models.lm:build",
     "initial_state": "hope_jax.models.lm:initial_state",
     "memory_level": "hope_jax.memory.compose:memory_level",

@@ -503,7 +503,7 @@ class Bench:
         spec, package = program.variant.spec, program.variant.package
         if spec.get("impl") == "reference":
             # Backwards it keeps a state a token: gigabytes, where that is an MLP.
-            small = named.get(spec["point"]).memory.architecture == "linear"
+            small = named.get(spec["point"]).memory.chosen.architecture.linear
             shown = program.task == "forward" or small
             return program.length == self._sizes.reference and shown
         if package != OURS and package not in self._workers[PEERS].versions:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hope_jax.core.level import LevelState, unroll
-from hope_jax.kernels.chunk import MemoryState, commit, next_recent, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig, Tokens, level_context, memory_level
+from hope_jax.memory.state import MemoryState, commit, next_recent
 
 Implementation = Literal["auto", "reference", "chunk"]
 
@@ -106,7 +107,7 @@ def _reference(config, state, tokens, start):
     if opt is None:
         opt = level.flow.init(start if config.returns else state.weights)
     if state.momentum is not None:
-        opt = (opt[0], state.momentum, *opt[2:])
+        opt = opt._replace(momentum=state.momentum)
     before = LevelState(
         state.weights,
         opt,
@@ -127,7 +128,7 @@ def _reference(config, state, tokens, start):
         left = jnp.prod(1.0 - tokens.eta[whole:])
     after = MemoryState(
         weights=after.params,
-        momentum=None if state.momentum is None else after.opt[1],
+        momentum=None if state.momentum is None else after.opt.momentum,
         anchor=anchor,
         rule=None if state.rule is None else after.opt,
         recent=recent,

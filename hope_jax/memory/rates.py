@@ -180,7 +180,7 @@ def descend(config: "MemoryConfig") -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params, *, context, inputs, **extra):
         del extra
         made = steps(config, context, inputs)
-        if config.rate_law == "output" and config.bias == "l2":
+        if config.rate_law == "output" and config.chosen.bias.squares:
             h = inputs.inputs["w1"]
             error = inputs.skip + params["w1"] @ h - context.v
             updates = updates | {"w1": jnp.outer(error, h)}

@@ -13,6 +13,7 @@ place of `descend`; `newton` is a whole memory by itself.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -24,6 +25,10 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from jaxtyping import Array, Float, PyTree
+
+from hope_jax.core.config import Kinds, did_you_mean
+from hope_jax.memory import rates
+from hope_jax.memory.choice import Choice, Make
 
 
 def descend() -> optax.GradientTransformationExtraArgs:
@@ -338,3 +343,114 @@ def _ordinary_promotion():
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule(Choice):
+    """A learning rule by name, and what is so of it.
+
+    Attributes:
+      step: `config -> transformation` of the raw gradient.
+      momentum: `config -> transformation` after that, whose state is shaped like the
+        weights and decays by the token's θ.
+      linear: its steps are linear in gradients: a chunk of them has a fast form, and
+        with a linear bias an exact one.
+      explicit: its step is `−η ∇ℓ`, so that a `rate_law` may say the η of each matrix;
+        it diverges if η is too large.
+      affine: weights are sums over time of what each token gives, whose factors do not
+        depend on them.
+      bounded: no η makes it overshoot.
+      single_key: it takes one key at a time, so has no step for the mean of several.
+      rate: `(eta, key) -> the factor of ∇ℓ`; None for η itself.
+      lookahead: it moves by what its momentum will be (Nesterov).
+      orthogonal: it moves by η times the orthogonal factor of its momentum.
+      solves: it is a whole memory by itself, the best for all tokens so far, retention
+        included.
+    """
+
+    step: Make | None = None
+    momentum: Make | None = None
+    linear: bool = False
+    explicit: bool = False
+    affine: bool = False
+    bounded: bool = False
+    single_key: bool = False
+    rate: Callable[[Array, Array], Array] | None = None
+    lookahead: bool = False
+    orthogonal: bool = False
+    solves: bool = False
+
+    @property
+    def inertia(self) -> bool:
+        """Whether it has a momentum, so that tokens bring θ."""
+        return self.momentum is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is gradient descent, and nothing is carried on."""
+        return self.explicit and not self.inertia
+
+    @property
+    def immediate(self) -> bool:
+        """Whether a token's write is one outer product, made at once."""
+        return self.linear and not self.inertia and not self.solves
+
+
+def _descend(config):
+    return descend() if config.rate_law == "token" else rates.descend(config)
+
+
+def _carried(follow):
+    """A momentum, but of an exact output layer, which takes its own step at once."""
+    return lambda config: follow(("w1",) if config.rate_law == "output" else ())
+
+
+_DESCENT = dict(step=_descend, linear=True, explicit=True, affine=True)
+
+RULES: Kinds[Rule] = Kinds.of_entries(
+    "rule",
+    Rule(kind="gd", **_DESCENT),
+    Rule(kind="momentum", momentum=_carried(inertia), **_DESCENT),
+    Rule(kind="nesterov", momentum=_carried(nesterov), lookahead=True, **_DESCENT),
+    Rule(
+        kind="implicit",
+        step=lambda config: implicit(),
+        linear=True,
+        bounded=True,
+        single_key=True,
+        rate=corrected_rate,
+    ),
+    Rule(
+        kind="newton",
+        options=("ridge",),
+        step=lambda config: newton(config.ridge),
+        linear=True,
+        bounded=True,
+        single_key=True,
+        solves=True,
+    ),
+    Rule(
+        kind="muon",
+        momentum=lambda config: muon(newton_schulz),
+        affine=True,
+        orthogonal=True,
+    ),
+    Rule(kind="adam", step=lambda config: adam()),
+)
+
+
+def get(name: str) -> Rule:
+    """The rule called `name`; `optax.<name>` is any of optax by `from_optax`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if name.startswith("optax."):
+        made = from_optax(name.removeprefix("optax."))
+        return Rule(kind=name, step=lambda config: made)
+    if name not in RULES:
+        raise ValueError(
+            f"rule must be one of {', '.join(RULES)} or 'optax.<name>', got {name!r}."
+            f"{did_you_mean(name, RULES)}"
+        )
+    return RULES.get(name)

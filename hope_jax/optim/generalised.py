@@ -18,9 +18,11 @@ from jaxtyping import Array, Int, PyTree
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Level, LevelState, tick
 from hope_jax.core.transfer import attend, dot_product, regress
-from hope_jax.kernels.chunk import MemoryState, begin_memory, piece
-from hope_jax.memory import compose, features, retention
+from hope_jax.kernels.chunk import piece
+from hope_jax.memory import compose, features
 from hope_jax.memory.compose import MemoryConfig, Tokens
+from hope_jax.memory.flow import chain
+from hope_jax.memory.state import MemoryState, begin_memory
 from hope_jax.optim.leaves import (
     as_rows,
     as_type,
@@ -107,7 +109,7 @@ def gradient_level(
     rows = _mode(config, rows)
     check_fraction("retention", retention)
     check_fraction("inertia", inertia)
-    kept = 1.0 if config.retention == "none" else retention
+    kept = retention if config.chosen.retention.decays else 1.0
     carried = inertia if config.inertia else 0.0
     anchored = config.chunk if config.gradient == "anchored" else 1
     if inner_rate is None:
@@ -180,8 +182,8 @@ def _mode(config: MemoryConfig, rows: Rows | None) -> Rows:
     if rows not in (None, "mean", "sequence"):
         raise ValueError(f"rows must be 'mean', 'sequence' or None, got {rows!r}.")
     without_mean = {
-        "rule": config.rule in ("implicit", "newton"),
-        "retention": config.retention == "oja",
+        "rule": config.chosen.rule.single_key,
+        "retention": config.chosen.retention.along_values,
         "window": config.window > 1,
         "steps": config.steps > 1,
     }
@@ -392,23 +394,16 @@ def _in_turn(config, sequence) -> optax.GradientTransformationExtraArgs:
 
 def _all_at_once(config, tokens, rates) -> optax.GradientTransformationExtraArgs:
     """The rule, delta term and retention of `config` for an item of several keys."""
-    plain = dataclasses.replace(config, retention="none", dgd="none", recall="before")
-    steps = [compose.build_flow(plain)]
-    if config.dgd != "none":
-        steps.append(_erase_rows(config, tokens))
-    if config.retention in compose.MIRRORS:
-        steps.append(retention.mirror(compose.link(config)))
-    elif config.retention != "none":
-        steps.append(retention.decay())
-    if config.retention in compose.PROJECTIONS:
-        steps.append(retention.project(compose.projection(config), config.chunk))
-    chain = optax.chain(*steps)
+    flow = compose.flow_of(config)
+    if flow.erase is not None:
+        flow = flow._replace(erase=_erase_rows(config, tokens))
+    whole = chain(flow)
 
     def update(updates, state, params=None, *, context, **extra):
         extra["gradient"] = context
-        return chain.update(updates, state, params, context=rates, **extra)
+        return whole.update(updates, state, params, context=rates, **extra)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    return optax.GradientTransformationExtraArgs(whole.init, update)
 
 
 def _erase_rows(config, tokens) -> optax.GradientTransformationExtraArgs:
@@ -490,17 +485,17 @@ def ggd(
       ValueError: another config, fractions out of range, or inputs that do not fit.
     """
     config = _PROXIMAL if config is None else config
+    found = config.chosen
     wanted = {
-        "architecture": "linear",
-        "features": "none",
-        "norm": False,
+        "architecture": ("'linear'", found.architecture.matrix),
+        "features": ("'none'", found.features.plain),
+        "norm": ("False", not config.norm),
+        "chunk": ("1", config.chunk == 1 or config.gradient == "exact"),
     }
-    if config.gradient == "anchored":
-        wanted["chunk"] = 1
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
+    for name, (value, so) in wanted.items():
+        if not so:
             raise ValueError(
-                f"{name} must be {value!r}: the weights of a layer are the memory; got "
+                f"{name} must be {value}: the weights of a layer are the memory; got "
                 f"{getattr(config, name)!r}."
             )
     if input_axis not in (-1, -2):
@@ -509,7 +504,7 @@ def ggd(
         )
     check_fraction("retention", retention)
     check_fraction("inertia", inertia)
-    kept = 1.0 if config.retention == "none" else retention
+    kept = retention if found.retention.decays else 1.0
     carried = inertia if config.inertia else 0.0
 
     def turned(leaf):

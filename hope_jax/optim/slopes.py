@@ -139,23 +139,27 @@ def objective(config: MemoryConfig):
 def check_config(config: MemoryConfig) -> None:
     """Refuses memories that are no matrix, or whose rule needs one key at a time."""
     wanted = {
-        "architecture": ("linear",),
-        "features": ("none",),
-        "norm": (False,),
-        "window": (1,),
-        "steps": (1,),
-        "dgd": ("none",),
-        "rate_law": ("token",),
+        "architecture": ("'linear'", config.chosen.architecture.matrix),
+        "features": ("'none'", config.chosen.features.plain),
+        "norm": ("False", not config.norm),
+        "window": ("1", config.window == 1),
+        "steps": ("1", config.steps == 1),
+        "dgd": ("'none'", config.dgd == "none"),
+        "rate_law": ("'token'", config.rate_law == "token"),
     }
-    for name, values in wanted.items():
-        if getattr(config, name) not in values:
+    for name, (value, so) in wanted.items():
+        if not so:
             raise ValueError(
-                f"{name} must be {values[0]!r} for the weights of a layer as the "
+                f"{name} must be {value} for the weights of a layer as the "
                 f"memory of a batch; got {getattr(config, name)!r}."
             )
-    single = {"rule": ("implicit", "newton"), "retention": ("oja", "channel")}
-    for name, values in single.items():
-        if getattr(config, name) in values:
+    kept = config.chosen.retention
+    single = {
+        "rule": config.chosen.rule.single_key,
+        "retention": kept.along_values or kept.channels,
+    }
+    for name, so in single.items():
+        if so:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} solves for one key at a time, and a "
                 "batch has many: optim.dgd is the implicit rule for l2."

@@ -16,9 +16,9 @@ from flax import nnx
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Collected, Level, begin, unroll
 from hope_jax.core.transfer import backprop, initialise
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+from hope_jax.memory.state import begin_memory
 from hope_jax.models import cms, lm
 from hope_jax.models.block import Block
 from hope_jax.models.cms import CMSConfig, CMSLevel

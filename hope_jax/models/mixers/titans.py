@@ -28,11 +28,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core.config import at_least
 from hope_jax.core.system import Edge
-from hope_jax.kernels.chunk import commit
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
+from hope_jax.memory.state import commit
 from hope_jax.models.layers import (
     Tails,
     dense,

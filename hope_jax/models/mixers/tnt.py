@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hope_jax.core.config import at_least, one_of
-from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -38,6 +38,7 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
+from hope_jax.memory.state import MemoryState, begin_memory, commit
 from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
@@ -134,8 +135,8 @@ class TNTConfig(MixerConfig):
                 f"memory.gradient must be 'anchored', got {memory.gradient!r}: the "
                 "global memory is read where its chunk began."
             )
-        plain = memory.retention in ("none", "decay")
-        if memory.features != "none" or not plain:
+        found = memory.chosen
+        if not (found.features.plain and found.retention.uniform):
             raise ValueError(
                 "memory needs features='none' and retention 'none' or 'decay', got "
                 f"{memory.features!r} and {memory.retention!r}."
@@ -189,7 +190,7 @@ class TNTConfig(MixerConfig):
     def gates(self) -> tuple[str, ...]:
         """The data-dependent numbers that each memory takes from a token."""
         gates = ("eta",)
-        gates += ("alpha",) * (self.memory.retention == "decay")
+        gates += ("alpha",) * self.memory.chosen.retention.decays
         return gates + ("theta",) * self.memory.inertia
 
 
