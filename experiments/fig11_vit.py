@@ -33,14 +33,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from experiments import lab
 from hope_jax import optim
@@ -48,6 +46,7 @@ from hope_jax.data import images as images_lib
 from hope_jax.data.images import BatchConfig, Images
 from hope_jax.models import vit
 from hope_jax.optim import groups
+from hope_jax.plot import Figure
 from hope_jax.train.config import OptimizerConfig
 from launch import command
 
@@ -521,7 +520,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.ranked(found, OPTIMIZERS, columns, **more)
 
 
-def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> None:
+def draw(outcomes: dict[str, Outcome], settings: Settings) -> Figure:
     """Train and test loss against steps, as in the paper: means, bands over seeds."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, kind, title in zip(
@@ -537,7 +536,7 @@ def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> None:
         )
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8, title="at the end", title_fontsize=8)
-    lab.save(figure, file)
+    return figure
 
 
 def measure(task: lab.Task) -> dict[str, float]:
@@ -545,7 +544,7 @@ def measure(task: lab.Task) -> dict[str, float]:
     data, settings = task.config
     print(*data, sep="\n")
     outcomes = compare(settings, data)
-    draw(task.picture, outcomes, settings)
+    lab.save(draw(outcomes, settings), task.picture)
     return summary(outcomes, settings)
 
 

@@ -22,7 +22,6 @@ result file.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
-from matplotlib.figure import Figure
 
 from experiments import lab
 from hope_jax.optim.momenta import delta_momentum, momentum
-from hope_jax.plot import COLOURS
+from hope_jax.plot import COLOURS, Figure
 from launch import command
 
 NAME = "fig4_toy"
@@ -192,7 +190,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.ranked(found, RULES, columns, by="median_steps", head=head)
 
 
-def draw(file: Path, found: Search, settings: Settings) -> None:
+def draw(found: Search, settings: Settings) -> Figure:
     """Paths over contours, as in the paper, and psi along them."""
     cell = jnp.array(found.cells[found.shown])
     start = jnp.array(settings.start, jnp.float32)
@@ -241,13 +239,13 @@ def draw(file: Path, found: Search, settings: Settings) -> None:
         title="each at its best rate",
     )
     curve.legend(fontsize=8)
-    lab.save(figure, file)
+    return figure
 
 
 def measure(task: lab.Task) -> dict[str, float]:
     """Searches, and draws."""
     found = search(task.config)
-    draw(task.picture, found, task.config)
+    lab.save(draw(found, task.config), task.picture)
     return summary(found, task.config)
 
 

@@ -169,7 +169,9 @@ def results(folder: Path, name: str, rows: Iterable[str]) -> list[Mapping[str, A
     return [r for of in found.values() for r in sorted(of, key=lambda r: r["seed"])]
 
 
-def chosen(rows: Iterable[str], wanted: Sequence[str]) -> list[str]:
+def chosen(
+    rows: Iterable[str], wanted: Sequence[str], flag: str = "rows", what: str = "row"
+) -> list[str]:
     """The rows that `--rows` names, or all.
 
     Raises:
@@ -179,7 +181,7 @@ def chosen(rows: Iterable[str], wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         if name not in rows:
             raise ValueError(
-                f"--rows: no row {name!r}; there are {', '.join(rows)}."
+                f"--{flag}: no {what} {name!r}; there are {', '.join(rows)}."
                 + did_you_mean(name, rows)
             )
     return wanted or rows

@@ -35,7 +35,6 @@ tenth of them.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +42,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
-from matplotlib.figure import Figure
 
 from experiments import lab
 from hope_jax.optim.meta import (
@@ -54,6 +52,7 @@ from hope_jax.optim.meta import (
     meta_train,
     solve,
 )
+from hope_jax.plot import Figure
 from launch import command
 
 NAME = "learned_optimizers"
@@ -365,7 +364,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def draw(file: Path, found: Found, settings: Settings) -> None:
+def draw(found: Found, settings: Settings) -> Figure:
     """For each cell the mean curve of every optimizer; bands are memories' extremes."""
     styles = {}
     for i, name in enumerate(found):
@@ -386,7 +385,7 @@ def draw(file: Path, found: Found, settings: Settings) -> None:
         )
     lines = panel.get_lines()[: len(found)]
     figure.legend(handles=lines, loc="outside lower center", ncols=5)
-    lab.save(figure, file)
+    return figure
 
 
 def measure(task: lab.Task) -> dict[str, float]:
@@ -396,7 +395,7 @@ def measure(task: lab.Task) -> dict[str, float]:
         part = max(1, values.shape[1] // 10)
         first, last = values[:, :part].mean(), values[:, -part:].mean()
         print(f"{name}: the mean of its lives went from {first:.2f} to {last:.2f}")
-    draw(task.picture, found, task.config)
+    lab.save(draw(found, task.config), task.picture)
     return summary(found)
 
 

@@ -61,7 +61,6 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
-from matplotlib.figure import Figure
 
 from experiments import lab
 from hope_jax.data import images
@@ -72,6 +71,7 @@ from hope_jax.optim.momenta import delta_momentum, momentum
 from hope_jax.optim.orthogonal import scale_by_adamuon
 from hope_jax.optim.rules.deep_momentum import deep_momentum
 from hope_jax.optim.rules.m3 import scale_by_m3
+from hope_jax.plot import Figure
 from launch import command
 
 NAME = "noisy_gradients"
@@ -366,9 +366,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.ranked(found, RULES, columns, by="loss", head=head)
 
 
-def picture(
-    file: Path, outcomes: dict[tuple[str, str], Outcome], settings: Settings
-) -> None:
+def picture(outcomes: dict[tuple[str, str], Outcome], settings: Settings) -> Figure:
     """Test losses: a panel a kind of noise, a line a rule, a colour a level."""
     kinds = Noise._fields
     figure = Figure(figsize=(13, 0.8 + 0.36 * len(RULES)), layout="constrained")
@@ -391,7 +389,7 @@ def picture(
         f"Tuned at each level; mean and range of {settings.seeds} seeds; "
         "the dotted line is chance"
     )
-    lab.save(figure, file)
+    return figure
 
 
 @functools.cache
@@ -400,7 +398,7 @@ def _compared(settings: Settings, file: Path) -> dict[tuple[str, str], Outcome]:
     outcomes = compare(settings)
     for noise in NOISES:
         print(f"{noise}: cannot be told apart: {', '.join(tied(outcomes, noise))}")
-    picture(file, outcomes, settings)
+    lab.save(picture(outcomes, settings), file)
     return outcomes
 
 

@@ -32,7 +32,6 @@ the gradients that it received.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +39,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
-from matplotlib.figure import Figure
 
 from experiments import lab
 from hope_jax.optim.adaptive import adagrad_memory
@@ -48,6 +46,7 @@ from hope_jax.optim.capture import dgd_gradients
 from hope_jax.optim.momenta import delta_momentum, momentum
 from hope_jax.optim.rules.dgd import dgd
 from hope_jax.optim.rules.m3 import m3
+from hope_jax.plot import Figure
 from launch import command
 
 NAME = "orthogonal_tasks"
@@ -267,9 +266,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def draw(
-    file: Path, outcomes: dict[tuple[str, float], Outcome], settings: Settings
-) -> None:
+def draw(outcomes: dict[tuple[str, float], Outcome], settings: Settings) -> Figure:
     """For each leak: the first task's error as others follow; learned and final."""
     rows = len(settings.leaks)
     figure = Figure(figsize=(11, 3.9 * rows), layout="constrained")
@@ -296,13 +293,13 @@ def draw(
         lab.points(right, order, series)
         right.set(xlabel="relative error", title=f"leak {leak:g}: best rule on top")
         right.legend(fontsize=8)
-    lab.save(figure, file)
+    return figure
 
 
 def measure(task: lab.Task) -> dict[str, float]:
     """Runs all, and draws."""
     outcomes = compare(task.config)
-    draw(task.picture, outcomes, task.config)
+    lab.save(draw(outcomes, task.config), task.picture)
     return summary(outcomes)
 
 

@@ -428,11 +428,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def draw(
-    path: str | Path,
     config: SweepConfig,
     points: Sequence[Point],
     rows: Sequence[Mapping[str, Any]],
-) -> Path:
+) -> plot.Figure:
     """The heat map of `points`: the mean accuracy of their seeds."""
     down = list(dict.fromkeys(point.cell[0] for point in points))
     across = list(dict.fromkeys(point.cell[1] for point in points))
@@ -461,7 +460,6 @@ def draw(
     if len(across) > 1:
         title += "\nrows: architecture, bias; columns: retention, rule"
     return plot.heat_map(
-        path,
         values,
         rows=down,
         columns=across,
@@ -508,11 +506,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print("stopped; start the same command again to go on.")
         sys.exit(130)
     out = Path(out)
-    picture = draw(out / _PICTURE, config, points, rows)
+    draw(config, points, rows).savefig(out / _PICTURE)
     table = markdown(rows)
     console.width = 10_000  # a row is a line, or it is no Markdown
     console.print(table, markup=False)
-    console.print(f"wrote {out / _TABLE} and {picture}", markup=False)
+    console.print(f"wrote {out / _TABLE} and {out / _PICTURE}", markup=False)
 
 
 def settings(given: Any) -> SweepConfig:

@@ -33,7 +33,6 @@ from rich.table import Table
 from experiments import quickstart as experiment
 from hope_jax import plot
 from hope_jax.core import config as config_lib
-from hope_jax.core import system
 from hope_jax.data import text
 from hope_jax.evaluate import language_model
 from hope_jax.models import lm
@@ -221,18 +220,21 @@ def draw(
             [line["tokens"] for line in log],
             [line["bits_per_byte"] for line in log],
         )
-    plot.loss_curves(
-        folder / "loss.png",
+    figure = plot.loss_curves(
         curves,
         lines={"gzip -9": results["gzip_bpb"], "xz -9": results["xz_bpb"]},
         marks={
             NAMES["hope"]: results["hope_bpb"],
             NAMES["transformer"]: results["transformer_bpb"],
         },
+        ylabel="bits per byte",
         title=corpus.name,
+        note="lines: training    dots: validation files",
     )
+    figure.savefig(folder / "loss.png")
     hope = rows["hope"]
-    system.draw(lm.system(hope.model, hope.train.seq_len), folder / "levels.png")
+    levels = plot.draw(lm.system(hope.model, hope.train.seq_len))
+    levels.savefig(folder / "levels.png")
 
 
 def table(rows: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Table:

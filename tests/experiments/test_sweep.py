@@ -163,7 +163,7 @@ def test_a_file_that_is_no_table_is_left_alone(tmp_path, text):
     assert (tmp_path / "sweep.json").read_text() == text
 
 
-def test_heat_map_is_the_mean_over_seeds(tmp_path, monkeypatch):
+def test_heat_map_is_the_mean_over_seeds(monkeypatch):
     config = settings("gradients=exact")
     choices = dict(architecture=["linear", "mlp"], bias=["l2"])
     choices |= dict(retention=["none"], rule=["gd", "momentum", "nesterov"])
@@ -177,8 +177,8 @@ def test_heat_map_is_the_mean_over_seeds(tmp_path, monkeypatch):
             rows.append(point.row | {"seed": seed, "status": status})
             rows[-1]["accuracy"] = accuracy
     drawn = {}
-    monkeypatch.setattr(plot, "heat_map", lambda path, v, **k: drawn.update(k, v=v))
-    sweep.draw(tmp_path / "map.png", config, points, rows)
+    monkeypatch.setattr(plot, "heat_map", lambda v, **k: drawn.update(k, v=v))
+    sweep.draw(config, points, rows)
     nan = np.nan
     np.testing.assert_array_equal(drawn["v"], [[0.5, nan, nan], [nan, nan, nan]])
     assert drawn["rows"] == [("linear", "l2"), ("mlp", "l2")]
