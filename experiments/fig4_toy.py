@@ -21,7 +21,9 @@ result file.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,15 +44,11 @@ DRAWN = (*CLAIM, "delta_momentum")
 
 RULES: dict[str, Callable[[Array], optax.GradientTransformation]] = {
     "gradient_descent": optax.sgd,
-    "momentum": lambda rate: momentum(rate, decay=DECAY),
-    "delta_momentum": lambda rate: delta_momentum(rate, decay=DECAY),
-    "delta_momentum_clip": lambda rate: delta_momentum(
-        rate, decay=DECAY, stability="clip"
-    ),
-    "delta_momentum_literal": lambda rate: delta_momentum(
-        rate, decay=DECAY, stability="literal"
-    ),
-    "adam": lambda rate: optax.adam(rate, b1=DECAY),
+    "momentum": partial(momentum, decay=DECAY),
+    "delta_momentum": partial(delta_momentum, decay=DECAY),
+    "delta_momentum_clip": partial(delta_momentum, decay=DECAY, stability="clip"),
+    "delta_momentum_literal": partial(delta_momentum, decay=DECAY, stability="literal"),
+    "adam": partial(optax.adam, b1=DECAY),
 }
 
 
@@ -134,10 +132,8 @@ class Search(NamedTuple):
 
 def search(settings: Settings) -> Search:
     """Every rule at every rate in every cell."""
-    cells = np.array(
-        [(k, a, w) for k in settings.k for a in settings.a for w in settings.w],
-        np.float32,
-    )
+    cells = itertools.product(settings.k, settings.a, settings.w)
+    cells = np.array(list(cells), np.float32)
     rates = settings.tried().astype(np.float32)
     start = jnp.array(settings.start, jnp.float32)
     steps, best = {}, {}
@@ -159,20 +155,20 @@ def search(settings: Settings) -> Search:
 
 def summary(found: Search, settings: Settings) -> dict[str, float]:
     """The numbers of the result file; a run that never arrives counts as all steps."""
-    k, a, w = found.cells[found.shown].tolist()
-    numbers = {"cells": len(found.cells), "shown_k": k, "shown_a": a, "shown_w": w}
+    most, shown = settings.steps, found.shown
+    numbers = {}
     for name, steps in found.steps.items():
-        numbers |= {
-            f"{name}_shown_steps": float(min(steps[found.shown], settings.steps)),
-            f"{name}_arrived": int(np.isfinite(steps).sum()),
-            f"{name}_median_steps": float(np.median(np.minimum(steps, settings.steps))),
-            f"{name}_faster_than_momentum": int(
-                (steps < found.steps["momentum"]).sum()
-            ),
+        numbers[name] = {
+            "shown_steps": float(min(steps[shown], most)),
+            "arrived": int(np.isfinite(steps).sum()),
+            "median_steps": float(np.median(np.minimum(steps, most))),
+            "faster_than_momentum": int((steps < found.steps["momentum"]).sum()),
         }
-        if np.isfinite(steps[found.shown]):
-            numbers[f"{name}_shown_rate"] = float(found.rates[name][found.shown])
-    return numbers
+        if np.isfinite(steps[shown]):
+            numbers[name]["shown_rate"] = float(found.rates[name][shown])
+    k, a, w = found.cells[shown].tolist()
+    where = {"cells": len(found.cells), "shown_k": k, "shown_a": a, "shown_w": w}
+    return where | lab.flat(numbers)
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -203,12 +199,10 @@ def draw(found: Search, settings: Settings) -> Figure:
         points = path(rule(rate), cell, start, settings.steps)
         paths[name] = np.concatenate([start[None], points])
 
-    drawn = [paths[name] for name in DRAWN]
-    low = np.minimum(np.min([p.min(0) for p in drawn], 0), (-4.2, -3.0)) - 0.2
-    high = np.maximum(np.max([p.max(0) for p in drawn], 0), (1.2, 2.6)) + 0.2
-    r, theta = np.meshgrid(
-        *(np.linspace(*ends, 300) for ends in zip(low, high, strict=True))
-    )
+    drawn = np.concatenate([paths[name] for name in DRAWN])
+    low = np.minimum(drawn.min(0), (-4.2, -3.0)) - 0.2
+    high = np.maximum(drawn.max(0), (1.2, 2.6)) + 0.2
+    r, theta = np.meshgrid(*np.linspace(low, high, 300).T)
     height = np.log10(np.asarray(psi((r, theta), tuple(np.asarray(cell)))) + 1e-3)
     plane.contourf(r, theta, height, levels=24, cmap="Greys", alpha=0.75)
     for colour, name in zip(COLOURS, DRAWN, strict=False):
@@ -242,18 +236,13 @@ def draw(found: Search, settings: Settings) -> Figure:
     return figure
 
 
-def measure(task: lab.Task) -> dict[str, float]:
-    """Searches, and draws."""
-    found = search(task.config)
-    lab.save(draw(found, task.config), task.picture)
-    return summary(found, task.config)
-
-
-main = lab.Experiment(
+main = lab.comparison(
     name=NAME,
     doc=__doc__,
-    rows=lambda flags: {"all": SETTINGS[flags.scale]},
-    measure=measure,
+    settings=SETTINGS,
+    compare=search,
+    summary=summary,
+    draw=draw,
     table=table,
 )
 

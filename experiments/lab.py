@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from hope_jax.core import config as config_lib
 from hope_jax.core.config import did_you_mean
-from hope_jax.plot import COLOURS
+from hope_jax.plot import COLOURS, Figure
 from hope_jax.train import metrics
 from launch import command
 
@@ -139,6 +138,41 @@ class Experiment:
         define.enum("scale", "full", self.scales, "how much")
         define.string("out", None, "folder of results and pictures; needed but by full")
         self.define(define)
+
+
+def comparison(
+    *,
+    name: str,
+    doc: str,
+    settings: Mapping[str, Any],
+    compare: Callable[[Any], Any],
+    summary: Callable[[Any, Any], Mapping[str, float]],
+    draw: Callable[[Any, Any], Figure],
+    table: Callable[[Sequence[Mapping[str, Any]]], str],
+    **more: Any,
+) -> Experiment:
+    """An experiment of one row, `all`: what is compared shares its programs.
+
+    Args:
+      name, doc, table: as of `Experiment`.
+      settings: scale -> config.
+      compare: config -> what came out.
+      summary: what came out, config -> metrics.
+      draw: what came out, config -> its picture, which is saved.
+      **more: of `Experiment`, in place of these.
+    """
+
+    def measure(task: Task) -> Mapping[str, float]:
+        found = compare(task.config)
+        save(draw(found, task.config), task.picture)
+        return summary(found, task.config)
+
+    made = {
+        "rows": lambda flags: {"all": settings[flags.scale]},
+        "scales": tuple(settings),
+        "measure": measure,
+    }
+    return Experiment(name=name, doc=doc, table=table, **(made | more))
 
 
 def _seeded(config: Any, seed: int) -> Any:
@@ -316,6 +350,25 @@ def _cell(form: str, numbers: Mapping[str, float], missing: str) -> str:
         return form.format_map(numbers)
     except KeyError:
         return missing
+
+
+def spread(name: str, values: np.ndarray, **how: Any) -> dict[str, float]:
+    """The mean of runs under a name, and their standard deviation.
+
+    >>> spread("loss", np.array([1.0, 3.0]))
+    {'loss': 2.0, 'loss_sd': 1.0}
+    """
+    return {name: float(values.mean()), f"{name}_sd": float(values.std(**how))}
+
+
+def flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Measures of what was compared, as `ranked` reads them; those that are finite.
+
+    >>> flat({"sgd": {"loss": 1.0, "steps": np.inf}})
+    {'sgd_loss': 1.0}
+    """
+    numbers = {f"{at}_{key}": v for at, of in found.items() for key, v in of.items()}
+    return {key: v for key, v in numbers.items() if np.isfinite(v)}
 
 
 def style(number: int, name: str) -> dict[str, str]:

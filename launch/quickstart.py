@@ -136,7 +136,7 @@ def run(
             "rows": {row: dict(score) for row, score in scores.items()},
         },
     }
-    write_json(folder / RESULTS, results)
+    metrics.write_json(folder / RESULTS, results)
     draw(folder, rows, results, corpus)
 
     console.rule(align="left")
@@ -188,7 +188,7 @@ def score_row(
     finally:
         trained = before + time.perf_counter() - start
         if (folder / loop.CONFIG).exists():  # the run was accepted
-            write_json(clock, trained)
+            metrics.write_json(clock, trained)
     if not outcome.finished:
         raise Stopped(outcome.stopped_by)
 
@@ -203,7 +203,7 @@ def score_row(
         "seconds_train": trained,
         "seconds": before + time.perf_counter() - start,
     }
-    write_json(kept, {**belongs, "metrics": scores})
+    metrics.write_json(kept, {**belongs, "metrics": scores})
     return scores
 
 
@@ -320,13 +320,6 @@ def next_steps(folder: Path, rows: Mapping[str, RunConfig]) -> str:
     for what, arguments in commands.items():
         lines += ["", f"  # {what}", f"  {shlex.join([str(python), *arguments])}"]
     return "\n".join(lines)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes beside and renames, so that no start ever finds half a file."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", "utf-8")
-    beside.replace(path)
 
 
 def use_all_cores() -> None:
