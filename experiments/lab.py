@@ -22,7 +22,8 @@ from matplotlib.axes import Axes
 from hope_jax.core import config as config_lib
 from hope_jax.core.config import did_you_mean
 from hope_jax.plot import COLOURS, Figure
-from hope_jax.train import metrics
+from hope_jax.train import loop, metrics
+from hope_jax.train.config import RunConfig
 from launch import command
 
 RESULTS = Path(__file__).parent / "results"
@@ -173,6 +174,25 @@ def comparison(
         "measure": measure,
     }
     return Experiment(name=name, doc=doc, table=table, **(made | more))
+
+
+def trained(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+    """The log of a run; trains what of it is not trained yet.
+
+    Raises:
+      SystemExit: a signal ended the training, which is saved.
+      hope_jax.train.loop.NonFinite: it diverged.
+    """
+    outcome = loop.train(config, folder, resume=True)
+    if not outcome.finished:
+        raise SystemExit(128 + outcome.stopped_by)
+    return metrics.read_log(folder / "metrics.jsonl")
+
+
+def training_bits(log: Sequence[Mapping[str, Any]], end: int, steps: int = 50) -> float:
+    """Bits per byte of the rows of the last steps, up to the step `end`."""
+    last = [line["bits_per_byte"] for line in log if line["step"] > end - steps]
+    return float(np.mean(last))
 
 
 def _seeded(config: Any, seed: int) -> Any:

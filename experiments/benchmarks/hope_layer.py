@@ -212,18 +212,6 @@ def memory(analyses) -> list[dict[str, Any]]:
     return found
 
 
-def table(workloads: Sequence[dict[str, Any]]) -> str:
-    """The workloads, one a line, with the range of their ratios."""
-    lines = []
-    for w in workloads:
-        low, high = min(w["ratios"]), max(w["ratios"])
-        lines.append(
-            f"{w['workload']}: {w['ours']:,.2f} against {w['peer']:,.2f} "
-            f"{w['metric']}, ratio {w['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        )
-    return "\n".join(lines)
-
-
 def _define(define) -> None:
     define.bool("quick", False, "small sizes, seconds")
     define.integer("rounds", None, "interleaved rounds", lower_bound=1)
@@ -244,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     sizes = dataclasses.replace(QUICK if flags.quick else Sizes(), **changes)
     workloads = run(sizes)
-    print(table(workloads))
+    print(timing.table(workloads))
     print(write_benchmark(flags.out, name="hope_layer", workloads=workloads))
 
 

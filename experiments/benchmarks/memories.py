@@ -670,23 +670,6 @@ def run(
     return found, targets, failed
 
 
-def table(workloads, targets) -> str:
-    """The workloads, one a line, with the range of their ratios and their targets."""
-    lines = []
-    for w in workloads:
-        low, high = min(w["ratios"]), max(w["ratios"])
-        line = (
-            f"{w['workload']}: {w['ours']:,.2f} against {w['peer']:,.2f} "
-            f"{w['metric']}, ratio {w['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        )
-        target = targets.get((w["workload"], w["metric"]))
-        if target is not None:
-            met = "met" if w["ratio"] >= target else "NOT met"
-            line += f", target {target:.2f} {met}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
 def _define(define) -> None:
     define.bool("quick", False, "small sizes, seconds")
     define.string("peer_python", sys.executable, "the interpreter that has the peers")
@@ -732,7 +715,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, targets, failed = run(
         sizes, parts, flags.peer_python, available_cores(), print, keep
     )
-    print(table(found, targets))
+    print(timing.table(found, targets))
     print(keep(found))
     for line in failed:
         print(f"not timed: {line}")
