@@ -3,10 +3,7 @@
 Run:     python -m experiments.fig4_toy --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (one cell, few rates, seconds); a test runs it so.
 Expect:  delta momentum with a clipped decay beats momentum in 23 of 27 cells (median 59
-         steps against 110); in the cell of the picture, its best, 59 against 296. The
-         default of `delta_momentum`, the proximal form, loses: 7 of 27 cells, median
-         169, and 302 steps in the picture. As printed, without a bound, it arrives in
-         12 cells only. Momentum is the only rule that arrives in all of them.
+         steps against 110), its default in 7; experiments/log.md has more.
 Cost:    a quarter of a minute on 2 CPU cores.
 
     psi(r, theta) = r^2 + k (r - theta + a sin(w r))^2,   from (-3.5, 2) to (0, 0)

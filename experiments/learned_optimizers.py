@@ -2,17 +2,9 @@
 
 Run:     python -m experiments.learned_optimizers --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few tasks, steps and rates, seconds); a test runs it so.
-Expect:  over lives as long as in training, memories win at home: mean log10 of the
-         loss -4.8 (attention) and -4.6 (recurrent) on quadratics, where the best tuned
-         rule, gradient descent, has -3.2 and Adam -2.7; -1.5 on networks, Adam -1.3.
-         Away, those taught on quadratics still beat Adam on networks (-1.4); those
-         taught on networks beat Adam on quadratics, gradient descent not clearly (-3.3,
-         -3.0). Gradients taken as constants cost some at home (-4.2), nothing away
-         (-1.5). But after some 75 steps their loss on quadratics rises again: in the
-         last tenth attention is no better than Adam (-4.6), and over five times as many
-         steps all end between -3 and -4, where momentum and Adam reach the floor, -8.
-         On networks those taught there stay level with Adam (-2.2; with a cosine -2.2)
-         and end behind its cosine (-2.4, -2.6; -2.7); the others lose (-1.9, -1.7).
+Expect:  over lives as long as in training, memories win where they were taught (mean
+         log10 of the loss on quadratics -4.8, Adam -2.7; on networks -1.5, -1.3), and
+         over longer ones they do not; experiments/log.md has more.
 Cost:    four to five minutes of one CPU core.
 
 The tasks are the two families of `hope_jax.data.synthetic.problems`.

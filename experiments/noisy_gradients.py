@@ -2,22 +2,7 @@
 
 Run:     python -m experiments.noisy_gradients --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few steps and rates, seconds); a test runs it so.
-Expect:  no rule is best everywhere (test losses; 0.092 of Muon's is the least without
-         noise, 0.097 M3's, 0.111 gradient descent's, 0.144 momentum's).
-         labels: M3 is first (0.40 and 0.94; momentum 0.46, 1.06), but within the spread
-         delta momentum and Lion are its equals at the lower level, and AdaMuon, Lion
-         and Muon at the higher.
-         gaussian: hardly any memory filters it. At the higher level ten of the fifteen
-         rules, plain gradient descent among them, are equal (0.36 to 0.38); at the
-         lower one Muon and Lion are ahead (0.175; 0.189).
-         student: what bounds each step wins, Lion and AdaMuon (0.28, 0.29; momentum
-         0.36), then AdaMuon, M3, delta momentum by matrices and AdamW (0.63 to 0.64;
-         momentum 0.93).
-         spikes: of 300 u, delta momentum by matrices does not notice them (0.139), as
-         clipping does not (0.145); AdaMuon and Muon suffer (0.19, 0.20), AdamW more
-         (0.48), momentum, delta momentum by elements and deep momentum most (0.9).
-         Robust biases are no help: memories of directions are robust already, and the
-         size of a gradient goes by them. On directions Huber's loss is the l2 loss.
+Expect:  no rule is best everywhere; experiments/log.md says which is where.
 Cost:    eight minutes of one CPU core.
 
 A network of one hidden layer learns scikit-learn's digits from minibatches, at a

@@ -40,8 +40,8 @@ class Figure(matplotlib.figure.Figure):
     """A matplotlib figure that shows itself in a notebook.
 
     It is its caller's alone: pyplot does not know of it, so nothing has to be closed,
-    and it needs no backend. Arguments are those of matplotlib's. What is drawn late,
-    as ticks are, has the style in which the figure was made.
+    and it needs no backend. Arguments are those of matplotlib's. It is saved in the
+    style in which it was made.
 
     >>> figure = Figure(figsize=(4, 3))
     >>> line = figure.add_subplot().plot([3, 2, 1])
@@ -53,10 +53,6 @@ class Figure(matplotlib.figure.Figure):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._style = {key: matplotlib.rcParams[key] for key in _STYLE}
-
-    def draw(self, renderer):
-        with matplotlib.rc_context(self._style):
-            super().draw(renderer)
 
     def savefig(self, *args, **kwargs):
         with matplotlib.rc_context(self._style):
