@@ -347,7 +347,7 @@ def draw(outcomes: dict[str, Outcome], settings: Settings) -> Figure:
             xlabel="step", ylabel="cross-entropy", title=f"{title} loss", yscale="log"
         )
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8, title="at the end", title_fontsize=8)
+        axes.legend(fontsize=8, title="at the end", title_fontsize=8, handlelength=3)
     return figure
 
 

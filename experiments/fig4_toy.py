@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from experiments import lab
 from hope_jax.optim.momenta import delta_momentum, momentum
-from hope_jax.plot import COLOURS, Figure
+from hope_jax.plot import Figure
 from launch import command
 
 NAME = "fig4_toy"
@@ -202,11 +202,12 @@ def draw(found: Search, settings: Settings) -> Figure:
     r, theta = np.meshgrid(*np.linspace(low, high, 300).T)
     height = np.log10(np.asarray(psi((r, theta), tuple(np.asarray(cell)))) + 1e-3)
     plane.contourf(r, theta, height, levels=24, cmap="Greys", alpha=0.75)
-    for colour, name in zip(COLOURS, DRAWN, strict=False):
+    looks = {name: lab.style(i, name) for i, name in enumerate(RULES)}
+    for name in DRAWN:
         steps = int(min(found.steps[name][found.shown], settings.steps))
         line = paths[name][: steps + 1]
-        label = f"{name.replace('_', ' ')}: {steps} steps"
-        plane.plot(*line.T, ".-", color=colour, lw=1.2, ms=4, label=label)
+        look = looks[name] | {"label": f"{looks[name]['label']}: {steps} steps"}
+        plane.plot(*line.T, marker=".", lw=1.2, ms=4, **look)
     plane.plot(*settings.start, "ks", ms=6)
     plane.plot(0, 0, "k*", ms=12)
     k, a, w = found.cells[found.shown]
@@ -217,16 +218,16 @@ def draw(found: Search, settings: Settings) -> Figure:
     )
     plane.legend(loc="lower right", fontsize=8)
 
-    for i, (name, points) in enumerate(paths.items()):
+    for name, points in paths.items():
         values = np.asarray(jax.vmap(lambda at: psi(at, cell))(points))
-        curve.semilogy(values, lw=1.5, **lab.style(i, name))
+        curve.semilogy(values, lw=1.5, **looks[name])
     curve.axhline(settings.tolerance, color="#555555", ls=":", lw=1)
     last = [s[found.shown] for s in found.steps.values() if np.isfinite(s[found.shown])]
     curve.set(
         xlabel="step",
         ylabel="ψ",
         xlim=(0, min(settings.steps, 1.2 * max(last, default=settings.steps))),
-        ylim=(settings.tolerance / 10, None),
+        ylim=(settings.tolerance / 10, 100 * float(psi(start, cell))),
         title="each at its best rate",
     )
     curve.legend(fontsize=8)

@@ -431,6 +431,13 @@ def points(axes: Axes, names: Sequence[str], series: Mapping[str, Any]) -> None:
     axes.grid(axis="y", lw=0.3)
 
 
+def legend(figure: Figure, axes: Axes, columns: int) -> None:
+    """Names the lines of `axes` below the figure, once for all of its panels."""
+    lines, names = axes.get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(lines, names, handlelength=3, frameon=False, **place)
+
+
 def save(figure: Figure, file: Path) -> None:
     """Writes a picture, and says where."""
     file.parent.mkdir(parents=True, exist_ok=True)

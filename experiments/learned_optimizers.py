@@ -218,8 +218,7 @@ def draw(found: Found, settings: Settings) -> Figure:
             ylabel="log10 of the loss, mean over tasks",
             title=f"{family}, {steps} steps",
         )
-    lines = panel.get_lines()[: len(found)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=5)
+    lab.legend(figure, panel, columns=5)
     return figure
 
 

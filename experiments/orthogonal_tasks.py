@@ -154,7 +154,6 @@ def draw(outcomes: dict[tuple[str, float], Outcome], settings: Settings) -> Figu
             title=f"leak {leak:g}: forgetting the first task",
             xticks=after,
         )
-        left.legend(fontsize=7, loc="upper left", ncols=2)
         got = {name: outcomes[name, leak].measures for name in RULES}
         order = sorted(RULES, key=lambda name: got[name]["final"].mean())
         series = {
@@ -164,6 +163,7 @@ def draw(outcomes: dict[tuple[str, float], Outcome], settings: Settings) -> Figu
         lab.points(right, order, series)
         right.set(xlabel="relative error", title=f"leak {leak:g}: best rule on top")
         right.legend(fontsize=8)
+    lab.legend(figure, left, columns=5)
     return figure
 
 
