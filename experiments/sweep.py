@@ -18,7 +18,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,9 @@ def row_of(point: Point) -> dict[str, Any]:
 
 
 def run(
-    out: str | Path,
-    config: GridConfig,
-    points: Sequence[Point],
-    seeds: Sequence[int],
-    say: Callable[[str], None] = lambda line: None,
+    out: str | Path, config: GridConfig, points: Sequence[Point], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Trains what `out` has no row of; returns the rows of `points`, in their order.
+    """Trains what `out` has no row of, and says so; returns the rows of `points`.
 
     The table is written after every row, so that nothing finished is ever lost.
 
@@ -89,9 +85,9 @@ def run(
         if point.model is None:
             status = f"{REFUSED}: {point.reason}"
             kept[key] = row_of(point) | {"seed": seed, "status": status}
-            say(f"{told}: {REFUSED}")
+            print(f"{told}: {REFUSED}")
         elif key in kept:
-            say(f"{told}: kept, {_told(kept[key])}")
+            print(f"{told}: kept, {_told(kept[key])}")
         else:
             start = time.perf_counter()
             made = train(config, point.model, seed)
@@ -99,7 +95,7 @@ def run(
             kept[key] = row_of(point) | {"seed": seed} | made
             kept[key] |= {"commit": metrics.commit(), "device": metrics.device()}
             jax.clear_caches()  # nothing compiled here is used again
-            say(f"{told}: {_told(kept[key])}; {spent:.0f} s with its compilation")
+            print(f"{told}: {_told(kept[key])}; {spent:.0f} s with its compilation")
         rows.append(kept[key])
         _write(path, config, kept.values())
     return rows
@@ -165,9 +161,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(
-    config: GridConfig,
-    points: Sequence[Point],
-    rows: Sequence[Mapping[str, Any]],
+    config: GridConfig, points: Sequence[Point], rows: Sequence[Mapping[str, Any]]
 ) -> plot.Figure:
     """The heat map of `points`: the mean accuracy of their seeds."""
     down = list(dict.fromkeys(point.cell[0] for point in points))
@@ -229,14 +223,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with command.fail_in_words():
             config = settings(given)
             points, seeds = _points(given, config), lab.seeds(given.seeds)
-            out = Path(given.out or f"runs/sweep-{given.grid}")
-            rows = run(out, config, points, seeds, say=print)
+            out = f"runs/sweep-{given.grid}" if given.out is None else given.out
+            rows = run(out, config, points, seeds)
     except KeyboardInterrupt:
         print("stopped; start the same command again to go on.")
         sys.exit(130)
     print(markdown(rows))
-    draw(config, points, rows).savefig(out / _PICTURE)
-    print(f"wrote {out / _TABLE} and {out / _PICTURE}")
+    picture = Path(out) / _PICTURE
+    draw(config, points, rows).savefig(picture)
+    print(f"wrote {Path(out) / _TABLE} and {picture}")
 
 
 def settings(given: Any) -> GridConfig:
