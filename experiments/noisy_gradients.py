@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
@@ -153,34 +152,20 @@ def compare(
     settings: Settings, report: Callable[[str], None] = print
 ) -> dict[tuple[str, str], Outcome]:
     """Every rule in every noise, at the best of its trials: `(rule, noise) -> ...`."""
-    s, digits = settings, noise_lib.load()
-    noises = jax.tree.map(lambda *each: jnp.array(each), *NOISES.values())
+    s, digits, trials = settings, noise_lib.load(), settings.trials()
     keys = jax.random.split(jax.random.key(0), 2 * s.seeds)
-    trials = np.array(s.trials(), np.float32)
+    sizes = {"hidden": s.hidden, "steps": s.steps, "batch": s.batch}
     outcomes = {}
     for name, rule in RULES.items():
-
-        def one(rate, decay, noise, key, rule=rule):
-            sizes = {"hidden": s.hidden, "steps": s.steps, "batch": s.batch}
-            return noise_lib.train(rule(rate, decay), digits, noise, key, **sizes)
-
-        # A program a rule: all noises and seeds, at a rate and decay for each noise.
-        by_noise = jax.vmap(one, (0, 0, 0, None))
-        program = jax.jit(jax.vmap(by_noise, (None, None, None, 0)))
-
-        def run(pairs, keys, program=program):
-            found = program(pairs[:, 0], pairs[:, 1], noises, keys)
-            return jax.tree.map(lambda score: np.asarray(score, np.float64), found)
-
-        every = np.ones((len(NOISES), 1), np.float32)
-        tried = [run(every * pair, keys[: s.seeds]) for pair in trials]
-        validation = np.stack([t.validation.mean(0) for t in tried])
-        best = s.best(validation, len(trials))
-        found = run(trials[best], keys[s.seeds :])
+        best, found = noise_lib.tuned(
+            *(rule, digits, list(NOISES.values()), np.array(trials, np.float32)),
+            lambda scores: s.best(scores, len(trials)),
+            *(keys[: s.seeds], keys[s.seeds :]),
+            **sizes,
+        )
         for i, noise in enumerate(NOISES):
-            outcomes[name, noise] = Outcome(
-                *s.trials()[best[i]], jax.tree.map(lambda a, i=i: a[:, i], found)
-            )
+            scores = jax.tree.map(lambda a, i=i: a[:, i], found)
+            outcomes[name, noise] = Outcome(*trials[best[i]], scores)
         report(f"{name} is done")
     return outcomes
 

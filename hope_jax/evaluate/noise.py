@@ -1,9 +1,11 @@
 """What an optimizer makes of noise: a small network, trained in it, scored without."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
@@ -110,3 +112,46 @@ def train(
         bounded(loss(params, *test)),
         jnp.mean(right.astype(jnp.float32)),
     )
+
+
+def tuned(
+    rule: Callable[[Array, Array], optax.GradientTransformation],
+    digits: dict[str, Digits],
+    noises: Sequence[Noise],
+    trials: np.ndarray,
+    best: Callable[[np.ndarray], np.ndarray],
+    tuning: Array,
+    keys: Array,
+    **sizes: int,
+) -> tuple[np.ndarray, Scores]:
+    """A rule in every noise, at the trial that is best there.
+
+    Args:
+      rule: `(rate, decay) -> optimizer`; both are traced.
+      digits: as of `load`.
+      noises: of which each has a trial of its own.
+      trials: `[trials, 2]`, rates and decays.
+      best: mean validation losses `[trials, noises]` -> index of the best trial.
+      tuning, keys: of the runs that choose, and of those that count.
+      **sizes: of `train`.
+
+    Returns:
+      The index of the trial of each noise, and scores `[keys, noises]`.
+    """
+    given = jax.tree.map(lambda *each: jnp.array(each), *noises)
+
+    def one(rate, decay, noise, key):
+        return train(rule(rate, decay), digits, noise, key, **sizes)
+
+    # One program: all noises and seeds, at a rate and decay for each noise.
+    by_noise = jax.vmap(one, (0, 0, 0, None))
+    program = jax.jit(jax.vmap(by_noise, (None, None, None, 0)))
+
+    def run(pairs, keys):
+        found = program(pairs[:, 0], pairs[:, 1], given, keys)
+        return jax.tree.map(lambda score: np.asarray(score, np.float64), found)
+
+    every = np.ones((len(noises), 1), np.float32)
+    tried = [run(every * pair, tuning) for pair in trials]
+    chosen = best(np.stack([t.validation.mean(0) for t in tried]))
+    return chosen, run(trials[chosen], keys)
