@@ -165,23 +165,17 @@ def _static() -> dict[str, Row]:
     return {f"static_{n}": Row(layer=v, rates=RATES[:1]) for n, v in rows.items()}
 
 
-GROUPS = {
-    "bisection": _bisection,
-    "recall": _recall,
-    "laws": _laws,
-    "static": _static,
-}
+GROUPS = {"bisection": _bisection, "recall": _recall, "laws": _laws, "static": _static}
 
 
 def settings(row: Row, rate: float, smoke: bool) -> GridConfig:
-    base = GridConfig()
+    base = GridConfig(steps=row.steps)
     optimizer = dataclasses.replace(base.optimizer, learning_rate=rate)
-    if smoke:
-        optimizer = dataclasses.replace(optimizer, warmup_steps=1)
-        return dataclasses.replace(
-            base, steps=2, batch=2, evaluation=1, optimizer=optimizer
-        )
-    return dataclasses.replace(base, steps=row.steps, optimizer=optimizer)
+    if not smoke:
+        return dataclasses.replace(base, optimizer=optimizer)
+    optimizer = dataclasses.replace(optimizer, warmup_steps=1)
+    few = {"steps": 2, "batch": 2, "evaluation": 1}
+    return dataclasses.replace(base, optimizer=optimizer, **few)
 
 
 def model(row: Row, config: GridConfig) -> ModelConfig:
