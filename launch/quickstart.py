@@ -33,7 +33,6 @@ from rich.table import Table
 from experiments import quickstart as experiment
 from hope_jax import plot
 from hope_jax.core import config as config_lib
-from hope_jax.core import system
 from hope_jax.data import text
 from hope_jax.evaluate import language_model
 from hope_jax.models import lm, systems
@@ -137,7 +136,7 @@ def run(
             "rows": {row: dict(score) for row, score in scores.items()},
         },
     }
-    write_json(folder / RESULTS, results)
+    metrics.write_json(folder / RESULTS, results)
     draw(folder, rows, results, corpus)
 
     console.rule(align="left")
@@ -189,7 +188,7 @@ def score_row(
     finally:
         trained = before + time.perf_counter() - start
         if (folder / loop.CONFIG).exists():  # the run was accepted
-            write_json(clock, trained)
+            metrics.write_json(clock, trained)
     if not outcome.finished:
         raise Stopped(outcome.stopped_by)
 
@@ -204,7 +203,7 @@ def score_row(
         "seconds_train": trained,
         "seconds": before + time.perf_counter() - start,
     }
-    write_json(kept, {**belongs, "metrics": scores})
+    metrics.write_json(kept, {**belongs, "metrics": scores})
     return scores
 
 
@@ -221,18 +220,21 @@ def draw(
             [line["tokens"] for line in log],
             [line["bits_per_byte"] for line in log],
         )
-    plot.loss_curves(
-        folder / "loss.png",
+    figure = plot.loss_curves(
         curves,
         lines={"gzip -9": results["gzip_bpb"], "xz -9": results["xz_bpb"]},
         marks={
             NAMES["hope"]: results["hope_bpb"],
             NAMES["transformer"]: results["transformer_bpb"],
         },
+        ylabel="bits per byte",
         title=corpus.name,
+        note="lines: training    dots: validation files",
     )
+    figure.savefig(folder / "loss.png")
     hope = rows["hope"]
-    system.draw(systems.system(hope.model, hope.train.seq_len), folder / "levels.png")
+    levels = plot.draw(systems.system(hope.model, hope.train.seq_len))
+    levels.savefig(folder / "levels.png")
 
 
 def table(rows: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Table:
@@ -318,13 +320,6 @@ def next_steps(folder: Path, rows: Mapping[str, RunConfig]) -> str:
     for what, arguments in commands.items():
         lines += ["", f"  # {what}", f"  {shlex.join([str(python), *arguments])}"]
     return "\n".join(lines)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes beside and renames, so that no start ever finds half a file."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", "utf-8")
-    beside.replace(path)
 
 
 def use_all_cores() -> None:

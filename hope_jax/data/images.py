@@ -16,10 +16,10 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image, ImageOps
 
 from hope_jax.core.config import did_you_mean
+from hope_jax.data import reading
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 PARTS = {"valid": 0.15, "test": 0.2}  # of each class; the rest is "train"
@@ -221,22 +221,7 @@ def batches(
             f"{images.name} has {len(images)} images, fewer than one batch of "
             f"{config.batch}. Use a smaller batch."
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index ({process_index}) must lie in [0, process_count), and"
-            f" process_count is {process_count}."
-        )
-    if config.batch % process_count:
-        raise ValueError(
-            f"batch ({config.batch}) must be a multiple of process_count"
-            f" ({process_count}), so that each process reads as many images."
-        )
-    if config.workers and not flags.FLAGS.is_parsed():
-        raise ValueError(
-            f"workers={config.workers} needs parsed absl flags. Start through"
-            " absl.app.run, call absl.flags.FLAGS.mark_as_parsed() first, or use"
-            " workers=0."
-        )
+    reading.check(config, process_index, process_count, "images")
     dataset = grain.MapDataset.source(_Raw(images)).seed(config.seed)
     if config.shuffle:
         dataset = dataset.shuffle()
@@ -245,15 +230,7 @@ def batches(
     dataset = dataset.random_map(_Decode(images, config.augment))
     dataset = dataset[process_index::process_count]
     threads = _THREADS if images.on_disk else 0
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads))
-    if config.workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=config.workers, per_worker_buffer_size=config.batch
-            )
-        )
-    # After the workers: before them the order would depend on their number.
-    return dataset.batch(config.batch // process_count, drop_remainder=True)
+    return reading.batched(dataset, config, process_count, threads)
 
 
 def evaluation_batches(images: Images, batch: int) -> Iterator[dict[str, np.ndarray]]:
