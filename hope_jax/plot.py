@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -109,11 +110,11 @@ def loss_curves(
 
 def heat_map(
     path: str | os.PathLike,
-    values: Sequence[Sequence[float]],
+    values: Sequence[Sequence[float]] | np.ndarray,
     *,
     rows: Sequence[str | tuple[str, str]],
     columns: Sequence[str | tuple[str, str]],
-    hatched: Mapping[str, Sequence[Sequence[bool]]] | None = None,
+    hatched: Mapping[str, Sequence[Sequence[bool]] | np.ndarray] | None = None,
     marks: Mapping[str, float] | None = None,
     limits: tuple[float, float] = (0.0, 1.0),
     label: str = "accuracy",
@@ -137,21 +138,21 @@ def heat_map(
       ValueError: no rows or columns; another shape than theirs; a hatched cell that has
         a number.
     """
-    values = np.asarray(values, float)
+    numbers = np.asarray(values, float)
     shape = (len(rows), len(columns))
-    if 0 in shape or values.shape != shape:
+    if 0 in shape or numbers.shape != shape:
         raise ValueError(
             f"values must be [rows, columns] = {list(shape)}, at least one of each, got"
-            f" {list(values.shape)}."
+            f" {list(numbers.shape)}."
         )
-    hatched = {why: np.asarray(cells, bool) for why, cells in (hatched or {}).items()}
-    for why, cells in hatched.items():
+    hatches = {why: np.asarray(cells, bool) for why, cells in (hatched or {}).items()}
+    for why, cells in hatches.items():
         if cells.shape != shape:
             raise ValueError(
                 f"hatched {why!r} must be [rows, columns] = {list(shape)}, got "
                 f"{list(cells.shape)}."
             )
-        if np.isfinite(values[cells]).any():
+        if np.isfinite(numbers[cells]).any():
             raise ValueError(f"hatched {why!r} covers a cell that has a number.")
 
     rows, columns = _grouped(rows), _grouped(columns)
@@ -159,32 +160,34 @@ def heat_map(
     cell = max(0.8, 0.15 + 0.088 * max(len(name) for _, name in columns))
     wide = [margin + cell * shape[1] + 1.4]
     wide += [0.3 + 0.1 * len(line) for line in title.split("\n")]
-    wide += [0.3 + sum(0.7 + 0.09 * len(why) for why in hatched)]
+    wide += [0.3 + sum(0.7 + 0.09 * len(why) for why in hatches)]
     size = (max(wide), 1.7 + 0.46 * shape[0])
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False, "hatch.linewidth": 0.8}):
+    style: dict[Any, Any] = {"axes.grid": False, "hatch.linewidth": 0.8}
+    with matplotlib.rc_context(_STYLE | style):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(
-            values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto"
+            numbers, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto"
         )
         middle = sum(limits) / 2
-        for (row, column), value in np.ndenumerate(values):
+        for (row, column), value in np.ndenumerate(numbers):
             if np.isfinite(value):
                 colour = "white" if value < middle else "black"
                 text = f"{value:.2f}"
                 axes.text(column, row, text, ha="center", va="center", color=colour)
         seen = []
         for hatch, (why, cells) in zip(
-            _cycled(len(hatched), ("////", "....", "xxxx")),
-            hatched.items(),
+            _cycled(len(hatches), ("////", "....", "xxxx")),
+            hatches.items(),
             strict=True,
         ):
-            style = {"facecolor": "#F4F4F4", "edgecolor": "#9A9A9A", "hatch": hatch}
+            patch: dict[str, Any] = {"facecolor": "#F4F4F4", "edgecolor": "#9A9A9A"}
+            patch["hatch"] = hatch
             for row, column in np.argwhere(cells):
                 corner = (column - 0.5, row - 0.5)
-                axes.add_patch(Rectangle(corner, 1, 1, linewidth=0, **style))
+                axes.add_patch(Rectangle(corner, 1, 1, linewidth=0, **patch))
             if cells.any():
-                seen.append(Patch(label=why, linewidth=0, **style))
+                seen.append(Patch(label=why, linewidth=0, **patch))
         _name_cells(axes, rows, columns)
 
         scale = figure.colorbar(image, ax=axes, label=label, aspect=24, pad=0.02)
@@ -207,7 +210,9 @@ def heat_map(
 
 
 def _grouped(names: Sequence[str | tuple[str, str]]) -> list[tuple[str, str]]:
-    return [("", name) if isinstance(name, str) else tuple(name) for name in names]
+    return [
+        ("", name) if isinstance(name, str) else (name[0], name[1]) for name in names
+    ]
 
 
 def _spans(names: list[tuple[str, str]]) -> list[tuple[str, int, int]]:
@@ -261,7 +266,7 @@ def _name_cells(axes, rows: list[tuple[str, str]], columns: list[tuple[str, str]
             )
 
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,

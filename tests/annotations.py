@@ -1,7 +1,7 @@
-"""What is said of arrays is checked in every call: their shapes, their types, or None.
+"""What annotations say of arrays is checked in every call.
 
-Other annotations are not: that a wrong value is refused, by name and with what to do, is
-what tests of the package are about.
+Others are left alone: that a wrong value is refused, by name and with what to do, the
+package sees to itself, and tests look at that.
 """
 
 import typing

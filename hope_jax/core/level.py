@@ -106,7 +106,7 @@ def tick(
         moved = state._replace(count=count)
         return moved, level.read(state.params, context_t)
 
-    gradient = jax.grad(level.objective)(point, context_t)
+    gradient: Any = jax.grad(level.objective)(point, context_t)
     if state.gradient is not None:
         gradient = jax.tree.map(jnp.add, state.gradient, gradient)
     extra = {} if level.inputs is None else {"inputs": level.inputs(point, context_t)}

@@ -1,8 +1,10 @@
 """Systems of levels: what is in them, what passes between them, how they run."""
 
 import dataclasses
+import functools
 import graphlib
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -389,7 +391,8 @@ def _one_flow(system, group, states, contexts):
     def objective(params, item):
         reads, items = forward(params, item)
         ends = [name for name in group if name not in feeding]
-        loss = sum(levels[n].objective(params[n], items[n]) for n in ends)
+        losses = (levels[n].objective(params[n], items[n]) for n in ends)
+        loss = functools.reduce(operator.add, losses)
         return loss, {name: (params[name], reads[name]) for name in group}
 
     def inputs(params, item):

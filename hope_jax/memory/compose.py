@@ -459,6 +459,7 @@ def delta_rates(
         if name in keyed and config.features == "none":
             rates[name] = eta
         elif name in keyed or config.dgd == "both":
+            assert not isinstance(eta, dict)  # that is a rate law's
             rates[name] = rule.corrected_rate(eta, x)
     return rates
 
@@ -509,16 +510,12 @@ def build_flow(config: MemoryConfig) -> optax.GradientTransformationExtraArgs:
     """
     steps = list(_rule(config))
     written = config.erases == "written"
-    if config.rate_law != "token":
 
-        def erased(token, met):
-            steps = rates.steps(config, token, met)
-            return erasures(config, token, met.inputs, steps)
-
-    else:
-
-        def erased(token, inputs):
+    def erased(token, inputs):
+        if config.rate_law == "token":
             return erasures(config, token, inputs)
+        made = rates.steps(config, token, inputs)  # whose `inputs` is a `Met`
+        return erasures(config, token, inputs.inputs, made)
 
     if config.dgd != "none":
         steps.append(rule.erase(erased, written))
@@ -599,7 +596,7 @@ def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
         tokens = tokens._replace(weights=ones)
     if config.steps == 1:
         return tokens
-    ranks = Tokens(2, 2, 2, 1, tokens.alpha.ndim, 1, 1, 2, 2, 1)
+    ranks = (2, 2, 2, 1, tokens.alpha.ndim, 1, 1, 2, 2, 1)
 
     def spread(leaf, rank):
         if leaf is None:
@@ -613,7 +610,7 @@ def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
         return leaf.reshape(-1, *leaf.shape[2:])
 
     first = jnp.arange(tokens.alpha.shape[0] * config.steps) % config.steps == 0
-    spread_out = Tokens(*map(spread, tokens, ranks))
+    spread_out = Tokens._make(map(spread, tokens, ranks))
     alpha = spread_out.alpha
     first = first.reshape(-1, *[1] * (alpha.ndim - 1))
     return spread_out._replace(alpha=jnp.where(first, alpha, jnp.ones_like(alpha)))
@@ -633,6 +630,7 @@ def level_context(config: MemoryConfig, tokens: Tokens, recent: tuple | None = N
         tokens = tokens._replace(eta=rates.ration_stream(tokens.eta, config.chunk))
     if config.window == 1:
         return tokens
+    assert recent is not None  # a window has some
     back = jnp.arange(config.window)[None]
     at = jnp.arange(tokens.eta.shape[0])[:, None] + config.window - 1 - back
     k, v = (

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from hope_jax.memory.rule import transformation
+
 
 def spread(alpha: Array, weights: Array) -> Array:
     """`alpha`, a scalar or a vector [K], in a shape that multiplies `weights` [.., K].
@@ -55,7 +57,7 @@ def decay(toward_start: bool = False) -> optax.GradientTransformationExtraArgs:
         )
         return kept, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def oja_term(
@@ -78,7 +80,7 @@ def oja() -> optax.GradientTransformationExtraArgs:
             lambda u, m: u + oja_term(context.eta, context.v, m), updates, params
         ), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 class Link(NamedTuple):
@@ -113,7 +115,7 @@ def mirror(link: Link) -> optax.GradientTransformationExtraArgs:
         moved = jax.tree.map(lambda a, m: link.primal(a) - m, state, params)
         return moved, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def lq(power: float, epsilon: float = 0.03) -> Link:
@@ -220,4 +222,4 @@ def project(
 
         return jax.tree.map(land, updates, params), ProjectState(count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.clock import Clock
-from hope_jax.core.system import Box, Edge, System
+from hope_jax.core.system import Box, Edge, Kind, System
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.models import cms, learning
 from hope_jax.models.block import BlockState, unit
@@ -177,7 +177,8 @@ def system(config: ModelConfig, row: int) -> System:
         "next-token loss",
         "outer optimizer",
     )
-    boxes, edges, ends = [slow], [], {}
+    boxes, edges = [slow], []
+    ends: dict[str, Kind] = {}
     seen = collections.Counter()
     for mixer in dict.fromkeys(config.pattern):
         called = {}  # two mixers of one kind differ in a number
@@ -204,7 +205,7 @@ def system(config: ModelConfig, row: int) -> System:
         name = f"CMS {i + 1}"
         fast = i in inside
         period = level.period if level.period != float("inf") else row
-        rule = level.rule.kind.upper() if fast else "outer optimizer"
+        rule = level.rule.kind.upper() if fast and level.rule else "outer optimizer"
         boxes.append(
             Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
         )
@@ -399,7 +400,7 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
     return _Read(full_precision(model.embed.attend(model.norm(x))), mixers, opened)
 
 
-def _read_and_blame(model, tokens, labels, mixers, fast):
+def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read"]:
     """What a base chunk's loss says of each row's fast weights, and its `_read`.
 
     The gradient is that of the chunk alone: states at its start are constants to it.
