@@ -168,7 +168,7 @@ def heat_map(
     *,
     rows: Sequence[str | tuple[str, str]],
     columns: Sequence[str | tuple[str, str]],
-    hatched: Mapping[str, Sequence[Sequence[bool]]] | None = None,
+    hatched: Mapping[str, Sequence[Sequence[bool]] | np.ndarray] | None = None,
     marks: Mapping[str, float] | None = None,
     limits: tuple[float, float] = (0.0, 1.0),
     label: str = "accuracy",
@@ -191,21 +191,21 @@ def heat_map(
       ValueError: no rows or columns; another shape than theirs; a hatched cell that has
         a number.
     """
-    values = np.asarray(values, float)
+    numbers = np.asarray(values, float)
     shape = (len(rows), len(columns))
-    if 0 in shape or values.shape != shape:
+    if 0 in shape or numbers.shape != shape:
         raise ValueError(
             f"values must be [rows, columns] = {list(shape)}, at least one of each, got"
-            f" {list(values.shape)}."
+            f" {list(numbers.shape)}."
         )
-    hatched = {why: np.asarray(cells, bool) for why, cells in (hatched or {}).items()}
-    for why, cells in hatched.items():
+    hatches = {why: np.asarray(cells, bool) for why, cells in (hatched or {}).items()}
+    for why, cells in hatches.items():
         if cells.shape != shape:
             raise ValueError(
                 f"hatched {why!r} must be [rows, columns] = {list(shape)}, got "
                 f"{list(cells.shape)}."
             )
-        if np.isfinite(values[cells]).any():
+        if np.isfinite(numbers[cells]).any():
             raise ValueError(f"hatched {why!r} covers a cell that has a number.")
 
     rows, columns = _grouped(rows), _grouped(columns)
@@ -213,7 +213,7 @@ def heat_map(
     cell = max(0.8, 0.15 + 0.088 * max(len(name) for _, name in columns))
     wide = [margin + cell * shape[1] + 1.4]
     wide += [0.3 + 0.1 * len(line) for line in title.split("\n")]
-    wide += [0.3 + sum(0.7 + 0.09 * len(why) for why in hatched)]
+    wide += [0.3 + sum(0.7 + 0.09 * len(why) for why in hatches)]
     size = (max(wide), 1.7 + 0.46 * shape[0])
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
@@ -257,7 +257,9 @@ def heat_map(
 
 
 def _grouped(names: Sequence[str | tuple[str, str]]) -> list[tuple[str, str]]:
-    return [("", name) if isinstance(name, str) else tuple(name) for name in names]
+    return [
+        ("", name) if isinstance(name, str) else (name[0], name[1]) for name in names
+    ]
 
 
 def _spans(names: list[tuple[str, str]]) -> list[tuple[str, int, int]]:

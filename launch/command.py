@@ -26,7 +26,7 @@ _KINDS = ("string", "integer", "float", "bool", "enum", "list", "multi_string", 
 
 
 def parse(
-    doc: str,
+    doc: str | None,
     define: Callable[[types.SimpleNamespace], None],
     arguments: Sequence[str] | None = None,
     *,
@@ -49,6 +49,7 @@ def parse(
     Raises:
       SystemExit: help was asked for, or a flag is wrong; that message is one line.
     """
+    doc = (doc or "").strip()
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # a word may stand between flags
     made = (getattr(flags, f"DEFINE_{kind}") for kind in _KINDS)
@@ -67,7 +68,7 @@ def parse(
         if flag.name not in values:
             values[flag.name] = flag
             values.register_flag_by_module("absl.logging", flag)
-    full = f"{doc.strip()}\n\nflags:\n{values.get_help()}"
+    full = f"{doc}\n\nflags:\n{values.get_help()}"
     for name, text in (("help", short), ("helpshort", short), ("helpfull", full)):
         flags.DEFINE_flag(_Help(name, text), flag_values=values)
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -248,14 +248,8 @@ def table(rows: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Table:
         f" tokens a model, {results['seconds'] / 60:.1f} minutes in all.",
         caption_justify="left",
     )
-    for name, justify in (
-        ("", "left"),
-        ("bits per byte", "right"),
-        ("of gzip -9", "right"),
-        ("parameters", "right"),
-        ("training", "right"),
-    ):
-        made.add_column(name, justify=justify)
+    for name in ("", "bits per byte", "of gzip -9", "parameters", "training"):
+        made.add_column(name, justify="right" if name else "left")
 
     def line(name, key, row=None, **style):
         value = results[key]

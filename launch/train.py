@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loop.NonFinite,
     ) as error:  # the message says what to do; a traceback would only hide it
         return _fail(error)
-    if outcome.finished:
+    if outcome.finished or outcome.stopped_by is None:
         print(f"done: step {outcome.step}, in {given.workdir}")
         return 0
     print(f"stopped and saved at step {outcome.step}. To go on:")

@@ -161,7 +161,8 @@ def tick(
         return moved, level.read(state.params, context_t)
 
     inputs = None if level.inputs is None else level.inputs(point, context_t)
-    gathered = Collected(jax.grad(level.objective)(point, context_t), inputs)
+    gradient: Any = jax.grad(level.objective)(point, context_t)
+    gathered = Collected(gradient, inputs)
     if state.gradient is not None:
         gathered = collect(Collected(state.gradient), gathered)
 

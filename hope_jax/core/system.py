@@ -1,7 +1,9 @@
 """Systems of levels: what is in them, what passes between them, how they run."""
 
 import dataclasses
+import functools
 import graphlib
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -391,7 +393,8 @@ def _one_flow(system, group, states, contexts):
     def objective(params, item):
         reads, items = forward(params, item)
         ends = [name for name in group if name not in feeding]
-        loss = sum(levels[n].objective(params[n], items[n]) for n in ends)
+        losses = (levels[n].objective(params[n], items[n]) for n in ends)
+        loss = functools.reduce(operator.add, losses)
         return loss, {name: (params[name], reads[name]) for name in group}
 
     def inputs(params, item):

@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -61,6 +61,14 @@ class BatchConfig:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}.")
 
 
+class Records(Protocol):
+    """What pictures are read from: `{"image": ..., "label": ...}` by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
 class Images:
     """One split: `images[i]` is `{"image": float32[S, S, N], "label": int32[]}`.
 
@@ -81,7 +89,7 @@ class Images:
 
     def __init__(
         self,
-        source: Sequence[dict[str, Any]],
+        source: Records,
         *,
         classes: Sequence[str],
         size: int,
@@ -100,7 +108,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         return self.decode(self.raw(index))
 
     def __repr__(self) -> str:
@@ -131,7 +139,7 @@ class Images:
 
     def decode(
         self, record: dict[str, Any], rng: np.random.Generator | None = None
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, np.ndarray | np.int32]:
         """A raw record in its final shape; with `rng` a random crop of it."""
         square = (self.size, self.size)
         picture, label = record["image"], np.int32(record["label"])
@@ -303,8 +311,8 @@ class _InMemory:
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray):
         self._pixels, self._labels = pixels, labels
-        digest = hashlib.sha256(np.ascontiguousarray(pixels))
-        digest.update(np.ascontiguousarray(labels))
+        digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
+        digest.update(np.ascontiguousarray(labels).data)
         self.sha256 = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -336,7 +344,7 @@ def _digits(split):
         raise ImportError(
             "data='digits' is in scikit-learn; pip install scikit-learn."
         ) from error
-    found = load_digits()
+    found: Any = load_digits()  # a tuple only where that is asked for
     pixels = np.round(found.images * (255 / 16)).astype(np.uint8)[..., None]
     chosen = _part("digits", found.target, split)
     source = _InMemory(pixels[chosen], found.target[chosen])
@@ -396,7 +404,7 @@ def _tfds(name, split, data_dir):
     )
     where = "TFDS's default folder" if data_dir is None else repr(os.fspath(data_dir))
     try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        builder: Any = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
         raise FileNotFoundError(
             f"data: TFDS knows no {name!r}, and none is prepared in {where}; give "

@@ -84,10 +84,10 @@ class Rows:
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        if not 0 <= row < self._rows:
-            raise IndexError(f"row {row} of {self._rows}")
-        start = row * self._seq_len
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < self._rows:
+            raise IndexError(f"row {index} of {self._rows}")
+        start = index * self._seq_len
         return {"tokens": self._ids[start : start + self._seq_len + 1]}
 
     def __repr__(self) -> str:

@@ -161,7 +161,8 @@ class _Matrix(NamedTuple):
 
 
 def _layer(config: MemoryConfig, state: MemoryState, start: Weights | None, name: str):
-    m, s = state.weights[name], state.momentum and state.momentum[name]
+    m = state.weights[name]
+    s = None if state.momentum is None else state.momentum[name]
     if config.rate_law == "output" and name == "w1":
         s = None
     if start is None:
@@ -319,6 +320,7 @@ def _oja(config, state, tokens, reads, start):
     end, _ = delta.finish(m.T, None, v, rows, gates)
     y = None
     if reads:
+        assert rows.u is not None  # the delta term was given
         match = gates.decay * (q @ (rows.u + rows.e).T)
         y = gates.kept[1:, None] * (q @ m.T) + match @ v
     return state._replace(weights={"w": end.T}), y
@@ -424,7 +426,7 @@ def _affine(config):
     return found.rule.affine and kept and config.dgd == "none"
 
 
-def _move_in_turn(config, state, tokens, gradients, inputs):
+def _move_in_turn(config, state, tokens, gradients, inputs) -> tuple[PyTree, PyTree]:
     flow = build_flow(config)
 
     def move(carry, item):

@@ -163,9 +163,11 @@ def exact_rows(
         gone = (_before(gates.decay) * overlap) @ (b[:, None] * started)
         base = base - gone
     recalled = unit_lower_inverse(system) @ base
-    u = None if b is None else -b[:, None] * recalled
-    if u is not None and started is not None and erases_origin:
-        u = u - b[:, None] * started
+    u = None
+    if b is not None:
+        u = -b[:, None] * recalled
+        if started is not None and erases_origin:
+            u = u - b[:, None] * started
     return Rows(u, -eta[:, None] * (recalled - v))
 
 

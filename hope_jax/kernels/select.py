@@ -1,10 +1,10 @@
 """One door to every implementation of a memory over a whole sequence."""
 
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from hope_jax.core.level import LevelState, unroll
 from hope_jax.kernels.chunk import piece
@@ -72,7 +72,12 @@ def memory_scan(
     return state, jnp.concatenate([y, more])
 
 
-def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
+Carry = TypeVar("Carry")
+
+
+def scan_chunks(
+    whole, rest, chunk: int, carry: Carry, xs: PyTree, remat: bool = False
+) -> tuple[Carry, Any]:
     """Scans `whole` over the full chunks of `xs` (leaves lead with time), then `rest`
     over what remains, and joins the outputs in time.
 
@@ -103,7 +108,7 @@ def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
 def _reference(config, state, tokens, start):
     width = tokens.v.shape[-1]
     level = memory_level(config, width)
-    opt = state.rule
+    opt: PyTree = state.rule
     if opt is None:
         opt = level.flow.init(start if config.returns else state.weights)
     if state.momentum is not None:

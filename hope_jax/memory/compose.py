@@ -473,6 +473,7 @@ def delta_rates(
         if name in keyed and found.features.plain:
             rates[name] = eta
         elif name in keyed or config.dgd == "both":
+            assert not isinstance(eta, dict)  # that is a rate law's
             rates[name] = rule.corrected_rate(eta, x)
     return rates
 
@@ -518,16 +519,12 @@ def erasures(
 def flow_of(config: MemoryConfig) -> Flow:
     """The parts of the memory's learning: rule, delta term and retention."""
     found, erase, retained, landing = config.chosen, None, None, None
-    if config.rate_law != "token":
 
-        def erased(token, met):
-            steps = rates.steps(config, token, met)
-            return erasures(config, token, met.inputs, steps)
-
-    else:
-
-        def erased(token, inputs):
+    def erased(token, inputs):
+        if config.rate_law == "token":
             return erasures(config, token, inputs)
+        made = rates.steps(config, token, inputs)  # whose `inputs` is a `Met`
+        return erasures(config, token, inputs.inputs, made)
 
     if config.dgd != "none":
         erase = rule.erase(erased, config.erases == "written")
@@ -570,7 +567,7 @@ def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
         tokens = tokens._replace(weights=ones)
     if config.steps == 1:
         return tokens
-    ranks = Tokens(2, 2, 2, 1, tokens.alpha.ndim, 1, 1, 2, 2, 1)
+    ranks = (2, 2, 2, 1, tokens.alpha.ndim, 1, 1, 2, 2, 1)
 
     def spread(leaf, rank):
         if leaf is None:
@@ -584,7 +581,7 @@ def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
         return leaf.reshape(-1, *leaf.shape[2:])
 
     first = jnp.arange(tokens.alpha.shape[0] * config.steps) % config.steps == 0
-    spread_out = Tokens(*map(spread, tokens, ranks))
+    spread_out = Tokens._make(map(spread, tokens, ranks))
     alpha = spread_out.alpha
     first = first.reshape(-1, *[1] * (alpha.ndim - 1))
     return spread_out._replace(alpha=jnp.where(first, alpha, jnp.ones_like(alpha)))
@@ -604,6 +601,7 @@ def level_context(config: MemoryConfig, tokens: Tokens, recent: tuple | None = N
         tokens = tokens._replace(eta=rates.ration_stream(tokens.eta, config.chunk))
     if config.window == 1:
         return tokens
+    assert recent is not None  # a window has some
     back = jnp.arange(config.window)[None]
     at = jnp.arange(tokens.eta.shape[0])[:, None] + config.window - 1 - back
     k, v = (

@@ -10,7 +10,7 @@ The layer around the memory (convolutions, norms, output gate) is one for all po
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hope_jax.core.config import did_you_mean
 from hope_jax.memory.compose import MemoryConfig
@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
 
 def _matrix(chunk, **choices) -> MemoryConfig:
-    plain = dict(
+    plain: dict[str, Any] = dict(
         architecture="linear", bias="dot", retention="none", rule="gd", dgd="none"
     )
     return MemoryConfig(**plain | choices, gradient="exact", chunk=chunk)
@@ -52,7 +52,7 @@ _UNIT = GateConfig(unit_values=True)  # as long as what a normed memory can answ
 
 
 def _deep(chunk, **choices) -> MemoryConfig:
-    plain = dict(architecture="mlp", norm=True, rule="gd", dgd="none")
+    plain: dict[str, Any] = dict(architecture="mlp", norm=True, rule="gd", dgd="none")
     return MemoryConfig(**plain | choices, gradient="anchored", chunk=chunk)
 
 

@@ -43,6 +43,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from hope_jax.memory.rule import transformation
+
 if TYPE_CHECKING:
     from hope_jax.memory.architecture import Architecture, Weights
     from hope_jax.memory.compose import MemoryConfig
@@ -186,4 +188,4 @@ def descend(config: "MemoryConfig") -> optax.GradientTransformationExtraArgs:
             updates = updates | {"w1": jnp.outer(error, h)}
         return {name: -made[name] * g for name, g in updates.items()}, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.config import Kinds
 from hope_jax.memory.choice import Choice, Make
+from hope_jax.memory.rule import transformation
 
 if TYPE_CHECKING:
     from hope_jax.memory.compose import MemoryConfig
@@ -62,7 +63,7 @@ def decay(toward_start: bool = False) -> optax.GradientTransformationExtraArgs:
         )
         return kept, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def oja_term(
@@ -85,7 +86,7 @@ def oja() -> optax.GradientTransformationExtraArgs:
             lambda u, m: u + oja_term(context.eta, context.v, m), updates, params
         ), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 class Link(NamedTuple):
@@ -120,7 +121,7 @@ def mirror(link: Link) -> optax.GradientTransformationExtraArgs:
         moved = jax.tree.map(lambda a, m: link.primal(a) - m, state, params)
         return moved, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def lq(power: float, epsilon: float = 0.03) -> Link:
@@ -227,7 +228,7 @@ def project(
 
         return jax.tree.map(land, updates, params), ProjectState(count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

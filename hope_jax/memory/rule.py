@@ -17,7 +17,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,11 @@ from hope_jax.memory import rates
 from hope_jax.memory.choice import Choice, Make
 
 
+def transformation(init, update) -> optax.GradientTransformationExtraArgs:
+    """Optax's pair of an `update` that must be given what Optax's types leave open."""
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def descend() -> optax.GradientTransformationExtraArgs:
     """`−ηₜ ∇ℓ`, gradient descent with the token's own rate `context.eta`."""
 
@@ -38,7 +43,7 @@ def descend() -> optax.GradientTransformationExtraArgs:
         del params, extra
         return jax.tree.map(lambda g: -context.eta * g, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 def inertia(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
@@ -56,7 +61,7 @@ def inertia(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
         still = {name: state[name] for name in but}
         return moved | {name: updates[name] for name in but}, moved | still
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def nesterov(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
@@ -68,7 +73,7 @@ def nesterov(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs
         ahead = jax.tree.map(lambda s, u: context.theta * s + u, state, updates)
         return ahead | {name: updates[name] for name in but}, state
 
-    return optax.GradientTransformationExtraArgs(follow.init, update)
+    return transformation(follow.init, update)
 
 
 def corrected_rate(eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array, ""]:
@@ -80,7 +85,7 @@ def corrected_rate(eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array,
 
 
 def erase(
-    erasures: Callable[[Any, dict[str, Array]], dict[str, tuple[Array, Array]]],
+    erasures: Callable[[Any, Any], Mapping[str, tuple[Array, Array]]],
     written: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """`−(M r) pᵀ`: the state-dependent forgetting of delta gradient descent.
@@ -110,7 +115,7 @@ def erase(
             name: forget(name, *term) for name, term in terms.items()
         }, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -145,7 +150,7 @@ def implicit() -> optax.GradientTransformationExtraArgs:
 
         return {name: step(name, g) for name, g in updates.items()}, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 class NewtonState(NamedTuple):
@@ -190,7 +195,7 @@ def newton(ridge: float) -> optax.GradientTransformationExtraArgs:
         best = jax.tree.map(solve, state.values, state.keys)
         return jax.tree.map(jnp.subtract, best, params), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def muon(
@@ -218,7 +223,7 @@ def muon(
 
         return jax.tree.map(step, state), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def scaled(
@@ -240,7 +245,7 @@ def scaled(
             updates, state = tx.update(updates, state, params, context=context, **extra)
         return jax.tree.map(lambda u: context.eta * u, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 # Under the root, where a squared gradient of zero would have no finite slope for the

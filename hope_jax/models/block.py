@@ -1,6 +1,6 @@
 """Pre-norm residual blocks: a sequence mixer, then the chain of continuum memory."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +63,14 @@ class Block(nnx.Module):
         dtype = DTYPES[config.dtype]
         self.config = config
         self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
-        mixer = mixer or config.mixer
-        self.mixer = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)
+        if mixer is None:
+            (mixer,) = config.pattern
+        self.mixer: Any = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)
         self.levels = nnx.List(
-            [CMSBlock(config, level.hidden, rngs=rngs) for level in config.cms.whole]
+            [
+                CMSBlock(config, level.hidden or config.cms.hidden, rngs=rngs)
+                for level in config.cms.whole
+            ]
         )
         if config.cms.rates == "generated":
             zeros = nnx.initializers.zeros_init()  # every factor is 1 at the start

@@ -207,7 +207,7 @@ class FastLevel(NamedTuple):
 
 def noted(level: CMSLevel, weights: PyTree) -> PyTree:
     """`weights` of a level, as those whose gradients are what its rule asks for."""
-    match level.rule.inputs:
+    match _rule(level).inputs:
         case "grams":
             return capture.capture(weights)
         case "slopes":
@@ -217,7 +217,7 @@ def noted(level: CMSLevel, weights: PyTree) -> PyTree:
 
 def learned(level: CMSLevel, gradient: PyTree) -> Collected:
     """What there is in the gradient of `noted` weights."""
-    match level.rule.inputs:
+    match _rule(level).inputs:
         case "grams":
             return Collected(capture.plain(gradient), capture.grams(gradient))
         case "slopes":
@@ -225,8 +225,15 @@ def learned(level: CMSLevel, gradient: PyTree) -> Collected:
     return Collected(gradient, None)
 
 
+def _rule(level: CMSLevel) -> optim.Rule:
+    """The rule of a level of `CMSConfig.whole`."""
+    assert level.rule is not None
+    return level.rule
+
+
 def _objective(level: CMSLevel):
-    return _objective_of(level.rule.memory)
+    rule: Any = _rule(level)  # one of slopes, which has a memory
+    return _objective_of(rule.memory)
 
 
 _objective_of = functools.cache(slopes.objective)  # programs are kept by the function
@@ -234,9 +241,10 @@ _objective_of = functools.cache(slopes.objective)  # programs are kept by the fu
 
 def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
     """The rule of a level, for one row."""
+    assert level.clip is not None
     return optax.chain(
         optax.clip_by_global_norm(level.clip),
-        optim.inner(level.rule, rate),
+        optim.inner(_rule(level), rate),
     )
 
 

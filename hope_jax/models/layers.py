@@ -1,6 +1,7 @@
 """The parts that blocks share: convolution, SwiGLU, rotary positions."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ class CausalConv(nnx.Module):
         width, length = kernel.shape[0], x.shape[1]
         x = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
         taps = (x[:, i : i + length] * kernel[i][None, None] for i in range(width))
-        return sum(taps), x[:, length:].astype(tail.dtype)
+        return functools.reduce(jnp.add, taps), x[:, length:].astype(tail.dtype)
 
     def tail(self, rows: int) -> Float[Array, "B W D"]:
         width, channels = self.kernel.shape

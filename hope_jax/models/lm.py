@@ -319,7 +319,7 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
     return _Read(full_precision(model.embed.attend(model.norm(x))), mixers, opened)
 
 
-def _read_and_blame(model, tokens, labels, mixers, fast):
+def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read"]:
     """What a base chunk's loss says of each row's fast weights, and its `_read`.
 
     The gradient is that of the chunk alone: states at its start are constants to it.

@@ -44,7 +44,7 @@ def rules_of(config: Any) -> dict[groups.Kind, Rule]:
             "to 0 or use adamw."
         )
     default = RULES.get("adamw") if main.matrices else main
-    rules = {"matrices": main}
+    rules: dict[groups.Kind, Rule] = {"matrices": main}
     for kind in ("embeddings", "convolutions", "others"):
         given = getattr(config, kind)
         rules[kind] = rule = default if given is None else _known(kind, given)
@@ -228,7 +228,7 @@ def inner(rule: Rule, rate: Array | float) -> optax.GradientTransformationExtraA
 
 
 def _promoting(
-    tx: optax.GradientTransformationExtraArgs,
+    tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` in float32 or wider, with JAX's standard type promotion inside.
 
@@ -237,6 +237,8 @@ def _promoting(
     integer counts, so a program that asks for strict promotion, as our tests do, could
     not use it.
     """
+
+    tx = optax.with_extra_args_support(tx)
 
     def widened(tree):
         return jax.tree.map(leaves.wide, tree)

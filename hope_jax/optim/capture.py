@@ -116,6 +116,7 @@ def dot(x: Float[Array, "*B I"], kernel: Array | Captured) -> Float[Array, "*B O
     if kernel.input_axis == -1:
         weight, slope = weight.mT, None if slope is None else slope.mT
     probe = kernel.gram if slope is None else slope
+    assert probe is not None  # a captured matrix has one of the two
     static = (probe.dtype.name, kernel.objective, kernel.tokens)
     return _dot(static, x, weight, (kernel.gram, kernel.count, kernel.rate, slope))
 
@@ -227,6 +228,7 @@ def grams(noted: PyTree, reduce: Literal["mean", "sum"] = "sum") -> PyTree:
     """The `inputs` in the gradient of captured parameters; None for other leaves."""
 
     def inputs_of(matrix: Captured) -> Array:
+        assert matrix.gram is not None and matrix.count is not None
         if reduce == "sum":
             return matrix.gram
         return matrix.gram / jnp.maximum(matrix.count, 1.0)[..., None, None]

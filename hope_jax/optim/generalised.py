@@ -8,7 +8,7 @@ weights themselves are the memory (Definition 5, equations 58 to 60).
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from hope_jax.kernels.chunk import piece
 from hope_jax.memory import compose, features
 from hope_jax.memory.compose import MemoryConfig, Tokens
 from hope_jax.memory.flow import chain
+from hope_jax.memory.rule import transformation
 from hope_jax.memory.state import MemoryState, begin_memory
 from hope_jax.optim.leaves import (
     as_rows,
@@ -29,6 +30,7 @@ from hope_jax.optim.leaves import (
     check_fraction,
     guarded,
     like,
+    next_count,
     placed,
     rate_at,
     taken,
@@ -39,6 +41,8 @@ from hope_jax.optim.leaves import (
 from hope_jax.optim.levels import from_level
 
 Rows = Literal["mean", "sequence"]
+
+_NONE: Any = ((), (), ())  # `Tokens` that are rates alone: no k, v and q
 
 
 def gradient_level(
@@ -171,7 +175,7 @@ def gradient_level(
         init=_widthless,
         read=read,
         objective=objective,
-        flow=_all_at_once(config, tokens, Tokens((), (), (), **rates())),
+        flow=_all_at_once(config, tokens, Tokens(*_NONE, **rates())),
         clock=Clock(anchor=anchored),
         read_at=config.read,
         inputs=None if config.dgd == "none" else inputs,
@@ -389,7 +393,7 @@ def _in_turn(config, sequence) -> optax.GradientTransformationExtraArgs:
         moved = jax.tree.map(jnp.subtract, state.memory.weights, params)
         return moved, state._replace(memory=state.memory._replace(weights=None))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _all_at_once(config, tokens, rates) -> optax.GradientTransformationExtraArgs:
@@ -403,7 +407,7 @@ def _all_at_once(config, tokens, rates) -> optax.GradientTransformationExtraArgs
         extra["gradient"] = context
         return whole.update(updates, state, params, context=rates, **extra)
 
-    return optax.GradientTransformationExtraArgs(whole.init, update)
+    return transformation(whole.init, update)
 
 
 def _erase_rows(config, tokens) -> optax.GradientTransformationExtraArgs:
@@ -422,7 +426,7 @@ def _erase_rows(config, tokens) -> optax.GradientTransformationExtraArgs:
 
         return updates | {name: forget(name, *t) for name, t in terms.items()}, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 class GGDState(NamedTuple):
@@ -573,7 +577,7 @@ def ggd(
                 f"input_axis {input_axis}: it must be one vector of that axis's "
                 "length, with the matrix's leading axes if it has any."
             )
-        one = lambda *leaf: learn(*leaf, rate)  # noqa: E731
+        one = lambda *leaf: learn(*leaf, rate=rate)  # noqa: E731
         for _ in range(w.ndim - 2):
             one = jax.vmap(one)
         step, flow, recent = one(g, w, x.astype(jnp.float32), flow, recent)
@@ -598,9 +602,9 @@ def ggd(
             [x for x, unmasked in zip(given, here, strict=True) if unmasked],
             *(taken(updates, tree) for tree in (state.flow, state.recent)),
         ]
-        moved = [move(*leaf, rate) for leaf in zip(*rest, strict=True)]
+        moved = [move(*leaf, rate=rate) for leaf in zip(*rest, strict=True)]
         steps, flow, recent = zip(*moved, strict=True) if moved else ((), (), ())
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         return jax.tree.structure(updates).unflatten(steps), GGDState(
             count, placed(updates, flow), placed(updates, recent)
         )

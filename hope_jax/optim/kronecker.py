@@ -26,6 +26,7 @@ from hope_jax.optim.leaves import (
     as_type,
     guarded,
     like,
+    next_count,
     placed,
     taken,
     unit,
@@ -208,7 +209,7 @@ def scale_by_shampoo(
 
     def update(updates, state, params=None, **extra):
         del params, extra
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         gradient, structure = _flat(updates)
         memory = _average(structure, state.memory, gradient, b1)
         squares = [None] * len(gradient)
@@ -367,7 +368,7 @@ def scale_by_soap(
             first,
         )
         return like(structure.unflatten(directions), updates), SoapState(
-            optax.safe_increment(state.count),
+            next_count(state.count),
             structure.unflatten(memory),
             structure.unflatten(root),
             placed(updates, grams),

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 
 def path_names(path: tuple) -> tuple[str, ...]:
@@ -139,7 +141,12 @@ def as_type(value, leaf: Array) -> Array:
     return jnp.asarray(value, leaf.dtype)
 
 
-def rate_at(learning_rate: optax.ScalarOrSchedule, count: Array):
+def next_count(count: Int[Array, ""]) -> Int[Array, ""]:
+    """One more, up to the largest there is: `optax.safe_increment`, of an array."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
+def rate_at(learning_rate: optax.ScalarOrSchedule, count: ArrayLike):
     return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
@@ -173,7 +180,7 @@ def unit_rows(
 
 def check_fraction(name, value):
     """Refuses a retained fraction outside [0, 1]; a traced one cannot be looked at."""
-    if not isinstance(value, jax.core.Tracer) and not 0.0 <= value <= 1.0:
+    if not isinstance(value, Tracer) and not 0.0 <= value <= 1.0:
         raise ValueError(
             f"{name} is the part of the memory that is kept, in [0, 1]; got {value}."
         )

@@ -25,6 +25,7 @@ from hope_jax.optim.leaves import (
     check_fraction,
     guarded,
     like,
+    next_count,
     rate_at,
     unit,
     wide,
@@ -419,7 +420,7 @@ def _with_memory(
             factors = (structure.unflatten(leaves),)
         memory = jax.tree.map(move, updates, state.memory, *factors)
         updates = jax.tree.map(give, memory, updates)
-        return updates, MomentumState(memory, optax.safe_increment(state.count))
+        return updates, MomentumState(memory, next_count(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

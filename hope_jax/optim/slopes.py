@@ -10,7 +10,7 @@ of first order needs of it. `hope_jax.optim.capture.value_and_slopes` finds it f
 matrix in the backward pass, exactly, token by token; here is the rule.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,14 @@ from hope_jax.optim.leaves import (
     as_type,
     check_fraction,
     guarded,
+    next_count,
     placed,
     rate_at,
     taken,
     wide,
 )
+
+_NONE: Any = ((), (), ())  # `Tokens` that are rates alone: no k, v and q
 
 
 class SlopesState(NamedTuple):
@@ -73,7 +76,7 @@ def descend_slopes(
         raise ValueError(
             f"input_axis must be -1 (y = W x) or -2 (y = x W), got {input_axis}."
         )
-    flow = compose.build_flow(config)
+    flow: Any = compose.build_flow(config)
 
     def turned(leaf):
         return wide(leaf.mT if input_axis == -2 else leaf)
@@ -97,7 +100,7 @@ def descend_slopes(
             return -as_type(rate, slope) * slope, state
         given = (rate, retention, inertia)
         eta, alpha, theta = (as_type(value, wide(slope)) for value in given)
-        rates = Tokens(k=(), v=(), q=(), eta=eta, alpha=alpha, theta=theta)
+        rates = Tokens(*_NONE, eta=eta, alpha=alpha, theta=theta)
 
         def one(slope, weight, state):
             moved, state = flow.update(
@@ -120,10 +123,10 @@ def descend_slopes(
         rate = rate_at(learning_rate, state.count)
         leaves, structure = jax.tree.flatten(updates)
         rest = [structure.flatten_up_to(params), taken(updates, state.flow)]
-        moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
+        moved = [move(*leaf, rate=rate) for leaf in zip(leaves, *rest, strict=True)]
         steps, flows = zip(*moved, strict=True) if moved else ((), ())
         return structure.unflatten(steps), SlopesState(
-            optax.safe_increment(state.count), placed(updates, flows)
+            next_count(state.count), placed(updates, flows)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

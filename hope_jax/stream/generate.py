@@ -46,6 +46,7 @@ class Sampling:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][-1]
             logits = jnp.where(logits < least, -jnp.inf, logits)
+        assert key is not None  # only the likeliest token needs none
         return jax.random.categorical(key, logits / self.temperature).astype(jnp.int32)
 
 

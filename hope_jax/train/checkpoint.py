@@ -463,7 +463,7 @@ def manifest(arrays: Mapping[str, Any]) -> dict[str, list]:
 
     def entry(array) -> list:
         host = np.ascontiguousarray(jax.device_get(array))
-        digest = hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()
+        digest = hashlib.sha256(host.reshape(-1).view(np.uint8).data).hexdigest()
         return [str(host.dtype), list(np.shape(array)), digest]
 
     with futures.ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
@@ -555,7 +555,7 @@ def _named(
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:

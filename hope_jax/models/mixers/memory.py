@@ -14,7 +14,7 @@ memory then does is `memory_level(config.memory, width)`, token by token.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,7 @@ class NamedConfig(MixerConfig):
     def layer(self) -> MemoryMixerConfig:
         """The same as four choices."""
         point = named.get(self.kind, self.chunk)
+        assert point.memory is not None  # attention has been refused
         return MemoryMixerConfig(memory=point.memory, gates=point.gates)
 
     def build(self, d_model, heads, dtype, *, rngs) -> "MemoryMixer":
@@ -263,6 +264,15 @@ class Gate(nnx.Module):
         with jax.default_matmul_precision("float32"):
             made = self.up(x if self.down is None else self.down(x))
         return made.reshape(*x.shape[:2], *self.shape)
+
+
+T = TypeVar("T")
+
+
+def _there(part: T | None) -> T:
+    """A part that the config says there is."""
+    assert part is not None
+    return part
 
 
 class MemoryMixer(nnx.Module):
@@ -472,13 +482,13 @@ class MemoryMixer(nnx.Module):
         if gates.rate == "one":
             eta = one
         elif gates.rate == "step":
-            eta = jax.nn.softplus(self.eta(x))
+            eta = jax.nn.softplus(_there(self.eta)(x))
             if self.log_decay is not None:
                 decay = jnp.exp(self.log_decay[...])[None, None]
                 step = eta.reshape(*eta.shape, *[1] * (decay.ndim - eta.ndim))
                 alpha = jnp.exp(-decay * step)
         else:
-            eta = self.config.rate_bound * jax.nn.sigmoid(self.eta(x))
+            eta = self.config.rate_bound * jax.nn.sigmoid(_there(self.eta)(x))
             # An average, not a sum; a rate law sees to that itself.
             rule = config.chosen.rule
             if rule.explicit and rule.inertia and config.rate_law == "token":
@@ -515,13 +525,13 @@ class MemoryMixer(nnx.Module):
     def _erase(self, x, k, q, eta):
         """Write keys, queries, and what the delta term erases."""
         if self.config.gates.erase == "channel":
-            rate = jax.nn.sigmoid(self.erase(x))
-            gone = unit(k * self.removal[...][None, None])
-            kept = 1.0 + (rate - 1.0) * self.replacement[...][None, None]
+            rate = jax.nn.sigmoid(_there(self.erase)(x))
+            gone = unit(k * _there(self.removal)[...][None, None])
+            kept = 1.0 + (rate - 1.0) * _there(self.replacement)[...][None, None]
             return k * kept, q, {"erase_key": gone, "erase_rate": rate}
         if self.config.gates.erase == "feedback":
-            rate = eta * jax.nn.sigmoid(self.feedback[...])[None, None]
-            q = q - self.correction[...][None, None, :, None] * k
+            rate = eta * jax.nn.sigmoid(_there(self.feedback)[...])[None, None]
+            q = q - _there(self.correction)[...][None, None, :, None] * k
             return k, q, {"erase_rate": rate}
         return k, q, {}
 

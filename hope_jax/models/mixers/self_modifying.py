@@ -388,10 +388,11 @@ class SelfModifyingTitans(nnx.Module):
     def starts(self) -> tuple[Weights, Weights]:
         """The weights at which projections `[H, P, ...]` and main memory `[H, ...]`
         start, and to which they return."""
-        return tuple(
-            {n: w[...] * self._scale(w) for n, w in learned.items()}
-            for learned in (self.projection_start, self.main_start)
-        )
+
+        def weights(learned):
+            return {n: w[...] * self._scale(w[...]) for n, w in learned.items()}
+
+        return weights(self.projection_start), weights(self.main_start)
 
     def initial_state(self, rows: int) -> SelfModifyingState:
         """Every row at the learned initial states."""
@@ -614,7 +615,7 @@ class SelfModifyingTitans(nnx.Module):
         start, _ = self.starts()
         return over_rows(memory, generated.tokens, generated.targets, start, shares)
 
-    def _live_main(self, memory, tokens, commits, steps=1):
+    def _live_main(self, memory, tokens, commits, steps=1) -> tuple[MemoryState, Any]:
         """The main memory lives through the tokens, in its own smaller chunks."""
         config = self.config.memory
 

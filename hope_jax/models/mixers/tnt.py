@@ -411,7 +411,7 @@ class TNT(nnx.Module):
                     reads.append(apply(memory.weights, asked))
                 anchor = where_rows(moved[:, -1], memory.weights, memory.anchor)
                 memories.append(memory._replace(anchor=anchor))
-        return tuple(memories), state.key_space, sum(reads)
+        return tuple(memories), state.key_space, functools.reduce(jnp.add, reads)
 
 
 def _live_shards(
@@ -475,7 +475,7 @@ def _live_local(config, memories, key_space, streams, scan):
         end, y = scan(memory, state, tokens._replace(q=q))
         ends.append(end)
         reads.append(y)
-    return tuple(ends), key_space, sum(reads)
+    return tuple(ends), key_space, functools.reduce(jnp.add, reads)
 
 
 def _project(config, key_space, tokens, scan):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels import positive
 from hope_jax.optim.capture import full_precision
-from hope_jax.optim.leaves import guarded
+from hope_jax.optim.leaves import guarded, next_count
 from hope_jax.optim.rule import Rule, Settings, stepping
 
 
@@ -179,7 +179,7 @@ def dgd(
             move(g, w, x, rate)
             for g, w, x in zip(leaves, weights, vectors, strict=True)
         ]
-        return structure.unflatten(moved), DGDState(optax.safe_increment(state.count))
+        return structure.unflatten(moved), DGDState(next_count(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
