@@ -3,6 +3,7 @@
 #
 #   bash launch/test.sh                      needs Python 3.11 or newer
 #   PYTHON=python3.12 bash launch/test.sh    on another Python, beside the first
+#   bash launch/test.sh --quick              one member of each kind, in minutes
 #   bash launch/test.sh tests/core -k clock  arguments go to pytest
 set -euo pipefail
 CDPATH='' cd -- "${0%"${0##*/}"}." # the folder of this script, however it was called

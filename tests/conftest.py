@@ -1,4 +1,8 @@
-"""Settings every test shares: four CPU devices, strict types, keys as fixtures."""
+"""Settings every test shares: four CPU devices, strict types, keys as fixtures.
+
+`--quick` runs one member of each kind: of every test the first set of parameters that
+is not marked `slow`.
+"""
 
 import gc
 import os
@@ -31,6 +35,29 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
     flags.FLAGS.mark_as_parsed()
+
+
+def pytest_addoption(parser):
+    said = "one member of each kind: no second parameters, and no test marked slow"
+    parser.addoption("--quick", action="store_true", help=said)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        kept = quick(items)
+        chosen = set(kept)
+        left_out = [item for item in items if item not in chosen]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def quick(items):
+    """Of each function the first item that is not marked slow."""
+    first = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            first.setdefault(item.nodeid.split("[")[0], item)
+    return list(first.values())
 
 
 def pytest_configure(config):

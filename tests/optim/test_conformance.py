@@ -324,6 +324,18 @@ NAMES = {name: named(name) for name in optim.RULES}
 ALL = {**TABLE, **{f"name_{name}": one for name, one in NAMES.items()}}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _those_that_are_asked_for(request):
+    """With `--quick` or `-k` only the chosen optimizers are compiled."""
+    asked = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.fspath == request.fspath and hasattr(item, "callspec")
+    }
+    for name in ALL.keys() - asked:
+        del ALL[name]
+
+
 def some_tree(seed):
     """A network of two layers, a scale, a stack in bfloat16, a matrix in float16."""
     draw = np.random.default_rng(seed).normal
@@ -820,7 +832,7 @@ def assert_close(some, whole, tolerance):
 CUT = [*TABLE, "name_adamw", "name_lion", "name_adafactor", "name_muon"]
 
 
-def move_on_eight_devices(file):
+def move_on_eight_devices(chosen, file):
     """Six steps with parameters, gradients and states cut in eight, to `file`."""
     assert len(jax.devices()) == 8
     mesh = Mesh(np.array(jax.devices()), ("x",), axis_types=(AxisType.Auto,))
@@ -830,13 +842,13 @@ def move_on_eight_devices(file):
         axes = axes[: axes.index("x") + 1] if "x" in axes else []
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    params = {n: jax.tree.map(cut, part(some_tree(0))[n]) for n in CUT}
+    params = {n: jax.tree.map(cut, part(some_tree(0))[n]) for n in chosen}
     group = Fleet(lambda name: ALL[name].make(), params)
     states = jax.tree.map(cut, group.states)
     for t in range(6):
-        kinds = {n: ALL[n].inputs for n in CUT if ALL[n].inputs}
+        kinds = {n: ALL[n].inputs for n in chosen if ALL[n].inputs}
         inputs = {n: inputs_of(kind, params[n], t) for n, kind in kinds.items()}
-        gradients = {n: jax.tree.map(cut, part(some_tree(t + 1))[n]) for n in CUT}
+        gradients = {n: jax.tree.map(cut, part(some_tree(t + 1))[n]) for n in chosen}
         updates, states, _ = group.move(gradients, states, params, inputs, extra_args())
         jax.block_until_ready(states)  # one step at a time: each waits for the others
     kept = {
@@ -851,7 +863,8 @@ def move_on_eight_devices(file):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     file = tmp_path_factory.mktemp("sharded") / "updates.npz"
-    code = f"from {__name__} import *; move_on_eight_devices({str(file)!r})"
+    asked = [[n for n in CUT if n in ALL], str(file)]
+    code = f"from {__name__} import *; move_on_eight_devices(*{asked!r})"
     settings = {
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
