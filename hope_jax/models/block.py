@@ -8,9 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import DTYPES, SwiGLU, full_precision
+from hope_jax.models.layers import DTYPES, SwiGLU
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.optim.leaves import wide
 
 
 class BlockState(NamedTuple):
@@ -112,7 +113,7 @@ class Block(nnx.Module):
         y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn)
         opened = None
         if self.config.cms.rates == "generated":
-            opened = 2.0 * jax.nn.sigmoid(self.open(full_precision(y)))
+            opened = 2.0 * jax.nn.sigmoid(self.open(wide(y)))
         x = x + y
         chain = range(len(self.levels))
         if self.config.cms.order == "slow_to_fast":
@@ -167,7 +168,7 @@ def _join(states: list[BlockState]) -> BlockState:
     )
 
 
-def unit(config: ModelConfig, *, rngs: nnx.Rngs) -> Block | Group:
+def repeated(config: ModelConfig, *, rngs: nnx.Rngs) -> Block | Group:
     """What the model repeats: one block, or a group of one block a mixer."""
     if len(config.pattern) == 1:
         return Block(config, rngs=rngs)

@@ -15,11 +15,6 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float
 _SPREAD = 16  # of half-lives over the heads, at the start
 
 
-def full_precision(x: Array) -> Array:
-    """float32, or float64 where the model is built in it to check derivatives."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def unit(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B K"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + epsilon)
 

@@ -23,11 +23,11 @@ from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.models import cms, learning
-from hope_jax.models.block import BlockState, unit
+from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import DTYPES, full_precision
+from hope_jax.models.layers import DTYPES
 from hope_jax.models.learning import Learning
-from hope_jax.optim.leaves import path_names
+from hope_jax.optim.leaves import path_names, wide
 
 __all__ = [
     "LMState",
@@ -94,9 +94,9 @@ class LanguageModel(nnx.Module):
             rngs=rngs,
         )
         keys = jax.random.split(rngs.params(), config.layers // len(config.pattern))
-        graphdef = nnx.graphdef(unit(config, rngs=nnx.Rngs(0)))
+        graphdef = nnx.graphdef(repeated(config, rngs=nnx.Rngs(0)))
         stacked = jax.vmap(
-            lambda key: nnx.state(unit(config, rngs=nnx.Rngs(key)), nnx.Param)
+            lambda key: nnx.state(repeated(config, rngs=nnx.Rngs(key)), nnx.Param)
         )(keys)
         self.blocks = nnx.merge(graphdef, stacked)
         self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
@@ -316,7 +316,7 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
         return x, (state.mixer, state.opened)
 
     x, (mixers, opened) = jax.lax.scan(layer, x, (params, mixers, fast))
-    return _Read(full_precision(model.embed.attend(model.norm(x))), mixers, opened)
+    return _Read(wide(model.embed.attend(model.norm(x))), mixers, opened)
 
 
 def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read"]:

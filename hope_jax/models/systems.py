@@ -15,9 +15,8 @@ from hope_jax.core.level import Level, Seen
 from hope_jax.core.system import Box, Edge, System
 from hope_jax.models import cms, lm
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import full_precision
 from hope_jax.models.mixers.base import MixerConfig
-from hope_jax.optim.leaves import path_names
+from hope_jax.optim.leaves import path_names, wide
 
 SLOW = "slow weights"
 
@@ -220,7 +219,7 @@ def head(
 ) -> Float[Array, " N"]:
     """Logits of what the last level answers."""
     model = nnx.merge(graphdef, params)
-    return full_precision(model.embed.attend(model.norm(x)))
+    return wide(model.embed.attend(model.norm(x)))
 
 
 def _no_objective(params, item):

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from hope_jax.optim.leaves import wide_type
+
 Layers = PyTree[Bool] | Callable[[PyTree], PyTree[Bool]]
 
 
@@ -151,7 +153,7 @@ def _backward(static, residuals, cotangent):
         wide = rows.astype(dtype)
         norm = jnp.sum(wide**2, axis=-1, keepdims=True)
         scaled = (wide / (1.0 + rate.astype(dtype) * norm)).astype(rows.dtype)
-    exact = full_precision(rows.dtype)
+    exact = wide_type(rows.dtype)
     gram = jnp.matmul(scaled.T, rows, preferred_element_type=exact).astype(dtype)
     # A constant 1 would be one count for all of a vmap; this is one for each input.
     ones = jnp.where(jnp.isnan(rows[:, 0]), 1.0, 1.0).astype(dtype)
@@ -161,11 +163,6 @@ def _backward(static, residuals, cotangent):
 
 
 _dot.defvjp(_forward, _backward)
-
-
-def full_precision(dtype: jnp.dtype) -> jnp.dtype:
-    """float32, or `dtype` where that is wider."""
-    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
 
 
 def capture(
@@ -195,7 +192,7 @@ def capture(
             raise ValueError(
                 f"layers names a leaf of shape {jnp.shape(leaf)}, which is no matrix."
             )
-        dtype = full_precision(leaf.dtype)
+        dtype = wide_type(leaf.dtype)
         if objective is not None:
             return Captured(
                 weight=leaf,

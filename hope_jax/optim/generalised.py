@@ -28,13 +28,13 @@ from hope_jax.optim.leaves import (
     as_rows,
     as_type,
     check_fraction,
+    direction_of,
     guarded,
     like,
     next_count,
     placed,
     rate_at,
     taken,
-    unit,
     unit_rows,
     wide,
 )
@@ -545,7 +545,7 @@ def ggd(
         return GGDState(count, placed(params, flows), placed(params, recent))
 
     def learn(gradient, weight, x, flow, recent, rate):
-        along, size = unit(x, -1)
+        along, size = direction_of(x, -1)
         u = -(gradient @ along) / jnp.where(size > 0, size, 1)
         token = Tokens(
             k=x,

@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Collected, collect, move, nothing
 from hope_jax.core.system import human, markdown
-from hope_jax.optim.capture import full_precision
-from hope_jax.optim.leaves import like, path_names, zeros
+from hope_jax.optim.leaves import like, path_names, wide_type, zeros
 
 Kind = Literal["matrices", "embeddings", "convolutions", "others"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -318,6 +317,6 @@ def _no_inputs(params: PyTree, layers: PyTree[Bool]) -> PyTree:
         if not chosen:
             return None
         shape = (*leaf.shape[:-1], leaf.shape[-2])
-        return jnp.zeros(shape, full_precision(leaf.dtype))
+        return jnp.zeros(shape, wide_type(leaf.dtype))
 
     return _where_not_masked(zeros, params, layers)

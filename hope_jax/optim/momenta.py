@@ -23,11 +23,11 @@ from hope_jax.optim.leaves import (
     as_matrix,
     as_type,
     check_fraction,
+    direction_of,
     guarded,
     like,
     next_count,
     rate_at,
-    unit,
     wide,
     zeros,
 )
@@ -170,7 +170,7 @@ def delta_momentum(
             kept, written = _proximal(m, g, rate)
             m = alpha * kept - _multiply(p, written)
         elif stability == "clip":
-            direction, size = unit(g, (-2, -1))
+            direction, size = direction_of(g, (-2, -1))
             forgotten = jnp.minimum((jnp.sqrt(rate) * size) ** 2, alpha)
             m = alpha * m - forgotten * (m @ direction.mT) @ direction
             m = m - rate * _multiply(p, g)

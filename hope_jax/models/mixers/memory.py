@@ -41,13 +41,13 @@ from hope_jax.models.layers import (
     Tails,
     dense,
     first_half_lives,
-    full_precision,
     rotary,
     unit,
     where_rows,
 )
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, recalling, scaled
+from hope_jax.optim.leaves import wide
 
 _STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
 
@@ -436,7 +436,7 @@ class MemoryMixer(nnx.Module):
         position = jnp.arange(length, dtype=jnp.int32)[None] + state.position[:, None]
 
         def project(into, conv, tail):
-            made, tail = conv(full_precision(into(x)), tail)
+            made, tail = conv(wide(into(x)), tail)
             return jax.nn.silu(made).reshape(rows, length, -1, self.width), tail
 
         k, tail_k = project(self.k, self.conv_k, state.tails.k)
@@ -453,8 +453,8 @@ class MemoryMixer(nnx.Module):
             k, v = k[:, :, :, 0], v[:, :, :, 0]
         k, q = self._features(k), self._features(q)
 
-        rates = self._rates(full_precision(x), k, v)
-        k, q, erase = self._erase(full_precision(x), k, q, rates["eta"])
+        rates = self._rates(wide(x), k, v)
+        k, q, erase = self._erase(wide(x), k, q, rates["eta"])
         tokens = Tokens(k, v, q, **rates, **erase)
         time_inside = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 1), tokens)
         return time_inside, Tails(tail_k, tail_v, tail_q)

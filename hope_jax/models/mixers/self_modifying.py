@@ -52,12 +52,12 @@ from hope_jax.models.layers import (
     Tails,
     dense,
     first_half_lives,
-    full_precision,
     unit,
 )
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, scaled
 from hope_jax.models.mixers.memory import commit_where
+from hope_jax.optim.leaves import wide
 
 MLP = MemoryConfig(rule="gd", dgd="none", toward="start", rate_law="output")
 MATRIX = MemoryConfig(
@@ -466,7 +466,7 @@ class SelfModifyingTitans(nnx.Module):
         """What does not depend on the memories; `Seen`, and the output's gate."""
         config = self.config
         split = (*x.shape[:2], self.heads, self.width)
-        heads = lambda a: full_precision(a).reshape(split)  # noqa: E731
+        heads = lambda a: wide(a).reshape(split)  # noqa: E731
         if config.inputs == "dense":
             k, v, gates = heads(self.k(x)), heads(self.v(x)), heads(self.gates(x))
         else:
@@ -476,7 +476,7 @@ class SelfModifyingTitans(nnx.Module):
             + self.bias_theta[...][None, None]
         )
         if not config.adaptive_q:
-            q, tail = self.conv_q(full_precision(self.q(x)), tail)
+            q, tail = self.conv_q(wide(self.q(x)), tail)
             q = unit(self._activate(q).reshape(split))
         else:  # the memory's input
             q = heads(self.q(x)) if config.inputs == "dense" else heads(x)

@@ -45,13 +45,13 @@ from hope_jax.models.layers import (
     Tails,
     dense,
     first_half_lives,
-    full_precision,
     unit,
     where_rows,
 )
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, recalling
 from hope_jax.models.mixers.memory import Gate
+from hope_jax.optim.leaves import wide
 
 _KEY_SPACE = MemoryConfig(  # Π: a Hebbian matrix, for which the chunk is a speed knob
     architecture="linear",
@@ -319,7 +319,7 @@ class TNT(nnx.Module):
         rows, length, _ = x.shape
 
         def made(project, conv, tail):
-            a, tail = conv(full_precision(project(x)), tail)
+            a, tail = conv(wide(project(x)), tail)
             a = jax.nn.silu(a).reshape(rows, length, self.heads, self.width)
             return jnp.moveaxis(a, 2, 1), tail
 
@@ -329,9 +329,7 @@ class TNT(nnx.Module):
         k, q = unit(k), unit(q)
         v = unit(v) if self.config.unit_values else v
 
-        rates = jnp.einsum(
-            "btgmh->gmbht", jax.nn.sigmoid(self.rates(full_precision(x)))
-        )
+        rates = jnp.einsum("btgmh->gmbht", jax.nn.sigmoid(self.rates(wide(x))))
         gates = dict(zip(self.config.gates, rates, strict=True))
         one, zero = jnp.ones_like(gates["eta"]), jnp.zeros_like(gates["eta"])
         alpha, theta = gates.get("alpha", one), gates.get("theta", zero)
