@@ -4,6 +4,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax.core.level import LevelState, unroll
@@ -41,7 +42,12 @@ def memory_scan(
       start: the weights of `begin_memory`, for a memory that `returns` to them.
 
     Returns:
-      The state after the last token, and a read per token.
+      The state after the last token, and a read per token, in the type of the weights.
+
+    Raises:
+      ValueError: arguments out of range, tokens that are of several lengths or none, or
+        `alpha` outside [0, 1]; a state in the middle of a chunk, whose anchor is not
+        where it stands. Values that are traced cannot be looked at.
     """
     if impl not in ("auto", "reference", "chunk"):
         raise ValueError(f"impl must be auto, reference or chunk, got {impl!r}.")
@@ -49,6 +55,8 @@ def memory_scan(
         raise ValueError(
             f"truncate ({truncate}) must be a multiple of the chunk ({config.chunk})."
         )
+
+    tokens = _accepted(state, tokens)
 
     def whole_chunk(state, chunk):
         # At a chunk's start anchor and weights are one: said so, products are shared.
@@ -70,6 +78,47 @@ def memory_scan(
     state, y = read(state, first)
     state, more = scan_chunks(stretch, stretch, truncate, state, later)
     return state, jnp.concatenate([y, more])
+
+
+def _accepted(state: MemoryState, tokens: Tokens) -> Tokens:
+    """The tokens in the type of the weights, once they can be read from `state`."""
+    lengths = {
+        name: jnp.shape(leaf)[:1]
+        for name, leaf in tokens._asdict().items()
+        if leaf is not None
+    }
+    if set(lengths.values()) != {jnp.shape(tokens.k)[:1]} or lengths["k"] in [(), (0,)]:
+        said = ", ".join(f"{name} {shape}" for name, shape in lengths.items())
+        raise ValueError(
+            f"tokens must lead with one time T >= 1, a stream and a head; got {said}."
+        )
+    if jnp.ndim(tokens.eta) < 1 or jnp.ndim(tokens.k) < 2:
+        raise ValueError(
+            f"tokens.k must be [T, K] and eta [T], got {jnp.shape(tokens.k)} and "
+            f"{jnp.shape(tokens.eta)}."
+        )
+    if not isinstance(tokens.alpha, jax.core.Tracer):
+        alpha = np.asarray(tokens.alpha)
+        wrong = alpha[~((alpha >= 0) & (alpha <= 1))]
+        if wrong.size:
+            raise ValueError(
+                "tokens.alpha must be retained fractions in [0, 1], got "
+                f"{wrong.flat[0]}."
+            )
+    anchored = state.anchor is not None and not any(
+        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)
+    )
+    if anchored and any(
+        np.any(np.asarray(state.anchor[name]) != np.asarray(weight))
+        for name, weight in state.weights.items()
+    ):
+        raise ValueError(
+            "state is in the middle of a chunk: its anchor is not where it stands. "
+            "Read the rest of the chunk with hope_jax.kernels.chunk.piece, or let "
+            "commit(state) end it here."
+        )
+    (dtype,) = {leaf.dtype for leaf in state.weights.values()}
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tokens)
 
 
 Carry = TypeVar("Carry")

@@ -8,6 +8,11 @@ from jaxtyping import PyTree
 Transformation = optax.GradientTransformationExtraArgs
 
 
+def transformation(init, update) -> optax.GradientTransformationExtraArgs:
+    """Optax's pair of an `update` that must be given what Optax's types leave open."""
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class Flow(NamedTuple):
     """Transformations in the order in which they act; None where there is none.
 

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from hope_jax.memory.rule import transformation
+from hope_jax.memory.flow import transformation
 
 if TYPE_CHECKING:
     from hope_jax.memory.architecture import Architecture, Weights

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.config import Kinds
 from hope_jax.memory.choice import Choice, Make
-from hope_jax.memory.rule import transformation
+from hope_jax.memory.flow import transformation
 
 if TYPE_CHECKING:
     from hope_jax.memory.compose import MemoryConfig

@@ -29,11 +29,7 @@ from jaxtyping import Array, Float, PyTree
 from hope_jax.core.config import Kinds, did_you_mean
 from hope_jax.memory import rates
 from hope_jax.memory.choice import Choice, Make
-
-
-def transformation(init, update) -> optax.GradientTransformationExtraArgs:
-    """Optax's pair of an `update` that must be given what Optax's types leave open."""
-    return optax.GradientTransformationExtraArgs(init, update)
+from hope_jax.memory.flow import transformation
 
 
 def descend() -> optax.GradientTransformationExtraArgs:

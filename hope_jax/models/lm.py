@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
@@ -37,6 +38,7 @@ __all__ = [
     "apply",
     "build",
     "count_parameters",
+    "ids",
     "initial_state",
     "periods",
 ]
@@ -165,10 +167,10 @@ def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState
 def apply(
     graphdef: nnx.GraphDef,
     params: PyTree,
-    tokens: Int[Array, "B T"],
+    tokens: Array | np.ndarray,
     state: LMState | None = None,
     *,
-    labels: Int[Array, "B T"] | None = None,
+    labels: Array | np.ndarray | None = None,
     aligned: bool | None = None,
     learn: bool | Learning = True,
     horizon: int | None = None,
@@ -177,14 +179,16 @@ def apply(
 
     Args:
       graphdef, params: of `build`.
-      tokens: ids in `[0, vocab)`, at least one a row.
+      tokens: `[B, T]`, ids in `[0, vocab)`, at least one a row.
       state: where each row stands; None starts fresh rows.
       labels: the next token of every position, where the text after `tokens` is known,
         as in training. They complete a last chunk that is full, which is then not held
         back. Logits are the same with and without. Needs `aligned`.
       aligned: static; promises that every row has read a multiple of `config.span`
         tokens, and reads chunks in parallel. By default true for a fresh state only;
-        else the tokens are read one by one, wherever each row stands.
+        else the tokens are read one by one, wherever each row stands. A promise that
+        is not kept is refused, or inside `jit`, where it cannot be looked at, the
+        logits of that row are NaN.
       learn: static; False leaves every fast level at its state: nothing is learned
         while reading. A `Learning` says so part by part.
       horizon: static, for fresh rows; promises that none of them reads more tokens than
@@ -194,13 +198,20 @@ def apply(
 
     Returns:
       Float32 logits, those of position t predicting token t + 1, and the new state.
+
+    Raises:
+      ValueError: no `[B, T]` ids of the vocabulary, a state of other rows or of another
+        model, or arguments that do not go together.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(f"tokens must be [B, T] with T >= 1, got {tokens.shape}.")
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers, got {tokens.dtype}.")
+    if tokens.ndim != 2 or min(tokens.shape) < 1:
+        raise ValueError(
+            f"tokens must be [B, T] with B >= 1 and T >= 1, got {tokens.shape}."
+        )
     aligned = state is None if aligned is None else aligned
     model = nnx.merge(graphdef, params)
+    tokens = ids("tokens", tokens, model.config.vocab)
+    if labels is not None:
+        labels = ids("labels", labels, model.config.vocab)
     model.learning = learn = learning.resolve(model.config, learn)
     if labels is not None and (not aligned or labels.shape != tokens.shape):
         raise ValueError(
@@ -216,7 +227,8 @@ def apply(
     if fresh:
         state = _begin(model, tokens.shape[0], horizon)
     else:
-        state = _layers_first(state)
+        _check_state(model, state, tokens.shape[0], aligned)
+        position, state = state.position, _layers_first(state)
     if not aligned:
         step = functools.partial(_step, model, learn=learn)
         if tokens.shape[1] == 1:
@@ -225,7 +237,71 @@ def apply(
         state, logits = jax.lax.scan(step, state, tokens.T)
         return jnp.moveaxis(logits, 0, 1), _rows_first(state)
     logits, state = _read_aligned(model, tokens, labels, state, fresh, learn)
+    if not fresh:
+        kept = position % model.config.span == 0
+        logits = jnp.where(kept[:, None, None], logits, jnp.nan)
     return logits, _rows_first(state)
+
+
+def ids(name: str, tokens: Array | np.ndarray, vocab: int) -> Int[Array, "..."]:
+    """Token ids as int32.
+
+    One that the model has no row for would be read as another token's, or make NaN of
+    all that its row ever remembers.
+
+    Raises:
+      ValueError: they are no integers, or one is outside `[0, vocab)`; what is traced
+        cannot be looked at.
+    """
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {tokens.dtype}.")
+    if not isinstance(tokens, jax.core.Tracer):
+        host = np.asarray(tokens)
+        wrong = host[(host < 0) | (host >= vocab)]
+        if wrong.size:
+            raise ValueError(
+                f"{name} must be ids in [0, {vocab}), the model's vocabulary, got "
+                f"{wrong.flat[0]}. Use the tokenizer that the model was trained with."
+            )
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def _check_state(model, state, rows, aligned):
+    """Refuses a state that is not of these rows, of this model, or of this place."""
+    if not isinstance(state, LMState):
+        raise ValueError(
+            f"state must be an LMState, of initial_state or an earlier call, got "
+            f"{type(state).__name__}."
+        )
+    if state.position.shape != (rows,):
+        raise ValueError(
+            f"state is of {state.position.shape[0]} rows, tokens of {rows}."
+        )
+    fresh = jax.eval_shape(lambda: _rows_first(_begin(model, rows)))
+    # With a horizon, a state has only the first of the fast levels.
+    moving = len(state.levels)
+    blocks = fresh.blocks._replace(fast=fresh.blocks.fast[:moving])
+    expected = fresh._replace(blocks=blocks, levels=fresh.levels[:moving])
+    expected = expected._replace(held=expected.held if moving else None)
+    shapes = lambda tree: {  # noqa: E731
+        jax.tree_util.keystr(path): (leaf.shape, jnp.dtype(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    own, given = shapes(expected), shapes(state)
+    for path in [*own, *given]:
+        if own.get(path) != given.get(path):
+            raise ValueError(
+                "state is of another model: at state"
+                f"{path} it has {given.get(path)}, this model {own.get(path)}."
+            )
+    if aligned and not isinstance(state.position, jax.core.Tracer):
+        behind = np.asarray(state.position) % model.config.span
+        if behind.any():
+            raise ValueError(
+                "aligned=True promises that every row has read a multiple of "
+                f"{model.config.span} tokens, but state.position is "
+                f"{np.asarray(state.position).tolist()}: leave aligned out."
+            )
 
 
 def next_token_loss(

@@ -21,8 +21,7 @@ from hope_jax.core.transfer import attend, dot_product, regress
 from hope_jax.kernels.chunk import piece
 from hope_jax.memory import compose, features
 from hope_jax.memory.compose import MemoryConfig, Tokens
-from hope_jax.memory.flow import chain
-from hope_jax.memory.rule import transformation
+from hope_jax.memory.flow import chain, transformation
 from hope_jax.memory.state import MemoryState, begin_memory
 from hope_jax.optim.leaves import (
     as_rows,

@@ -41,9 +41,7 @@ def test_loss_by_hand():
     loss = step_lib.mean_loss(logits, jnp.array([[0, 1, 0]]))
     np.testing.assert_allclose(loss, -(np.log(0.75) + np.log(0.5)) / 2, rtol=1e-6)
     assert (
-        step_lib.mean_loss(
-            logits.astype(jnp.bfloat16), jnp.array([[0, 1, 0]])
-        ).dtype
+        step_lib.mean_loss(logits.astype(jnp.bfloat16), jnp.array([[0, 1, 0]])).dtype
         == jnp.float32
     )
 
