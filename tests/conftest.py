@@ -23,6 +23,7 @@ from absl import flags
 
 from tests import annotations  # noqa: F401 the hook below calls it by name
 
+jaxtyping.config.update("jaxtyping_remove_typechecker_stack", True)
 jaxtyping.install_import_hook("hope_jax", "tests.annotations.check")
 
 jax.config.update("jax_num_cpu_devices", 4)
