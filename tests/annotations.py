@@ -1,18 +1,29 @@
 """What annotations say of arrays is checked in every call.
 
 Others are left alone: that a wrong value is refused, by name and with what to do, the
-package sees to itself, and tests look at that.
+package sees to itself, and tests look at that. So what a test expects to fail is not
+checked either.
 """
 
+import contextlib
 import typing
 
 import beartype
 import jax
+import jaxtyping
 import numpy as np
-from jaxtyping import AbstractArray, PyTree
+import pytest
 
-_ARRAYS = (AbstractArray, PyTree, jax.Array, np.ndarray)
+_ARRAYS = (jaxtyping.AbstractArray, jaxtyping.PyTree, jax.Array, np.ndarray)
 _check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+raises = pytest.raises  # which `install` replaces
+
+
+def install(package: str) -> None:
+    """Checks the functions of a package; before any of it is imported."""
+    jaxtyping.config.update("jaxtyping_remove_typechecker_stack", True)
+    jaxtyping.install_import_hook(package, f"{__name__}.check")
+    pytest.raises = _refused
 
 
 def check(function):
@@ -29,3 +40,15 @@ def of_arrays(hint) -> bool:
     if isinstance(hint, type) and issubclass(hint, _ARRAYS):
         return True
     return any(of_arrays(part) for part in typing.get_args(hint))
+
+
+@contextlib.contextmanager
+def _refused(*expected, **more):
+    """`pytest.raises`, in which annotations are not checked."""
+    __tracebackhide__ = True
+    with raises(*expected, **more) as found:
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            yield found
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)

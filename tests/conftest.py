@@ -21,13 +21,12 @@ os.environ.setdefault(
 
 import hypothesis  # noqa: F401 parsed now: its plugin would, late, beside threads
 import jax
-import jaxtyping
 import pytest
 from absl import flags
 
-from tests import annotations  # noqa: F401 the hook below calls it by name
+from tests import annotations
 
-jaxtyping.install_import_hook("hope_jax", "tests.annotations.check")
+annotations.install("hope_jax")  # before any of it is imported
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

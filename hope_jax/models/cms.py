@@ -259,7 +259,7 @@ def begin_level(level: CMSLevel, weights: PyTree, axis: int) -> FastLevel:
 def move(
     config: CMSConfig,
     level: CMSLevel,
-    rate: Float[Array, ""],
+    rate: Float[Array, ""] | float,
     start: PyTree,
     weights: PyTree,
     state: FastLevel,
