@@ -209,22 +209,26 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 def picture(outcomes: dict[tuple[str, str], Outcome], settings: Settings) -> Figure:
     """Test losses: a panel a kind of noise, a line a rule, a colour a level."""
     kinds = Noise._fields
-    figure = Figure(figsize=(13, 0.8 + 0.36 * len(RULES)), layout="constrained")
+    figure = Figure(figsize=(13, 2.0 + 0.36 * len(RULES)), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True)
     mean = {key: outcome.scores.loss.mean() for key, outcome in outcomes.items()}
     order = sorted(RULES, key=lambda name: mean[name, "clean"])
     for panel, kind in zip(panels, kinds, strict=True):
+        levels = [noise for noise in NOISES if noise.startswith(kind)]
         series = {
-            noise.rpartition("-")[2]: [outcomes[n, noise].scores.loss for n in order]
-            for noise in NOISES
-            if noise == "clean" or noise.startswith(kind)
+            name: [outcomes[rule, noise].scores.loss for rule in order]
+            for name, noise in zip(
+                ("no noise", "lower level", "higher level"),
+                ("clean", *levels),
+                strict=True,
+            )
         }
         lab.points(panel, order, series)
         panel.axvline(np.log(10), color="#555555", lw=0.8, ls=":")
-        panel.set(xscale="log", title=kind, xlabel="clean test loss")
-        panel.legend(
-            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3
-        )
+        amounts = " and ".join(noise.rpartition("-")[2] for noise in levels)
+        panel.set(xscale="log", title=f"{kind}, {amounts}", xlabel="clean test loss")
+        panel.tick_params(axis="x", which="both", labelsize=8, rotation=45)
+    lab.legend(figure, panel, columns=3)
     figure.suptitle(
         f"Tuned at each level; mean and range of {settings.seeds} seeds; "
         "the dotted line is chance"
