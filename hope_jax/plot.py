@@ -7,6 +7,7 @@ it, in the format of the suffix (png, svg, pdf).
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.figure
@@ -20,7 +21,7 @@ from hope_jax.core.system import Edge, System, human, period
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#555555"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -162,9 +163,9 @@ def loss_curves(
     return figure
 
 
-@matplotlib.rc_context(_STYLE | {"axes.grid": False})
+@matplotlib.rc_context({**_STYLE, "axes.grid": False})
 def heat_map(
-    values: Sequence[Sequence[float]],
+    values: Sequence[Sequence[float]] | np.ndarray,
     *,
     rows: Sequence[str | tuple[str, str]],
     columns: Sequence[str | tuple[str, str]],
@@ -218,21 +219,22 @@ def heat_map(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(
-        values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto"
+        numbers, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto"
     )
     middle = sum(limits) / 2
-    for (row, column), value in np.ndenumerate(values):
+    for (row, column), value in np.ndenumerate(numbers):
         if np.isfinite(value):
             colour = "white" if value < middle else "black"
             text = f"{value:.2f}"
             axes.text(column, row, text, ha="center", va="center", color=colour)
     seen = []
     for hatch, (why, cells) in zip(
-        _cycled(len(hatched), ("////", "....", "xxxx")),
-        hatched.items(),
+        _cycled(len(hatches), ("////", "....", "xxxx")),
+        hatches.items(),
         strict=True,
     ):
-        style = {"facecolor": "#F4F4F4", "edgecolor": "#9A9A9A", "hatch": hatch}
+        style: dict[str, Any] = {"facecolor": "#F4F4F4", "edgecolor": "#9A9A9A"}
+        style["hatch"] = hatch
         for row, column in np.argwhere(cells):
             corner = (column - 0.5, row - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, linewidth=0, **style))
@@ -393,7 +395,7 @@ _STYLES = {  # colour (safe for the colour-blind), line style, what the legend s
 _WIDTH, _HEIGHT, _PITCH = 1.5, 0.84, 1.8  # of a box, and between boxes; inches
 
 
-@matplotlib.rc_context(_STYLE | {"font.size": 13})
+@matplotlib.rc_context({**_STYLE, "font.size": 13})
 def draw(
     system: System,
     *,
@@ -434,14 +436,16 @@ def draw(
                 zorder=3,
             )
         )
-        lines = (  # text, height above the middle, size, most letters of that size
+        lines: tuple[
+            tuple, ...
+        ] = (  # text, height above the middle, size, most letters of that size
             (box.name, 0.2, 12.5, 11, {"weight": "bold"}),
             (human(box.parameters), -0.06, 10.0, 17, {"color": _GREY}),
             (box.rule, -0.26, 10.0, 17, {"color": _GREY}),
         )
         for text, up, size, most, look in lines:
             size = min(size, size * most / max(len(text), 1))
-            middle = {"ha": "center", "va": "center", "zorder": 4}
+            middle: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 4}
             axes.text(x, y + up, text, size=size, **middle, **look)
 
     taken = []

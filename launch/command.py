@@ -114,8 +114,9 @@ def keep_programs(folder: str = "") -> Path | None:
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
         return None
-    if not folder and jax.config.jax_compilation_cache_dir is not None:
-        return Path(jax.config.jax_compilation_cache_dir)
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    if not folder and kept is not None:
+        return Path(kept)
     chosen = Path(folder).expanduser() if folder else _user_cache()
     try:
         chosen.mkdir(parents=True, exist_ok=True)

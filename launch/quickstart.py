@@ -189,7 +189,7 @@ def score_row(
         trained = before + time.perf_counter() - start
         if (folder / loop.CONFIG).exists():  # the run was accepted
             metrics.write_json(clock, trained)
-    if not outcome.finished:
+    if outcome.stopped_by is not None and not outcome.finished:
         raise Stopped(outcome.stopped_by)
 
     console.print(f"scoring {len(corpus.validation)} validation files")

@@ -9,8 +9,11 @@ from absl import flags
 class Reading(Protocol):
     """What a config says of it: rows of a step over all processes, and workers."""
 
-    batch: int
-    workers: int
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def workers(self) -> int: ...
 
 
 def check(config: Reading, process_index: int, process_count: int, what: str) -> None:
@@ -47,12 +50,12 @@ def batched(
     dataset: grain.MapDataset, config: Reading, process_count: int, threads: int
 ) -> grain.IterDataset:
     """What one process reads, `batch / process_count` at a time."""
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads))
+    items = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads))
     if config.workers:
-        dataset = dataset.mp_prefetch(
+        items = items.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=config.workers, per_worker_buffer_size=config.batch
             )
         )
     # After the workers: before them the order would depend on their number.
-    return dataset.batch(config.batch // process_count, drop_remainder=True)
+    return items.batch(config.batch // process_count, drop_remainder=True)

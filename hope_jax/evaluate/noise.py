@@ -99,8 +99,8 @@ def train(
         updates, state = rule.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    steps = jax.random.split(keys[2], steps)
-    (params, _), _ = jax.lax.scan(step, (params, rule.init(params)), steps)
+    each = jax.random.split(keys[2], steps)
+    (params, _), _ = jax.lax.scan(step, (params, rule.init(params)), each)
 
     def bounded(value):
         return jnp.where(value < DIVERGED, value, DIVERGED)  # also where it is NaN

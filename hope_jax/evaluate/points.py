@@ -67,7 +67,7 @@ def options(choice: str) -> tuple[str, ...]:
 def miras(config: GridConfig, choices: Mapping[str, Sequence[str]]) -> list[Point]:
     """Every product of `choices`, those that are refused too."""
     products = itertools.product(*(dict.fromkeys(choices[c]) for c in CHOICES))
-    return [_product(config, product) for product in products]
+    return [_product(config, (a, b, c, d)) for a, b, c, d in products]
 
 
 def _product(config: GridConfig, choices: tuple[str, str, str, str]) -> Point:
@@ -111,7 +111,7 @@ def _published(config: GridConfig, name: str) -> Point:
     column = ("", "accuracy")
     if point.memory is None:
         cell = (("non-parametric", name), column)
-        return Point(name, cell, ("",) * 4, point.chunk, model_for(config, name))
+        return Point(name, cell, ("", "", "", ""), point.chunk, model_for(config, name))
     cell = ((point.memory.architecture, name), column)
     choices = named.choices(point.memory)
     memory = dataclasses.replace(point.memory, chunk=config.mixer.memory.chunk)

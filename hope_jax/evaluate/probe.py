@@ -17,6 +17,7 @@ from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.config import ModelConfig, with_context
 from hope_jax.models.learning import Learning
+from hope_jax.models.mixers import MIXERS
 from hope_jax.models.mixers.base import MixerConfig
 from hope_jax.stream.reader import reader_of
 from hope_jax.train import state as state_lib
@@ -83,7 +84,7 @@ def model_for(config: ProbeConfig, mixer: MixerConfig | str) -> ModelConfig:
         d_model=config.d_model,
         layers=config.layers,
         heads=config.heads,
-        mixer=mixer,
+        mixer=MIXERS.of(mixer, "mixer"),
         cms=CMSConfig(hidden=config.hidden),
     )
     return with_context(made, config.task.length)
@@ -115,7 +116,7 @@ def train(
     )
 
     def live(params, fast, asked):
-        return reader.apply(params, asked.tokens, fast, aligned=True, learn=learn)
+        return reader.apply(params, asked.tokens, fast, True, learn)
 
     def objective(params, context):
         asked, logits = context
@@ -147,12 +148,12 @@ def train(
         )
 
     state = state_lib.create(params, tx, train_key)
-    advance = advance.lower(state, 0).compile()
+    compiled = advance.lower(state, 0).compile()
     steps, status, start = 0, DONE, time.perf_counter()
     seconds = 0.0
     while status == DONE and steps < config.steps and seconds < config.seconds:
         count = min(STRIDE, config.steps - steps)
-        state, worst = advance(state, count)
+        state, worst = compiled(state, count)
         steps += count
         if not math.isfinite(worst):
             status = f"{NOT_FINITE} by step {steps}"

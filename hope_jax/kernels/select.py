@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax.core.level import LevelState, unroll
@@ -97,7 +98,7 @@ def _accepted(state: MemoryState, tokens: Tokens) -> Tokens:
             f"tokens.k must be [T, K] and eta [T], got {jnp.shape(tokens.k)} and "
             f"{jnp.shape(tokens.eta)}."
         )
-    if not isinstance(tokens.alpha, jax.core.Tracer):
+    if not isinstance(tokens.alpha, Tracer):
         alpha = np.asarray(tokens.alpha)
         wrong = alpha[~((alpha >= 0) & (alpha <= 1))]
         if wrong.size:
@@ -105,12 +106,11 @@ def _accepted(state: MemoryState, tokens: Tokens) -> Tokens:
                 "tokens.alpha must be retained fractions in [0, 1], got "
                 f"{wrong.flat[0]}."
             )
-    anchored = state.anchor is not None and not any(
-        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)
-    )
-    if anchored and any(
-        np.any(np.asarray(state.anchor[name]) != np.asarray(weight))
-        for name, weight in state.weights.items()
+    anchor = {} if state.anchor is None else state.anchor
+    if any(
+        np.any(np.asarray(kept) != np.asarray(state.weights[name]))
+        for name, kept in anchor.items()
+        if not isinstance(kept, Tracer) and not isinstance(state.weights[name], Tracer)
     ):
         raise ValueError(
             "state is in the middle of a chunk: its anchor is not where it stands. "

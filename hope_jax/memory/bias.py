@@ -20,6 +20,7 @@ and their own derivatives, which the level above needs, are finite at r = 0.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,4 +188,5 @@ def build(name: str, power: float = 3.0) -> Loss:
         return found.loss
     if not power >= 1:
         raise ValueError(f"power must be at least 1 for bias={name!r}, got {power}.")
-    return functools.partial(found.loss, power=power)
+    powered: Any = found.loss
+    return functools.partial(powered, power=power)

@@ -406,7 +406,7 @@ def _carried(follow):
     return lambda config: follow(("w1",) if config.rate_law == "output" else ())
 
 
-_DESCENT = dict(step=_descend, linear=True, explicit=True, affine=True)
+_DESCENT: dict[str, Any] = dict(step=_descend, linear=True, explicit=True, affine=True)
 
 RULES: Kinds[Rule] = Kinds.of_entries(
     "rule",

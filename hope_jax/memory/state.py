@@ -1,6 +1,6 @@
 """Where a memory stands: what it carries from one chunk to the next."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,8 @@ def begin_memory(config: MemoryConfig, start: Weights) -> MemoryState:
     """Before the first token, from the weights that the level above learns."""
     weights = initial_weights(config, start)
     kind = form(config)
-    momentum = rule = recent = None
+    momentum = recent = None
+    rule: Any = None
     if kind in ("states", "newton"):
         rule = build_flow(config).init(weights)
     elif config.inertia:

@@ -300,8 +300,8 @@ def move(
             )
         return moved, FastLevel(fresh, opt, level_lib.nothing(opened))
 
-    of_level = FastLevel(axis, 0, axis)
-    over_rows = jax.vmap(move_row, (axis, *of_level), (axis, of_level))
+    axes: Any = (axis, 0, axis)
+    over_rows = jax.vmap(move_row, (axis, *axes), (axis, FastLevel(*axes)))
     return over_rows(weights, *state)
 
 

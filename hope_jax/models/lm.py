@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.clock import Clock
@@ -255,7 +256,7 @@ def ids(name: str, tokens: Array | np.ndarray, vocab: int) -> Int[Array, "..."]:
     """
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {tokens.dtype}.")
-    if not isinstance(tokens, jax.core.Tracer):
+    if not isinstance(tokens, Tracer):
         host = np.asarray(tokens)
         wrong = host[(host < 0) | (host >= vocab)]
         if wrong.size:
@@ -294,7 +295,7 @@ def _check_state(model, state, rows, aligned):
                 "state is of another model: at state"
                 f"{path} it has {given.get(path)}, this model {own.get(path)}."
             )
-    if aligned and not isinstance(state.position, jax.core.Tracer):
+    if aligned and not isinstance(state.position, Tracer):
         behind = np.asarray(state.position) % model.config.span
         if behind.any():
             raise ValueError(

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Level, Seen
-from hope_jax.core.system import Box, Edge, System
+from hope_jax.core.system import Box, Edge, Kind, System
+from hope_jax.memory.flow import Transformation, transformation
 from hope_jax.models import cms, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers.base import MixerConfig
@@ -39,7 +40,8 @@ def system(config: ModelConfig, row: int) -> System:
         "next-token loss",
         "outer optimizer",
     )
-    boxes, edges, ends = [slow], [], {}
+    boxes, edges = [slow], []
+    ends: dict[str, Kind] = {}
     seen = collections.Counter()
     for mixer in dict.fromkeys(config.pattern):
         called = {}  # two mixers of one kind differ in a number
@@ -69,7 +71,7 @@ def system(config: ModelConfig, row: int) -> System:
         name = _called(i)
         fast = i in inside
         period = level.period if level.period != float("inf") else row
-        rule = level.rule.kind.upper() if fast else "outer optimizer"
+        rule = level.rule.kind.upper() if fast and level.rule else "outer optimizer"
         boxes.append(
             Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
         )
@@ -165,7 +167,7 @@ def living(
     block = _only_block(model)
     (attention,) = (part.name for part in mixer.parts)
     still = Level(
-        init=None, read=None, objective=_no_objective, flow=optax.set_to_zero()
+        init=_started, read=_silent, objective=_no_objective, flow=optax.set_to_zero()
     )
 
     def embed(weights, item):
@@ -196,7 +198,7 @@ def living(
         else:
             starts[name] = start(params)
         levels[name] = Level(
-            init=None,
+            init=_started,
             read=read,
             objective=functools.partial(_loss, graphdef, params, read),
             flow=flow,
@@ -220,6 +222,14 @@ def head(
     """Logits of what the last level answers."""
     model = nnx.merge(graphdef, params)
     return wide(model.embed.attend(model.norm(x)))
+
+
+def _started(key):
+    raise ValueError("a model's levels start where its parameters say.")
+
+
+def _silent(params, item):
+    return None
 
 
 def _no_objective(params, item):
@@ -247,12 +257,13 @@ def _loss(graphdef, params, read, weights, item):
     return lm.next_token_loss(head(graphdef, params, read(weights, item)), label)
 
 
-def _equation_71(config, level, rate, start) -> optax.GradientTransformation:
+def _equation_71(config, level, rate, start) -> Transformation:
     """A level's whole move, its pull to where it starts too, as a rule."""
     rule = cms.flow(level, rate)
     scale = 1.0 / level.period if config.reduction == "mean" else 1.0
 
-    def update(gradient, state, weights):
+    def update(gradient, state, weights, **extra):
+        del extra  # it takes no more of its token than the gradient
         gradient, at = jax.tree.map(lambda g: scale * g, gradient), weights
         if config.gradient == "first_order":  # but of the rate a move is a constant
             gradient, at = jax.lax.stop_gradient((gradient, at))
@@ -262,4 +273,4 @@ def _equation_71(config, level, rate, start) -> optax.GradientTransformation:
         )
         return pulled, state
 
-    return optax.GradientTransformation(rule.init, update)
+    return transformation(rule.init, update)

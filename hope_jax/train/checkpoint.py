@@ -524,14 +524,15 @@ _EARLIER = (_in_a_row, _rule_apart)
 def _paths(tree: PyTree, places: Callable[[str, list[str]], str] | None):
     """The names on the way to each leaf; of the parts of flows their `places`."""
     flatten = jax.tree_util.tree_flatten_with_path
-    is_flow = lambda node: places and isinstance(node, FlowState)  # noqa: E731
-    for path, node in flatten(tree, is_leaf=is_flow)[0]:
-        if not is_flow(node):
+    is_flow = lambda node: isinstance(node, FlowState)  # noqa: E731
+    for path, node in flatten(tree, is_leaf=is_flow if places else None)[0]:
+        if places is None or not is_flow(node):
             yield path_names(path), node
             continue
         present = [n for n, part in node._asdict().items() if part is not None]
         for (first, *rest), leaf in flatten(node)[0]:
-            place = places(*path_names((first,)), present).split(".")
+            (part,) = path_names((first,))
+            place = places(part, present).split(".")
             yield (*path_names(path), *place, *path_names(tuple(rest))), leaf
 
 

@@ -89,7 +89,9 @@ def optimizer(
     )
     made = {names[kind]: rule.make(known) for kind, rule in rules.items()}
     choose = functools.partial(groups.names_of, names=names, layers=None)
-    clip = optax.clip_by_global_norm(config.clip_norm)
+    clip = optax.identity()
+    if config.clip_norm is not None:
+        clip = optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, groups.by_name(made, choose))
 
 
@@ -139,7 +141,8 @@ class Reader:
         stream = self._batches(seed) if kept is None else iter(kept[:steps])
         for _ in range(steps // size):
             batches = [next(stream) for _ in range(size)]
-            yield tuple(np.stack([b[key] for b in batches]) for key in _KEYS)
+            images, labels = (np.stack([b[key] for b in batches]) for key in _KEYS)
+            yield images, labels
 
     def held(self, images: Images):
         """The batches of a held-out split, each image once."""
