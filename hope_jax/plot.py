@@ -436,17 +436,15 @@ def draw(
                 zorder=3,
             )
         )
-        lines: tuple[
-            tuple, ...
-        ] = (  # text, height above the middle, size, most letters of that size
+        # text, height above the middle, size, most letters of that size, look
+        for text, up, size, most, look in (
             (box.name, 0.2, 12.5, 11, {"weight": "bold"}),
             (human(box.parameters), -0.06, 10.0, 17, {"color": _GREY}),
             (box.rule, -0.26, 10.0, 17, {"color": _GREY}),
-        )
-        for text, up, size, most, look in lines:
+        ):
             size = min(size, size * most / max(len(text), 1))
-            middle: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 4}
-            axes.text(x, y + up, text, size=size, **middle, **look)
+            middle: Any = {"ha": "center", "va": "center", "zorder": 4} | look
+            axes.text(x, y + up, text, size=size, **middle)
 
     taken = []
     for edge in system.edges:
