@@ -13,10 +13,11 @@ from pathlib import Path
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: unoptimised programs halve their time, and the
-# older code generator halves it again.
+# older code generator halves it again. Every core has a worker, none needs to share.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
 )
 
 import hypothesis  # noqa: F401 parsed now: its plugin would, late, beside threads
@@ -25,6 +26,7 @@ import pytest
 from absl import flags
 
 from tests import annotations
+from tests.chosen import quick
 
 annotations.install("hope_jax")  # before any of it is imported
 
@@ -50,13 +52,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
-def quick(items):
-    """Of each function the first item that is not marked slow."""
-    first = {}
-    for item in items:
-        if item.get_closest_marker("slow") is None:
-            first.setdefault(item.nodeid.split("[")[0], item)
-    return list(first.values())
+def pytest_collection_finish():
+    """What is imported by now stays: looking through it for garbage takes a tenth."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_configure(config):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import quick
+from tests.chosen import quick
 
 
 class Item:

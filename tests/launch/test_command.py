@@ -1,6 +1,7 @@
 """One way to give flags: every program beside every other, and their help."""
 
 import importlib
+import json
 import logging
 import os
 import subprocess
@@ -99,18 +100,44 @@ def test_all_programs_can_be_imported_together():
     assert "launch" not in owners and "experiments" not in owners
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_helpshort_of_every_program(name):
+# Runs programs one after another as `python -m` does, and prints what each has said.
+ONE_BY_ONE = """
+import contextlib, io, json, runpy, sys
+said = {}
+for name in sys.argv[1:]:
+    sys.argv = [name, "--helpshort"]
+    sys.modules.pop(name, None)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = runpy.run_module(name, run_name="__main__", alter_sys=True) and 0
+        except SystemExit as end:
+            status = end.code
+    said[name] = status, out.getvalue(), err.getvalue()
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def helped():
+    """Status, output and errors of each program, of a process that runs them all."""
     done = subprocess.run(
-        [sys.executable, "-m", name, "--helpshort"],
+        [sys.executable, "-c", ONE_BY_ONE, *PROGRAMS],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_helpshort_of_every_program(name, helped):
+    status, out, err = helped[name]
     module = importlib.import_module(name)
-    assert done.returncode == 1 and done.stderr == ""
-    assert done.stdout.startswith(module.__doc__.strip())
-    flags = done.stdout.partition("\nflags:\n")[2]
+    assert status == 1 and err == ""
+    assert out.startswith(module.__doc__.strip())
+    flags = out.partition("\nflags:\n")[2]
     assert "--flagfile" in flags and flags.count("\n  --") >= 4
 
 

@@ -8,6 +8,7 @@ import jax
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.config import ModelConfig
+from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.attention import AttentionConfig, SlidingWindowConfig
 from hope_jax.models.mixers.memory import NamedConfig
 from hope_jax.models.mixers.self_modifying import MLP, SelfModifyingConfig
@@ -64,9 +65,17 @@ def built(config: ModelConfig):
 
 
 @functools.cache
-def reading(config: ModelConfig, aligned: bool | None = None, learn: bool = True):
+def graph(config: ModelConfig):
+    """The graph definition of `built`, without making the parameters."""
+    return lm.abstract_model(config)[0]
+
+
+@functools.cache
+def reading(
+    config: ModelConfig, aligned: bool | None = None, learn: bool | Learning = True
+):
     """`(params, tokens, state) -> (logits, state)`, compiled once a shape."""
-    graphdef, _ = built(config)
+    graphdef = graph(config)
     return jax.jit(
         lambda params, tokens, state: lm.apply(
             graphdef, params, tokens, state, aligned=aligned, learn=learn

@@ -49,6 +49,7 @@ from hope_jax.optim.rules.m3 import m3, scale_by_m3
 from hope_jax.train import checkpoint
 from hope_jax.train.config import OptimizerConfig
 from hope_jax.train.state import TrainState
+from tests.chosen import asked
 from tests.train import tiny
 
 STEPS = 80
@@ -326,13 +327,7 @@ ALL = {**TABLE, **{f"name_{name}": one for name, one in NAMES.items()}}
 
 @pytest.fixture(autouse=True, scope="module")
 def _those_that_are_asked_for(request):
-    """With `--quick` or `-k` only the chosen optimizers are compiled."""
-    asked = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.fspath == request.fspath and hasattr(item, "callspec")
-    }
-    for name in ALL.keys() - asked:
+    for name in ALL.keys() - asked(request, "name"):
         del ALL[name]
 
 
@@ -863,8 +858,8 @@ def move_on_eight_devices(chosen, file):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     file = tmp_path_factory.mktemp("sharded") / "updates.npz"
-    asked = [[n for n in CUT if n in ALL], str(file)]
-    code = f"from {__name__} import *; move_on_eight_devices(*{asked!r})"
+    here = [n for n in CUT if n in ALL]
+    code = f"from {__name__} import *; move_on_eight_devices({here}, {str(file)!r})"
     settings = {
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
