@@ -28,12 +28,18 @@ def with_gradient(gradient, **changes):
     )
 
 
+def start():
+    """Parameters of `with_gradient`, the same whatever the gradient."""
+    with jax.enable_x64(False):
+        return small.built(with_gradient("first_order"))[1]
+
+
 def loss_of(config):
     """Of the tokens after the first moves, so that the levels' lives matter."""
-    graphdef, _ = small.built(config)
+    graphdef = small.graph(config)
 
     def loss(params, tokens):
-        logits, _ = lm.apply(graphdef, params, tokens[:, :-1])
+        logits, _ = lm.apply(graphdef, params, tokens[:, :-1], labels=tokens[:, 1:])
         return lm.next_token_loss(logits, tokens[:, 1:])[:, 4:].mean()
 
     return loss
@@ -53,11 +59,11 @@ def in_float64():
             w = jnp.asarray(w, jnp.float64)
             return w + 0.1 * rng.standard_normal(w.shape) if start else w
 
-        params = jax.tree_util.tree_map_with_path(given, small.built(config)[1])
+        params = jax.tree_util.tree_map_with_path(given, start())
         tokens = small.some_tokens(length=LENGTH)
-        loss = jax.jit(loss_of(config)).lower(params, tokens).compile()
-        grad = jax.jit(jax.grad(loss_of(config)))(params, tokens)
-        return loss, grad, params, tokens
+        both = jax.jit(jax.value_and_grad(loss_of(config)))
+        both = both.lower(params, tokens).compile()
+        return lambda *at: both(*at)[0], both(params, tokens)[1], params, tokens
 
 
 STARTS = {
@@ -113,54 +119,61 @@ def test_every_initial_state_learns_by_finite_differences(float64, name):
 
 def first_order_by_definition(config, params, tokens):
     """Moves are constants: found by one reading, then added to the learned weights."""
-    graphdef, _ = small.built(config)
-    chunk = config.base_chunk
-    model = nnx.merge(graphdef, params)
-    begun = lm._begin(model, tokens.shape[0])
+    graphdef, chunk = small.graph(config), config.base_chunk
+
+    @jax.jit
+    def begin(params):
+        return lm._begin(nnx.merge(graphdef, params), tokens.shape[0])
+
+    @jax.jit
+    def read(params, mixers, fast, tokens, labels):
+        model = nnx.merge(graphdef, params)
+        logits, mixers, _ = lm._read(
+            model, tokens, mixers, fast, aligned=True, learn=True
+        )
+        return lm.next_token_loss(logits, labels), mixers
+
+    @jax.jit
+    def slopes(params, mixers, fast, tokens, labels):
+        def objective(fast):
+            losses, after = read(params, mixers, fast, tokens, labels)
+            return losses.sum(), after
+
+        return jax.grad(objective, has_aux=True)(fast)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def move(i, params, weights, level):
+        model, whole = nnx.merge(graphdef, params), config.cms.whole[i]
+        rate, start = model.inner_rates()[i], model.blocks.starts()[i]
+        return cms.move(config.cms, whole, rate, start, weights, level, axis=1)
+
+    def part(n):
+        at = slice(n * chunk, (n + 1) * chunk)
+        return tokens[:, at], tokens[:, at.start + 1 : at.stop + 1]
+
+    begun = begin(params)
     mixers, start, _ = begun.blocks
     fast, levels, moves = start, list(begun.levels), []
     for n in range((LENGTH - 2) // chunk):
-        part = slice(n * chunk, (n + 1) * chunk)
-
-        def objective(fast, mixers=mixers, part=part):
-            logits, after, _ = lm._read(
-                model, tokens[:, part], mixers, fast, aligned=True, learn=True
-            )
-            labels = tokens[:, part.start + 1 : part.stop + 1]
-            return lm.next_token_loss(logits, labels).sum(), after
-
-        gradient, mixers = jax.grad(objective, has_aux=True)(fast)
+        gradient, mixers = slopes(params, mixers, fast, *part(n))
         for i, g in enumerate(gradient):
             more = jax.tree.map(jnp.add, levels[i].learned, Collected(g, None))
             levels[i] = levels[i]._replace(learned=more)
         for i, period in enumerate(config.fast_periods):
             if (n + 1) * chunk % period == 0:
-                weights, levels[i] = cms.move(
-                    config.cms,
-                    config.cms.whole[i],
-                    model.inner_rates()[i],
-                    model.blocks.starts()[i],
-                    fast[i],
-                    levels[i],
-                    axis=1,
-                )
+                weights, levels[i] = move(i, params, fast[i], levels[i])
                 fast = (*fast[:i], weights, *fast[i + 1 :])
         moves.append(jax.tree.map(jnp.subtract, fast, start))
 
     def loss(params):
-        model = nnx.merge(graphdef, params)
-        mixers, start, _ = lm._begin(model, tokens.shape[0]).blocks
+        mixers, start, _ = begin(params).blocks
         losses = []
-        for n, begin in enumerate(range(0, LENGTH - 1, chunk)):
+        for n in range((LENGTH - 1) // chunk):
             fast = start
             if n:
                 fast = jax.tree.map(jnp.add, start, moves[n - 1])
-            part = slice(begin, min(begin + chunk, LENGTH - 1))
-            logits, mixers, _ = lm._read(
-                model, tokens[:, part], mixers, fast, aligned=True, learn=True
-            )
-            labels = tokens[:, part.start + 1 : part.stop + 1]
-            losses.append(lm.next_token_loss(logits, labels))
+            some, mixers = read(params, mixers, fast, *part(n))
+            losses.append(some)
         return jnp.concatenate(losses, axis=1)[:, 4:].mean()
 
     return jax.grad(loss)(params)
@@ -168,10 +181,9 @@ def first_order_by_definition(config, params, tokens):
 
 def test_first_order_is_its_definition():
     config = with_gradient("first_order")
-    _, params = small.built(config)
-    tokens = small.some_tokens(length=LENGTH)
+    params, tokens = start(), small.some_tokens(length=LENGTH)
     grad = jax.jit(jax.grad(loss_of(config)))(params, tokens)
-    want = jax.jit(functools.partial(first_order_by_definition, config))(params, tokens)
+    want = first_order_by_definition(config, params, tokens)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(grad), jax.tree.leaves(want), strict=True
     ):
@@ -185,8 +197,8 @@ def test_first_order_is_its_definition():
 
 def test_none_gives_the_fast_levels_nothing():
     config = with_gradient("none")
-    _, params = small.built(config)
-    grad = jax.jit(jax.grad(loss_of(config)))(params, small.some_tokens(length=LENGTH))
+    grad = jax.jit(jax.grad(loss_of(config)))
+    grad = grad(start(), small.some_tokens(length=LENGTH))
     for path, g in jax.tree_util.tree_leaves_with_path(grad):
         keys = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
         inside = "rates" in keys or (

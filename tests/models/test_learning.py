@@ -21,18 +21,27 @@ TRANSFORMER = dataclasses.replace(small.TRANSFORMER, **ONE_LAYER)
 STILL = small.without_rates(HOPE)
 DELTA = dataclasses.replace(TRANSFORMER, name="delta", mixer="gated_delta_net")
 MODELS = (HOPE, ATTENTION, TRANSFORMER, DELTA)
-TOKENS = jax.random.randint(jax.random.key(3), (2, 9), 0, small.VOCAB)
+TOKENS = jax.random.randint(jax.random.key(3), (2, 13), 0, small.VOCAB)
+
+
+@functools.cache
+def begin(config):
+    return lm.initial_state(*small.built(config), len(TOKENS))
 
 
 @functools.cache
 def read(config, learn, aligned=True):
+    """Whole chunks whose labels are known, from the start, are the smallest program."""
     graphdef, params = small.built(config)
-    start = lm.initial_state(graphdef, params, len(TOKENS))
-    run = jax.jit(
-        lambda params, state: lm.apply(
-            graphdef, params, TOKENS, state, aligned=aligned, learn=learn
-        )
-    )
+
+    @jax.jit
+    def run(params, state):
+        if not aligned:
+            return lm.apply(graphdef, params, TOKENS[:, :9], state, learn=learn)
+        labels = TOKENS[:, 1:]
+        return lm.apply(graphdef, params, TOKENS[:, :-1], labels=labels, learn=learn)
+
+    start = begin(config)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam counts in int32
         return start, *run(params, start)
 

@@ -231,8 +231,9 @@ def test_bfloat16_adds_up_in_float32():
 
 def lm_loss(graphdef, horizon=None):
     def loss(params, tokens):
-        logits, _ = lm.apply(graphdef, params, tokens[:, :-1], horizon=horizon)
-        return jnp.mean(lm.next_token_loss(logits, tokens[:, 1:]))
+        given, labels = tokens[:, :-1], tokens[:, 1:]
+        logits, _ = lm.apply(graphdef, params, given, labels=labels, horizon=horizon)
+        return jnp.mean(lm.next_token_loss(logits, labels))
 
     return loss
 
