@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 from absl import app, flags
 from absl import logging as absl_logging
 
@@ -125,10 +126,23 @@ def keep_programs(folder: str = "") -> Path | None:
         if folder:
             raise
         return None
+    _mend(chosen)
     jax.config.update("jax_compilation_cache_dir", str(chosen))
     jax.config.update("jax_compilation_cache_max_size", 4 * 1024**3)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return chosen
+
+
+def _mend(folder: Path) -> None:
+    """Removes programs that a killed process had not finished writing.
+
+    JAX writes the time of use last, and could neither read such a program nor write any
+    more beside it.
+    """
+    with filelock.FileLock(folder / ".lockfile"):  # as JAX does
+        for program in folder.glob("*-cache"):
+            if not program.with_name(f"{program.name[:-6]}-atime").exists():
+                program.unlink()
 
 
 def _user_cache() -> Path:

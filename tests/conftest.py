@@ -6,6 +6,7 @@ is not marked `slow`.
 
 import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # jax <= 0.11.2 can dead-lock a virtual-device collective on a two-core host unless
@@ -13,11 +14,13 @@ from pathlib import Path
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: unoptimised programs halve their time, and the
-# older code generator halves it again. Every core has a worker, none needs to share.
+# older code generator halves it again where XLA still has it, for a flag that it does
+# not know ends the process. Every core has a worker, none needs to share.
+FORMER_EMITTERS = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * FORMER_EMITTERS,
 )
 
 import hypothesis  # noqa: F401 parsed now: its plugin would, late, beside threads
@@ -64,11 +67,12 @@ def pytest_configure(config):
     JAX names a program by all that it is made of, its own version and flags included.
     With a size given it locks the folder, so that workers share it, and evicts.
     """
+    # Programs that tests start keep none: some are killed, in the middle of a file too.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if not hasattr(config, "cache"):  # -p no:cacheprovider
-        os.environ["XDG_CACHE_HOME"] = os.devnull  # and nowhere else
+        jax.config.update("jax_enable_compilation_cache", False)
         return
     folder = config.cache.mkdir(f"programs-jax-{jax.__version__}")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # of programs they start
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

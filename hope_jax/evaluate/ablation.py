@@ -240,7 +240,8 @@ def interval(values: Sequence[float] | Float[np.ndarray, " N"]) -> Gain:
     """
     found = np.asarray(values, np.float64)
     half = 1.96 * found.std(ddof=1) / math.sqrt(len(found))
-    return Gain(*(float(v) for v in (found.mean(), *(found.mean() + (-half, half)))))
+    mean = found.mean()
+    return Gain(float(mean), float(mean - half), float(mean + half))
 
 
 def read_twice(

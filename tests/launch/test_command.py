@@ -184,7 +184,7 @@ print(jax.jit(lambda x: x * 2)(3.0), jax.config.jax_compilation_cache_dir)
 
 def test_compiled_programs_are_kept_where_the_user_says(tmp_path):
     def run(*arguments, **variables):
-        unset = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
+        unset = ("JAX_ENABLE_COMPILATION_CACHE", "XDG_CACHE_HOME")
         env = {k: v for k, v in os.environ.items() if k not in unset}
         done = subprocess.run(
             [sys.executable, "-c", _COMPILES, *arguments],
@@ -206,6 +206,12 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path):
     assert made
     _, said = run(f"--compile_cache={chosen}")
     assert programs(chosen) == made and missed not in said
+
+    (torn := made[0]).write_bytes(b"torn")  # by a process that was killed
+    torn.with_name(torn.name.replace("-cache", "-atime")).unlink()
+    (value, _), said = run(f"--compile_cache={chosen}")
+    assert value == "6.0" and "Error" not in said and programs(chosen) == made
+    assert torn.read_bytes() != b"torn"
 
     (_, folder), _ = run()
     assert programs(tmp_path / "home/.cache/hope_jax/programs") and "home" in folder
