@@ -6,8 +6,9 @@ is not marked `slow`.
 
 import gc
 import os
-from importlib.metadata import version
 from pathlib import Path
+
+from tests.versions import FORMER_EMITTERS
 
 # jax <= 0.11.2 can dead-lock a virtual-device collective on a two-core host unless
 # its thread pool is larger than the number of devices; set before jax starts.
@@ -16,7 +17,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: unoptimised programs halve their time, and the
 # older code generator halves it again where XLA still has it, for a flag that it does
 # not know ends the process. Every core has a worker, none needs to share.
-FORMER_EMITTERS = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"

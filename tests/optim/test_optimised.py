@@ -12,7 +12,7 @@ import pytest
 
 from hope_jax import optim
 from hope_jax.train.config import OptimizerConfig
-from tests.conftest import FORMER_EMITTERS
+from tests.versions import FORMER_EMITTERS
 
 SHAPES = {"a": (2, 32, 96), "b": (2, 128, 32), "c": (32, 10)}
 
