@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from hope_jax.optim.leaves import wide_type
 
-Layers = PyTree[Bool] | Callable[[PyTree], PyTree[Bool]]
+Layers = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
 
 
 @functools.partial(

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Collected, collect, move, nothing
@@ -45,7 +45,7 @@ def on_clock(
     period: int,
     *,
     reduce: Literal["mean", "sum"] = "mean",
-    layers: PyTree[Bool] | None = None,
+    layers: PyTree[bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, moving on every `period`-th step only, by the gradients of all of them.
 
@@ -130,7 +130,7 @@ def on_clocks(
     periods: PyTree,
     *,
     reduce: Literal["mean", "sum"] = "mean",
-    layers: PyTree[Bool] | None = None,
+    layers: PyTree[bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rule for each group of parameters of one period.
 
@@ -183,7 +183,7 @@ def kind(path: tuple, leaf: Any) -> Kind:
 
 
 def names_of(
-    params: PyTree, names: Mapping[Kind, str], *, layers: PyTree[Bool] | None = None
+    params: PyTree, names: Mapping[Kind, str], *, layers: PyTree[bool] | None = None
 ) -> PyTree[str]:
     """Which rule moves each leaf.
 
@@ -310,7 +310,7 @@ def _where_not_masked(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree
     )
 
 
-def _no_inputs(params: PyTree, layers: PyTree[Bool]) -> PyTree:
+def _no_inputs(params: PyTree, layers: PyTree[bool]) -> PyTree:
     """Gram matrices of no inputs, and None for what multiplies nothing."""
 
     def zeros(leaf, chosen):
