@@ -74,7 +74,9 @@ def lp(
 
 
 def huber(
-    output: Float[Array, " V"], value: Float[Array, " V"], threshold: Float[Array, ""]
+    output: Float[Array, " V"],
+    value: Float[Array, " V"],
+    threshold: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
     """Huber's loss of each coordinate (MIRAS 14)."""
     error = output - value
@@ -84,7 +86,9 @@ def huber(
 
 
 def huber_norm(
-    output: Float[Array, " V"], value: Float[Array, " V"], threshold: Float[Array, ""]
+    output: Float[Array, " V"],
+    value: Float[Array, " V"],
+    threshold: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
     """Huber's loss of the norm of the error (MIRAS 15): no step longer than δ."""
     error = output - value
@@ -95,7 +99,9 @@ def huber_norm(
 
 
 def huber_switched(
-    output: Float[Array, " V"], value: Float[Array, " V"], threshold: Float[Array, ""]
+    output: Float[Array, " V"],
+    value: Float[Array, " V"],
+    threshold: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
     """`l2` near, `δ ‖r‖₁` far (MIRAS 16 and 26, Yaad).
 
@@ -110,7 +116,9 @@ def huber_switched(
 
 
 def value_shift(
-    output: Float[Array, " V"], value: Float[Array, " V"], threshold: Float[Array, ""]
+    output: Float[Array, " V"],
+    value: Float[Array, " V"],
+    threshold: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
     """`½ (‖r‖ + δ)²`: the worst `½‖·‖²` over values moved by at most δ (MIRAS 17)."""
     error = output - value

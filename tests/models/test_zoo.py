@@ -200,7 +200,9 @@ def test_bad_cms_configs(make, message):
 def test_bad_tokens():
     graphdef, params = small.built(small.TRANSFORMER)
     tokens = small.some_tokens()
-    with pytest.raises(ValueError, match=r"tokens must be \[B, T\] with T >= 1"):
+    with pytest.raises(
+        ValueError, match=r"tokens must be \[B, T\] with B >= 1 and T >= 1"
+    ):
         lm.apply(graphdef, params, tokens[:, :0])
     with pytest.raises(ValueError, match="tokens must be integers, got float32"):
         lm.apply(graphdef, params, tokens.astype("float32"))
