@@ -16,6 +16,7 @@ from hope_jax.train.config import OptimizerConfig
 SHAPES = {"a": (2, 32, 96), "b": (2, 128, 32), "c": (32, 10)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [("adamuon", "m3"), ("shampoo", "soap")], ids="+".join
 )
