@@ -25,7 +25,9 @@ setup(
     install_requires=_requirements(),
     extras_require={
         "test": [
+            "beartype>=0.22",
             "hypothesis>=6.100",
+            "pyright[nodejs]==1.1.414",  # a newer one may find more
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",

@@ -6,14 +6,8 @@ Run:     python -m experiments.fig11_vit --out=DIR  (picture and result)
          accelerator: --scale=s16 or b16 --data=FOLDER (ImageNet-21K, sub-folders train,
          valid and test), or a set of TFDS with --splits='train[:99%],train[99%:],test'.
 Smoke:   add --scale=smoke (few steps and rates, half a minute); a test runs it so.
-Expect:  rules that orthogonalise are ahead: on test AdaMuon 0.106 (97.4% right), M3
-         0.121 (97.2%), Muon 0.145 (96.5%), then AdamW 0.191 (95.0%), delta momentum
-         0.213, momentum 0.215, deep momentum 0.259 (91.8%; two of five seeds do not
-         reach 0.25). Against the paper, M3 is not shown to beat Muon: its lead on test
-         lies within the spread of seeds (0.039), its train loss is no lower (0.00027
-         against 0.00024), it comes to a test loss of 0.25 later (117 steps against 99),
-         and its step takes 6% more time. A momentum with a delta rule is momentum here;
-         one with a network is worse and slower.
+Expect:  rules that orthogonalise are ahead (test loss of AdaMuon 0.106, M3 0.121, Muon
+         0.145, AdamW 0.191); M3 is not shown to beat Muon; experiments/log.md has more.
 Cost:    10 minutes of one CPU core.
 
 scikit-learn's digits, divided into train, valid and test for good. Every optimizer is
@@ -29,41 +23,28 @@ The paper says neither rates nor decays nor steps; it shows M3 below AdamW and M
 
 import dataclasses
 import functools
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from matplotlib.figure import Figure
 
 from experiments import lab
-from hope_jax import optim
-from hope_jax.data import images as images_lib
-from hope_jax.data.images import BatchConfig, Images
+from experiments.benchmarks import timing
+from hope_jax.data import images as image_files
+from hope_jax.data.images import Images
 from hope_jax.models import vit
-from hope_jax.optim import groups
+from hope_jax.plot import Figure
+from hope_jax.train import images
 from hope_jax.train.config import OptimizerConfig
 from launch import command
 
 NAME = "fig11_vit"
-OPTIMIZERS = (
-    "adamw",
-    "muon",
-    "adamuon",
-    "m3",
-    "momentum",
-    "delta_momentum",
-    "deep_momentum",
-)
+OPTIMIZERS = ("adamw", "muon", "adamuon", "m3")
+OPTIMIZERS += ("momentum", "delta_momentum", "deep_momentum")
 _TUNING_SEED = 1000
 _TIMED = 20  # steps at most
-_KEYS = ("image", "label")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,99 +140,20 @@ class Lane(NamedTuple):
     seed: int
 
 
-class Curves(NamedTuple):
-    """`[R, N]` each: runs, and a point every `Settings.every` steps.
-
-    Attributes:
-      train: cross-entropy of the batches since the last point.
-      held: cross-entropy on all of the held-out split.
-      accuracy: on the same.
-    """
-
-    train: np.ndarray
-    held: np.ndarray
-    accuracy: np.ndarray
-
-
-def optimizer(
-    name: str, rate, weight_decay, steps: int, settings: Settings
-) -> optax.GradientTransformationExtraArgs:
-    """`hope_jax.optim.build` with a rate and a decay that may be traced arrays."""
-    rules = optim.rules_of(OptimizerConfig(rule=name))
-    names = optim.labelled(rules)
-    shape = optim.schedule(1.0, settings.warmup, steps, settings.final_fraction)
-    known = optim.Settings(
-        rate=lambda count: rate * shape(count + 1), weight_decay=weight_decay
+@functools.cache
+def program(name: str, steps: int, settings: Settings) -> images.Program:
+    """One optimizer, compiled once for all rates, decays and seeds."""
+    config = OptimizerConfig(
+        rule=name,
+        warmup_steps=settings.warmup,
+        final_fraction=settings.final_fraction,
+        clip_norm=settings.clip_norm,
     )
-    made = {names[kind]: rule.make(known) for kind, rule in rules.items()}
-    choose = functools.partial(groups.names_of, names=names, layers=None)
-    clip = optax.clip_by_global_norm(settings.clip_norm)
-    return optax.chain(clip, groups.by_name(made, choose))
-
-
-class Program(NamedTuple):
-    """One optimizer, compiled once for all rates, decays and seeds.
-
-    Attributes:
-      begin: `lane -> (params, state)`.
-      advance: `(lane, carry, images [T, B, ...], labels) -> (carry, losses [T])`.
-    """
-
-    begin: Callable
-    advance: Callable
-
-
-def losses(model: vit.ViTConfig, params, images, labels):
-    """Cross-entropy and hit or miss of each image."""
-    logits = vit.apply(_graphdef(model), params, images)
-    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return entropy, jnp.argmax(logits, axis=-1) == labels
-
-
-@functools.cache
-def _graphdef(model):
-    return vit.build(model, jax.random.key(0))[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def fresh(model: vit.ViTConfig, seed):
-    return vit.build(model, jax.random.key(seed))[1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score(model: vit.ViTConfig, params, images, labels, mask):
-    """Sums of cross-entropy and of hits."""
-    entropy, hits = losses(model, params, images, labels)
-    return jnp.sum(entropy, where=mask), jnp.sum(hits, where=mask)
-
-
-@functools.cache
-def program(name: str, steps: int, settings: Settings) -> Program:
-    model = settings.model
 
     def rule(lane):
-        return optimizer(name, lane.rate, lane.weight_decay, steps, settings)
+        return images.optimizer(config, lane.rate, lane.weight_decay, steps)
 
-    def advance(lane, carry, images, labels):
-        tx = rule(lane)
-
-        def step(carry, batch):
-            params, state = carry
-            loss, gradient = jax.value_and_grad(
-                lambda params: jnp.mean(losses(model, params, *batch)[0])
-            )(params)
-            updates, state = tx.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), loss
-
-        return jax.lax.scan(step, carry, (images, labels))
-
-    first = jax.jit(lambda lane, params: rule(lane).init(params))
-
-    def begin(lane):
-        params = fresh(model, lane.seed)
-        return params, first(lane, params)
-
-    return Program(begin, jax.jit(advance, donate_argnums=1))
+    return images.program(settings.model, rule)
 
 
 class Data(NamedTuple):
@@ -275,101 +177,10 @@ def load(
         )
     model = settings.model
     shape = {"size": model.image, "channels": model.channels, "data_dir": data_dir}
-    found = Data(*(images_lib.load(data, split=s, **shape) for s in splits))
+    found = Data(*(image_files.load(data, split=s, **shape) for s in splits))
     classes = len(found.train.classes)
     model = dataclasses.replace(model, classes=classes)
     return found, dataclasses.replace(settings, model=model)
-
-
-class Reader:
-    """Batches by seed, and held-out splits; kept where the images are in memory."""
-
-    def __init__(self, data: Data, settings: Settings):
-        self.data, self._settings = data, settings
-        self._kept: dict = {}
-
-    def parts(self, seed: int, steps: int) -> Iterator[tuple]:
-        """`(images [T, B, S, S, N], labels [T, B])`, T steps at a time."""
-        size = 1 if self.data.train.on_disk else self._settings.every
-        stream = self._stream(seed, steps)
-        for _ in range(steps // size):
-            batches = [next(stream) for _ in range(size)]
-            yield tuple(np.stack([b[key] for b in batches]) for key in _KEYS)
-
-    def held(self, images: Images):
-        batches = functools.partial(
-            images_lib.evaluation_batches, images, self._settings.batch
-        )
-        if images.on_disk:
-            return batches()
-        if images.name not in self._kept:
-            self._kept[images.name] = list(batches())
-        return self._kept[images.name]
-
-    def keep(self, seed: int, steps: int) -> None:
-        """Reads the batches of a seed, if they are to be kept."""
-        if not self.data.train.on_disk:
-            stream = self._batches(seed)
-            self._kept[seed] = [next(stream) for _ in range(steps)]
-
-    def _stream(self, seed, steps):
-        kept = self._kept.get(seed)
-        return self._batches(seed) if kept is None else iter(kept[:steps])
-
-    def _batches(self, seed):
-        s = self._settings
-        config = BatchConfig(batch=s.batch, seed=seed, augment=s.augment)
-        return iter(images_lib.batches(self.data.train, config))
-
-
-def train(
-    compiled: Program,
-    lanes: Sequence[Lane],
-    reader: Reader,
-    held: Images,
-    steps: int,
-    settings: Settings,
-) -> Curves:
-    """Runs every lane for `steps` steps."""
-    runs = [_run(compiled, lane, reader, held, steps, settings) for lane in lanes]
-    return Curves(*map(np.array, zip(*runs, strict=True)))
-
-
-def _run(compiled, lane, reader, held, steps, settings) -> Curves:
-    place, divide = _placement(settings)
-    carry = place(compiled.begin(lane))
-    points, since = [], []
-    for images, labels in reader.parts(lane.seed, steps):
-        carry, loss = compiled.advance(lane, carry, *divide(images, labels))
-        since += loss.tolist()
-        if len(since) == settings.every:
-            entropy = hits = count = 0
-            for batch in reader.held(held):
-                arrays = (batch[key] for key in (*_KEYS, "mask"))
-                sums = score(settings.model, carry[0], *arrays)
-                entropy, hits = entropy + float(sums[0]), hits + int(sums[1])
-                count += int(batch["mask"].sum())
-            points.append((np.mean(since), entropy / count, hits / count))
-            since = []
-    return Curves(*zip(*points, strict=True))
-
-
-def _placement(settings: Settings) -> tuple[Callable, Callable]:
-    """How weights and batches come onto the devices."""
-    if not settings.split_batch:
-        return lambda carry: carry, lambda *arrays: arrays
-    mesh = jax.make_mesh(
-        (math.gcd(jax.device_count(), settings.batch),),
-        ("batch",),
-        axis_types=(jax.sharding.AxisType.Auto,),
-    )
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    parts = jax.sharding.PartitionSpec(None, "batch")
-    parts = jax.sharding.NamedSharding(mesh, parts)
-    return (
-        lambda carry: jax.device_put(carry, everywhere),
-        lambda *arrays: jax.device_put(arrays, (parts,) * len(arrays)),
-    )
 
 
 class Outcome(NamedTuple):
@@ -387,7 +198,7 @@ class Outcome(NamedTuple):
     weight_decay: float
     edge: bool
     valid: np.ndarray
-    curves: Curves
+    curves: images.Curves
     step_ms: float
 
 
@@ -402,27 +213,27 @@ def compare(
     settings: Settings, data: Data, names: Sequence[str] | None = None
 ) -> dict[str, Outcome]:
     """Every optimizer, tuned and then run on the seeds."""
-    s, reader, names = settings, Reader(data, settings), names or OPTIMIZERS
-    tried = grid(s)
+    print(*data, sep="\n")
+    s, tried, names = settings, grid(settings), names or OPTIMIZERS
+    reader = images.Reader(data.train, s.batch, s.every, s.augment)
     for seed in (_TUNING_SEED, *range(s.seeds)):
         reader.keep(seed, max(s.steps, s.tuning_steps))  # before threads share it
 
     def both(name):
+        def train(lanes, held, steps):
+            given = program(name, steps, s), lanes, reader, held, steps
+            return images.run(s.model, *given, divided=s.split_batch)
+
         # As Optax needs it; a thread does not inherit it.
         with jax.numpy_dtype_promotion("standard"):
-            compiled = program(name, s.tuning_steps, s)
-            tuning = train(compiled, tried, reader, data.valid, s.tuning_steps, s)
-            valid = tuning.held[:, -1]
+            valid = train(tried, data.valid, s.tuning_steps).held[:, -1]
             best = tried[s.best(valid, len(tried))]
-            if s.steps != s.tuning_steps:
-                compiled = program(name, s.steps, s)
             lanes = [best._replace(seed=seed) for seed in range(s.seeds)]
-            curves = train(compiled, lanes, reader, data.test, s.steps, s)
-            return compiled, best, valid, curves
+            return best, valid, train(lanes, data.test, s.steps)
 
     with ThreadPoolExecutor(s.threads) as pool:
         found = dict(zip(names, pool.map(both, names), strict=True))
-    times = step_times({name: f[:2] for name, f in found.items()}, reader, s)
+    times = step_times({name: best for name, (best, *_) in found.items()}, reader, s)
     return {
         name: Outcome(
             rate=best.rate,
@@ -432,35 +243,39 @@ def compare(
             curves=curves,
             step_ms=times[name],
         )
-        for name, (_, best, valid, curves) in found.items()
+        for name, (best, valid, curves) in found.items()
     }
 
 
 def step_times(
-    compiled: dict[str, tuple[Program, Lane]], reader: Reader, settings: Settings
+    lanes: dict[str, Lane], reader: images.Reader, settings: Settings
 ) -> dict[str, float]:
     """Milliseconds of a step: medians of rounds in which all take turns.
 
     Of all cores' time on a CPU, which other programs share; by the clock elsewhere.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
-    place, divide = _placement(settings)
-    taken = {name: [] for name in compiled}
-    parts = [
-        divide(*part)
-        for part in reader.parts(_TUNING_SEED, min(settings.every, _TIMED))
-    ]
-    for _ in range(5):
-        for name, (each, lane) in compiled.items():
-            carry = jax.block_until_ready(place(each.begin(lane)))
-            start = clock()
+    place, divide = images.placement(settings.batch, settings.split_batch)
+    count = min(settings.every, _TIMED)
+    parts = [divide(*part) for part in reader.parts(_TUNING_SEED, count)]
+
+    def stepping(name: str, lane: Lane) -> Callable[[], Any]:
+        compiled = program(name, settings.steps, settings)
+        carry = place(compiled.begin(lane))
+
+        def run():
+            nonlocal carry
             for part in parts:
-                carry, loss = each.advance(lane, carry, *part)
-            jax.block_until_ready(loss)
-            taken[name].append(clock() - start)
+                carry, loss = compiled.advance(lane, carry, *part)
+            return loss
+
+        return run
+
+    times = timing.interleave({n: stepping(n, lane) for n, lane in lanes.items()}, 5)
+    kind = "cpu" if jax.default_backend() == "cpu" else "wall"
     steps = sum(part[0].shape[0] for part in parts)
-    return {name: 1e3 * float(np.median(t)) / steps for name, t in taken.items()}
+    return {
+        n: 1e3 * float(np.median(getattr(t, kind))) / steps for n, t in times.items()
+    }
 
 
 def steps_to(held: np.ndarray, target: float, every: int) -> np.ndarray:
@@ -477,27 +292,23 @@ def summary(outcomes: dict[str, Outcome], settings: Settings) -> dict[str, float
     """The numbers of the result file: means over seeds and spreads."""
     numbers = {}
     for name, outcome in outcomes.items():
-        c, got = outcome.curves, {}
-        for key, values in (
-            ("train_loss", c.train[:, -1]),
-            ("test_loss", c.held[:, -1]),
-            ("test_accuracy", c.accuracy[:, -1]),
-        ):
-            got[key], got[f"{key}_sd"] = values.mean(), values.std()
+        c = outcome.curves
         arrived = steps_to(c.held, settings.target, settings.every)
-        got["arrived"] = np.isfinite(arrived).sum()
-        if np.isfinite(arrived).all():
-            got["steps_to_target"] = arrived.mean()
-        got["least_test_loss"] = c.held.mean(axis=0).min()
-        got["valid_loss"] = np.min(
-            outcome.valid, where=~np.isnan(outcome.valid), initial=np.inf
-        )
-        got["rate"], got["weight_decay"] = outcome.rate, outcome.weight_decay
-        got["rate_at_edge"] = outcome.edge
-        got["step_ms"] = outcome.step_ms
-        got = {f"{name}_{key}": float(value) for key, value in got.items()}
-        numbers |= {key: v for key, v in got.items() if math.isfinite(v)}
-    return numbers
+        valid = np.where(np.isnan(outcome.valid), np.inf, outcome.valid)
+        numbers[name] = {
+            **lab.spread("train_loss", c.train[:, -1]),
+            **lab.spread("test_loss", c.held[:, -1]),
+            **lab.spread("test_accuracy", c.accuracy[:, -1]),
+            "arrived": float(np.isfinite(arrived).sum()),
+            "steps_to_target": float(arrived.mean()),
+            "least_test_loss": float(c.held.mean(axis=0).min()),
+            "valid_loss": float(valid.min()),
+            "rate": outcome.rate,
+            "weight_decay": outcome.weight_decay,
+            "rate_at_edge": float(outcome.edge),
+            "step_ms": outcome.step_ms,
+        }
+    return lab.flat(numbers)
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -521,7 +332,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.ranked(found, OPTIMIZERS, columns, **more)
 
 
-def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> None:
+def draw(outcomes: dict[str, Outcome], settings: Settings) -> Figure:
     """Train and test loss against steps, as in the paper: means, bands over seeds."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, kind, title in zip(
@@ -536,17 +347,8 @@ def draw(file: Path, outcomes: dict[str, Outcome], settings: Settings) -> None:
             xlabel="step", ylabel="cross-entropy", title=f"{title} loss", yscale="log"
         )
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8, title="at the end", title_fontsize=8)
-    lab.save(figure, file)
-
-
-def measure(task: lab.Task) -> dict[str, float]:
-    """Runs all, and draws."""
-    data, settings = task.config
-    print(*data, sep="\n")
-    outcomes = compare(settings, data)
-    draw(task.picture, outcomes, settings)
-    return summary(outcomes, settings)
+        axes.legend(fontsize=8, title="at the end", title_fontsize=8, handlelength=3)
+    return figure
 
 
 def _rows(flags) -> dict[str, tuple[Data, Settings]]:
@@ -567,13 +369,15 @@ def _define(define) -> None:
     define.list("splits", ["train", "valid", "test"], "to train, tune and test on")
 
 
-main = lab.Experiment(
+main = lab.comparison(
     name=NAME,
     doc=__doc__,
-    rows=_rows,
-    measure=measure,
+    settings=SETTINGS,
+    compare=lambda config: compare(config[1], config[0]),
+    summary=lambda found, config: summary(found, config[1]),
+    draw=lambda found, config: draw(found, config[1]),
     table=table,
-    scales=tuple(SETTINGS),
+    rows=_rows,
     define=_define,
     saved=_saved,
 )

@@ -3,10 +3,7 @@
 Run:     python -m experiments.fig4_toy --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (one cell, few rates, seconds); a test runs it so.
 Expect:  delta momentum with a clipped decay beats momentum in 23 of 27 cells (median 59
-         steps against 110); in the cell of the picture, its best, 59 against 296. The
-         default of `delta_momentum`, the proximal form, loses: 7 of 27 cells, median
-         169, and 302 steps in the picture. As printed, without a bound, it arrives in
-         12 cells only. Momentum is the only rule that arrives in all of them.
+         steps against 110), its default in 7; experiments/log.md has more.
 Cost:    a quarter of a minute on 2 CPU cores.
 
     psi(r, theta) = r^2 + k (r - theta + a sin(w r))^2,   from (-3.5, 2) to (0, 0)
@@ -21,8 +18,9 @@ result file.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
-from matplotlib.figure import Figure
 
 from experiments import lab
 from hope_jax.optim.momenta import delta_momentum, momentum
-from hope_jax.plot import COLOURS
+from hope_jax.plot import Figure
 from launch import command
 
 NAME = "fig4_toy"
@@ -44,15 +41,11 @@ DRAWN = (*CLAIM, "delta_momentum")
 
 RULES: dict[str, Callable[[Array], optax.GradientTransformation]] = {
     "gradient_descent": optax.sgd,
-    "momentum": lambda rate: momentum(rate, decay=DECAY),
-    "delta_momentum": lambda rate: delta_momentum(rate, decay=DECAY),
-    "delta_momentum_clip": lambda rate: delta_momentum(
-        rate, decay=DECAY, stability="clip"
-    ),
-    "delta_momentum_literal": lambda rate: delta_momentum(
-        rate, decay=DECAY, stability="literal"
-    ),
-    "adam": lambda rate: optax.adam(rate, b1=DECAY),
+    "momentum": partial(momentum, decay=DECAY),
+    "delta_momentum": partial(delta_momentum, decay=DECAY),
+    "delta_momentum_clip": partial(delta_momentum, decay=DECAY, stability="clip"),
+    "delta_momentum_literal": partial(delta_momentum, decay=DECAY, stability="literal"),
+    "adam": partial(optax.adam, b1=DECAY),
 }
 
 
@@ -136,10 +129,8 @@ class Search(NamedTuple):
 
 def search(settings: Settings) -> Search:
     """Every rule at every rate in every cell."""
-    cells = np.array(
-        [(k, a, w) for k in settings.k for a in settings.a for w in settings.w],
-        np.float32,
-    )
+    cells = itertools.product(settings.k, settings.a, settings.w)
+    cells = np.array(list(cells), np.float32)
     rates = settings.tried().astype(np.float32)
     start = jnp.array(settings.start, jnp.float32)
     steps, best = {}, {}
@@ -161,20 +152,20 @@ def search(settings: Settings) -> Search:
 
 def summary(found: Search, settings: Settings) -> dict[str, float]:
     """The numbers of the result file; a run that never arrives counts as all steps."""
-    k, a, w = found.cells[found.shown].tolist()
-    numbers = {"cells": len(found.cells), "shown_k": k, "shown_a": a, "shown_w": w}
+    most, shown = settings.steps, found.shown
+    numbers = {}
     for name, steps in found.steps.items():
-        numbers |= {
-            f"{name}_shown_steps": float(min(steps[found.shown], settings.steps)),
-            f"{name}_arrived": int(np.isfinite(steps).sum()),
-            f"{name}_median_steps": float(np.median(np.minimum(steps, settings.steps))),
-            f"{name}_faster_than_momentum": int(
-                (steps < found.steps["momentum"]).sum()
-            ),
+        numbers[name] = {
+            "shown_steps": float(min(steps[shown], most)),
+            "arrived": int(np.isfinite(steps).sum()),
+            "median_steps": float(np.median(np.minimum(steps, most))),
+            "faster_than_momentum": int((steps < found.steps["momentum"]).sum()),
         }
-        if np.isfinite(steps[found.shown]):
-            numbers[f"{name}_shown_rate"] = float(found.rates[name][found.shown])
-    return numbers
+        if np.isfinite(steps[shown]):
+            numbers[name]["shown_rate"] = float(found.rates[name][shown])
+    k, a, w = found.cells[shown].tolist()
+    where = {"cells": len(found.cells), "shown_k": k, "shown_a": a, "shown_w": w}
+    return where | lab.flat(numbers)
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -192,7 +183,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.ranked(found, RULES, columns, by="median_steps", head=head)
 
 
-def draw(file: Path, found: Search, settings: Settings) -> None:
+def draw(found: Search, settings: Settings) -> Figure:
     """Paths over contours, as in the paper, and psi along them."""
     cell = jnp.array(found.cells[found.shown])
     start = jnp.array(settings.start, jnp.float32)
@@ -205,19 +196,18 @@ def draw(file: Path, found: Search, settings: Settings) -> None:
         points = path(rule(rate), cell, start, settings.steps)
         paths[name] = np.concatenate([start[None], points])
 
-    drawn = [paths[name] for name in DRAWN]
-    low = np.minimum(np.min([p.min(0) for p in drawn], 0), (-4.2, -3.0)) - 0.2
-    high = np.maximum(np.max([p.max(0) for p in drawn], 0), (1.2, 2.6)) + 0.2
-    r, theta = np.meshgrid(
-        *(np.linspace(*ends, 300) for ends in zip(low, high, strict=True))
-    )
+    drawn = np.concatenate([paths[name] for name in DRAWN])
+    low = np.minimum(drawn.min(0), (-4.2, -3.0)) - 0.2
+    high = np.maximum(drawn.max(0), (1.2, 2.6)) + 0.2
+    r, theta = np.meshgrid(*np.linspace(low, high, 300).T)
     height = np.log10(np.asarray(psi((r, theta), tuple(np.asarray(cell)))) + 1e-3)
     plane.contourf(r, theta, height, levels=24, cmap="Greys", alpha=0.75)
-    for colour, name in zip(COLOURS, DRAWN, strict=False):
+    looks = {name: lab.style(i, name) for i, name in enumerate(RULES)}
+    for name in DRAWN:
         steps = int(min(found.steps[name][found.shown], settings.steps))
         line = paths[name][: steps + 1]
-        label = f"{name.replace('_', ' ')}: {steps} steps"
-        plane.plot(*line.T, ".-", color=colour, lw=1.2, ms=4, label=label)
+        look = looks[name] | {"label": f"{looks[name]['label']}: {steps} steps"}
+        plane.plot(*line.T, marker=".", lw=1.2, ms=4, **look)
     plane.plot(*settings.start, "ks", ms=6)
     plane.plot(0, 0, "k*", ms=12)
     k, a, w = found.cells[found.shown]
@@ -228,34 +218,29 @@ def draw(file: Path, found: Search, settings: Settings) -> None:
     )
     plane.legend(loc="lower right", fontsize=8)
 
-    for i, (name, points) in enumerate(paths.items()):
+    for name, points in paths.items():
         values = np.asarray(jax.vmap(lambda at: psi(at, cell))(points))
-        curve.semilogy(values, lw=1.5, **lab.style(i, name))
+        curve.semilogy(values, lw=1.5, **looks[name])
     curve.axhline(settings.tolerance, color="#555555", ls=":", lw=1)
     last = [s[found.shown] for s in found.steps.values() if np.isfinite(s[found.shown])]
     curve.set(
         xlabel="step",
         ylabel="ψ",
         xlim=(0, min(settings.steps, 1.2 * max(last, default=settings.steps))),
-        ylim=(settings.tolerance / 10, None),
+        ylim=(settings.tolerance / 10, 100 * float(psi(start, cell))),
         title="each at its best rate",
     )
     curve.legend(fontsize=8)
-    lab.save(figure, file)
+    return figure
 
 
-def measure(task: lab.Task) -> dict[str, float]:
-    """Searches, and draws."""
-    found = search(task.config)
-    draw(task.picture, found, task.config)
-    return summary(found, task.config)
-
-
-main = lab.Experiment(
+main = lab.comparison(
     name=NAME,
     doc=__doc__,
-    rows=lambda flags: {"all": SETTINGS[flags.scale]},
-    measure=measure,
+    settings=SETTINGS,
+    compare=search,
+    summary=summary,
+    draw=draw,
     table=table,
 )
 

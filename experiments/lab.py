@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from hope_jax.core import config as config_lib
 from hope_jax.core.config import did_you_mean
-from hope_jax.plot import COLOURS
-from hope_jax.train import metrics
+from hope_jax.plot import COLOURS, Figure
+from hope_jax.train import loop, metrics
+from hope_jax.train.config import RunConfig
 from launch import command
 
 RESULTS = Path(__file__).parent / "results"
@@ -141,6 +141,60 @@ class Experiment:
         self.define(define)
 
 
+def comparison(
+    *,
+    name: str,
+    doc: str,
+    settings: Mapping[str, Any],
+    compare: Callable[[Any], Any],
+    summary: Callable[[Any, Any], Mapping[str, float]],
+    draw: Callable[[Any, Any], Figure],
+    table: Callable[[Sequence[Mapping[str, Any]]], str],
+    **more: Any,
+) -> Experiment:
+    """An experiment of one row, `all`: what is compared shares its programs.
+
+    Args:
+      name, doc, table: as of `Experiment`.
+      settings: scale -> config.
+      compare: config -> what came out.
+      summary: what came out, config -> metrics.
+      draw: what came out, config -> its picture, which is saved.
+      **more: of `Experiment`, in place of these.
+    """
+
+    def measure(task: Task) -> Mapping[str, float]:
+        found = compare(task.config)
+        save(draw(found, task.config), task.picture)
+        return summary(found, task.config)
+
+    made = {
+        "rows": lambda flags: {"all": settings[flags.scale]},
+        "scales": tuple(settings),
+        "measure": measure,
+    }
+    return Experiment(name=name, doc=doc, table=table, **(made | more))
+
+
+def trained(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+    """The log of a run; trains what of it is not trained yet.
+
+    Raises:
+      SystemExit: a signal ended the training, which is saved.
+      hope_jax.train.loop.NonFinite: it diverged.
+    """
+    outcome = loop.train(config, folder, resume=True)
+    if not outcome.finished:
+        raise SystemExit(128 + outcome.stopped_by)
+    return metrics.read_log(folder / "metrics.jsonl")
+
+
+def training_bits(log: Sequence[Mapping[str, Any]], end: int, steps: int = 50) -> float:
+    """Bits per byte of the rows of the last steps, up to the step `end`."""
+    last = [line["bits_per_byte"] for line in log if line["step"] > end - steps]
+    return float(np.mean(last))
+
+
 def _seeded(config: Any, seed: int) -> Any:
     return dataclasses.replace(config, seed=seed) if hasattr(config, "seed") else config
 
@@ -151,6 +205,8 @@ def _differences(file: Path, scale: str, config: Any) -> list[str]:
     Fields that were not there yet, or are no more, say nothing of that.
     """
     kept = metrics.read_result(file)
+    if scale == kept["scale"] and _says_the_same(kept["config"], config):
+        return []
     found = config_lib.differences(
         {"scale": kept["scale"], "config": kept["config"]},
         {"scale": scale, "config": config_lib.to_json(config)},
@@ -158,6 +214,16 @@ def _differences(file: Path, scale: str, config: Any) -> list[str]:
     found = [line for line in found if "saved nothing" not in line]
     found = [line for line in found if not line.endswith("now nothing")]
     return [f"{file}: {found[0]}"] if found else []
+
+
+def _says_the_same(saved: Any, config: Any) -> bool:
+    """Whether what an earlier version saved is this config, perhaps in other words."""
+    if not dataclasses.is_dataclass(config):
+        return False
+    try:
+        return config_lib.from_json(type(config), saved) == config
+    except ValueError:
+        return False
 
 
 def results(folder: Path, name: str, rows: Iterable[str]) -> list[Mapping[str, Any]]:
@@ -169,7 +235,9 @@ def results(folder: Path, name: str, rows: Iterable[str]) -> list[Mapping[str, A
     return [r for of in found.values() for r in sorted(of, key=lambda r: r["seed"])]
 
 
-def chosen(rows: Iterable[str], wanted: Sequence[str]) -> list[str]:
+def chosen(
+    rows: Iterable[str], wanted: Sequence[str], flag: str = "rows", what: str = "row"
+) -> list[str]:
     """The rows that `--rows` names, or all.
 
     Raises:
@@ -179,7 +247,7 @@ def chosen(rows: Iterable[str], wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         if name not in rows:
             raise ValueError(
-                f"--rows: no row {name!r}; there are {', '.join(rows)}."
+                f"--{flag}: no {what} {name!r}; there are {', '.join(rows)}."
                 + did_you_mean(name, rows)
             )
     return wanted or rows
@@ -316,6 +384,25 @@ def _cell(form: str, numbers: Mapping[str, float], missing: str) -> str:
         return missing
 
 
+def spread(name: str, values: np.ndarray, **how: Any) -> dict[str, float]:
+    """The mean of runs under a name, and their standard deviation.
+
+    >>> spread("loss", np.array([1.0, 3.0]))
+    {'loss': 2.0, 'loss_sd': 1.0}
+    """
+    return {name: float(values.mean()), f"{name}_sd": float(values.std(**how))}
+
+
+def flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Measures of what was compared, as `ranked` reads them; those that are finite.
+
+    >>> flat({"sgd": {"loss": 1.0, "steps": np.inf}})
+    {'sgd_loss': 1.0}
+    """
+    numbers = {f"{at}_{key}": v for at, of in found.items() for key, v in of.items()}
+    return {key: v for key, v in numbers.items() if np.isfinite(v)}
+
+
 def style(number: int, name: str) -> dict[str, str]:
     """Colour, dashes and label of a curve; 12 numbers are told apart."""
     return {
@@ -354,6 +441,13 @@ def points(axes: Axes, names: Sequence[str], series: Mapping[str, Any]) -> None:
     axes.set_yticks(at, [name.replace("_", " ") for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="y", lw=0.3)
+
+
+def legend(figure: Figure, axes: Axes, columns: int) -> None:
+    """Names the lines of `axes` below the figure, once for all of its panels."""
+    lines, names = axes.get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(lines, names, handlelength=3, frameon=False, **place)
 
 
 def save(figure: Figure, file: Path) -> None:

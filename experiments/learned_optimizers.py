@@ -2,26 +2,12 @@
 
 Run:     python -m experiments.learned_optimizers --out=DIR  (picture and result)
 Smoke:   add --scale=smoke (few tasks, steps and rates, seconds); a test runs it so.
-Expect:  over lives as long as in training, memories win at home: mean log10 of the
-         loss -4.8 (attention) and -4.6 (recurrent) on quadratics, where the best tuned
-         rule, gradient descent, has -3.2 and Adam -2.7; -1.5 on networks, Adam -1.3.
-         Away, those taught on quadratics still beat Adam on networks (-1.4); those
-         taught on networks beat Adam on quadratics, gradient descent not clearly (-3.3,
-         -3.0). Gradients taken as constants cost some at home (-4.2), nothing away
-         (-1.5). But after some 75 steps their loss on quadratics rises again: in the
-         last tenth attention is no better than Adam (-4.6), and over five times as many
-         steps all end between -3 and -4, where momentum and Adam reach the floor, -8.
-         On networks those taught there stay level with Adam (-2.2; with a cosine -2.2)
-         and end behind its cosine (-2.4, -2.6; -2.7); the others lose (-1.9, -1.7).
+Expect:  over lives as long as in training, memories win where they were taught (mean
+         log10 of the loss on quadratics -4.8, Adam -2.7; on networks -1.5, -1.3), and
+         over longer ones they do not; experiments/log.md has more.
 Cost:    four to five minutes of one CPU core.
 
-Two families of tasks, both with losses that are about 1 at the start:
-
-    quadratics   sum of lambda_i e_i^2, e = Q w, of 16 weights, their condition between
-                 10 and 1000, the largest lambda 1 (which suits a rate for all), turned
-                 by a random Q so that no axis is special; exact
-    networks     a tanh network of 6 units learns another of random weights, on a fresh
-                 batch at every step, so that its gradients are noisy
+The tasks are the two families of `hope_jax.data.synthetic.problems`.
 
 A memory is meta-trained on one family, by many short lives of `horizon` steps, and used
 on both, for as many steps and for five times as many, always at the one rate that it
@@ -33,9 +19,8 @@ tenth of them.
 """
 
 import dataclasses
-import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,22 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
-from matplotlib.figure import Figure
 
 from experiments import lab
-from hope_jax.optim.meta import (
-    LearnedConfig,
-    Meta,
-    Task,
-    learned,
-    meta_train,
-    solve,
-)
+from hope_jax.data.synthetic.problems import FAMILIES
+from hope_jax.evaluate import lives
+from hope_jax.evaluate.lives import Lives
+from hope_jax.optim.meta import LearnedConfig, Meta, meta_train
+from hope_jax.plot import Figure
 from launch import command
 
 NAME = "learned_optimizers"
-FLOOR = 1e-8  # of every loss: a task solved to here is solved
-CEILING = 100.0  # of every loss that is reported: a life that diverged
 MEMORIES = {
     "recurrent": LearnedConfig(),
     "attention": LearnedConfig(memory="attention", window=16),
@@ -121,52 +100,6 @@ SETTINGS = {
 }
 
 
-def quadratic(key: Array) -> Task:
-    """Sixteen weights whose axes say nothing."""
-    keys, width = jax.random.split(key, 4), 16
-    condition = 10.0 ** jax.random.uniform(keys[0], (), minval=1.0, maxval=3.0)
-    curvature = condition ** -jax.random.uniform(keys[1], (width,))
-    curvature = curvature / jnp.max(curvature)
-    turned = jax.random.orthogonal(keys[2], width)
-    start = jax.random.normal(keys[3], (width,))
-
-    def loss(w, key):
-        del key
-        return jnp.sum(curvature * (turned @ w) ** 2) + FLOOR
-
-    return Task(start / jnp.sqrt(loss(start, key)), loss)
-
-
-def network(key: Array) -> Task:
-    """A small network learns from one of its own size, steeper than itself."""
-    keys, inputs, units, batch = jax.random.split(key, 3), 3, 6, 16
-
-    def draw(key, steepness):
-        keys = jax.random.split(key)
-        return {
-            "w1": steepness * jax.random.normal(keys[0], (units, inputs)) / inputs**0.5,
-            "b1": jnp.zeros((units,)),
-            "w2": jax.random.normal(keys[1], (units,)) / units**0.5,
-            "b2": jnp.zeros(()),
-        }
-
-    def answer(p, x):
-        return jnp.tanh(x @ p["w1"].T + p["b1"][None]) @ p["w2"] + p["b2"]
-
-    teacher = draw(keys[0], 2.0)
-    size = jnp.mean(answer(teacher, jax.random.normal(keys[2], (256, inputs))) ** 2)
-
-    def loss(p, key):
-        x = jax.random.normal(key, (batch, inputs))
-        return jnp.mean((answer(p, x) - answer(teacher, x)) ** 2) / size + FLOOR
-
-    return Task(draw(keys[1], 1.0), loss)
-
-
-FAMILIES: dict[str, Callable[[Array], Task]] = {
-    "quadratics": quadratic,
-    "networks": network,
-}
 # (rate, steps to come) -> rule; both may be traced.
 RULES: dict[str, Callable[[Array, Array], optax.GradientTransformation]] = {
     "gradient_descent": lambda rate, steps: optax.sgd(rate),
@@ -181,32 +114,13 @@ RULES: dict[str, Callable[[Array, Array], optax.GradientTransformation]] = {
 }
 
 
-MEASURES = ("rate", "mean", "mean_se", "mean_sd", "final")
-
-
-class Cell(NamedTuple):
-    """Where optimizers meet: a family and how many steps they have."""
-
-    family: str
-    steps: int
-
-    def __str__(self):
-        return f"{self.family}_{self.steps}"
-
-
-class Outcome(NamedTuple):
-    """Rate, and log10 of the loss: [memories, tasks, steps], one memory for a rule."""
-
-    rate: float
-    curves: np.ndarray
-
-
 def lengths(settings: Settings) -> tuple[int, int]:
     return settings.horizon, settings.longer * settings.horizon
 
 
-def cells(settings: Settings) -> list[Cell]:
-    return [Cell(family, steps) for family in FAMILIES for steps in lengths(settings)]
+def cells(settings: Settings) -> list[tuple[str, int]]:
+    """Where optimizers meet: a family, and how many steps they have."""
+    return list(itertools.product(FAMILIES, lengths(settings)))
 
 
 def teach(settings: Settings, lesson: Lesson) -> tuple[Meta, np.ndarray]:
@@ -220,15 +134,9 @@ def teach(settings: Settings, lesson: Lesson) -> tuple[Meta, np.ndarray]:
 
     def one(key):
         return meta_train(
-            FAMILIES[lesson.family],
-            MEMORIES[lesson.memory],
-            outer,
-            key,
-            learning_rate=s.rate,
-            rounds=s.rounds,
-            horizon=s.horizon,
-            truncation=s.truncation,
-            batch=s.batch,
+            *(FAMILIES[lesson.family], MEMORIES[lesson.memory], outer, key),
+            **{"learning_rate": s.rate, "rounds": s.rounds, "horizon": s.horizon},
+            **{"truncation": s.truncation, "batch": s.batch},
             second_order=not lesson.first_order,
         )
 
@@ -236,114 +144,40 @@ def teach(settings: Settings, lesson: Lesson) -> tuple[Meta, np.ndarray]:
     return trained.meta, np.asarray(trained.losses) / np.log(10.0)
 
 
-def curves(
-    rule: optax.GradientTransformation, family: str, steps: int, keys: Array
-) -> Array:
-    """log10 of the loss before each step, `[tasks, steps]`."""
-
-    def one(key):
-        task = FAMILIES[family](key)
-        return solve(task, rule, steps, jax.random.fold_in(key, 1))[1]
-
-    losses = jax.vmap(one)(keys)
-    return jnp.log10(jnp.where(losses < CEILING, losses, CEILING))  # NaN is above too
+Found = dict[str, dict[tuple[str, int], Lives]]
 
 
-def tune(
-    settings: Settings, name: str, family: str, keys: Array
-) -> dict[Cell, Outcome]:
-    """A rule at the rates of the grid that are best on the first `tuning` keys."""
-    s = settings
-    rates = s.tried().astype(np.float32)
-    longest = max(lengths(s))  # a shorter life begins like a longer one
-
-    def life(rate, steps, keys):
-        return curves(RULES[name](rate, steps), family, longest, keys)
-
-    @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, None))
-    def score(rate, steps):
-        tried = life(rate, steps, keys[: s.tuning])
-        inside = jnp.arange(longest) < steps
-        return jnp.mean(jnp.where(inside[None], tried, 0.0)) * longest / steps
-
-    chosen = [
-        rates[s.best(np.asarray(score(rates, float(steps))))] for steps in lengths(s)
-    ]
-    final = jax.jit(jax.vmap(life, (0, 0, None)))
-    out = np.asarray(
-        final(np.array(chosen), np.array(lengths(s), np.float32), keys[s.tuning :])
-    )
-    return {
-        Cell(family, steps): Outcome(float(rate), curve[None, :, :steps])
-        for steps, rate, curve in zip(lengths(s), chosen, out, strict=True)
-    }
-
-
-def use(
-    settings: Settings, memory: str, metas: Meta, family: str, keys: Array
-) -> dict[Cell, Outcome]:
-    """Learned memories as they are."""
-    s = settings
-
-    @jax.jit
-    @jax.vmap
-    def by_memory(meta):
-        rule = learned(meta, MEMORIES[memory], s.rate)
-        return curves(rule, family, max(lengths(s)), keys[s.tuning :])
-
-    out = np.asarray(by_memory(metas))
-    return {
-        Cell(family, steps): Outcome(s.rate, out[..., :steps]) for steps in lengths(s)
-    }
-
-
-Found = dict[str, dict[Cell, Outcome]]
-
-
-def compare(settings: Settings) -> tuple[Found, dict[str, np.ndarray]]:
-    """Every optimizer in every cell, and the slow level's losses in every lesson."""
+def compare(settings: Settings) -> Found:
+    """Every optimizer in every cell; says what the slow level has gained."""
     s = settings
     keys = jax.random.split(jax.random.key(0), s.tuning + s.tasks)
-    found, losses = {}, {}
-    for name in RULES:
-        found[name] = {}
-        for family in FAMILIES:
-            found[name] |= tune(s, name, family, keys)
+    tuning, tasks = keys[: s.tuning], keys[s.tuning :]
+    rates = s.tried().astype(np.float32)
+    found = {name: {} for name in (*RULES, *LESSONS)}
+    for (name, rule), family in itertools.product(RULES.items(), FAMILIES):
+        grid = FAMILIES[family], rates, s.best, lengths(s)
+        for steps, each in lives.tuned(rule, *grid, tuning, tasks).items():
+            found[name][family, steps] = each
     for name, lesson in LESSONS.items():
-        metas, losses[name] = teach(s, lesson)
-        found[name] = {}
-        for family in FAMILIES:
-            found[name] |= use(s, lesson.memory, metas, family, keys)
-    return found, losses
+        metas, losses = teach(s, lesson)
+        part = max(1, losses.shape[1] // 10)
+        first, last = losses[:, :part].mean(), losses[:, -part:].mean()
+        print(f"{name}: the mean of its lives went from {first:.2f} to {last:.2f}")
+        memory = MEMORIES[lesson.memory], metas, s.rate
+        for family, problems in FAMILIES.items():
+            lived = lives.remembered(*memory, problems, lengths(s), tasks)
+            for steps, each in lived.items():
+                found[name][family, steps] = each
+    return found
 
 
-def measures(outcome: Outcome) -> dict[str, float]:
-    """The numbers of the table.
-
-    `mean` over steps and `final` over the last tenth of them, with the standard error
-    `mean_se` over tasks and the spread `mean_sd` between memories of one kind.
-    """
-    values = np.asarray(outcome.curves, np.float64)
-    last = max(1, values.shape[-1] // 10)
-    by_task = values.mean((0, 2))
-    return {
-        "rate": outcome.rate,
-        "mean": values.mean(),
-        "mean_se": by_task.std() / len(by_task) ** 0.5,
-        "mean_sd": values.mean((1, 2)).std(),
-        "final": values[..., -last:].mean(),
-    }
-
-
-def summary(found: Found) -> dict[str, float]:
+def summary(found: Found, settings: Settings) -> dict[str, float]:
     """The numbers of the result file."""
-    return {
-        f"{name}_{cell}_{measure}": float(value)
-        for name, outcomes in found.items()
-        for cell, outcome in outcomes.items()
-        for measure, value in measures(outcome).items()
-    }
+    numbers = {}
+    for name, of in found.items():
+        for (family, steps), each in of.items():
+            numbers[f"{name}_{family}_{steps}"] = lives.measures(each)
+    return lab.flat(numbers)
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -361,11 +195,11 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         by="mean",
         head="log10 of the loss on {tasks} tasks held out, each kind of memory learned "
         "{memories} times, in lives of {horizon} steps.",
-        places=lambda config: map(str, cells(Settings(**config))),
+        places=lambda config: [f"{f}_{n}" for f, n in cells(Settings(**config))],
     )
 
 
-def draw(file: Path, found: Found, settings: Settings) -> None:
+def draw(found: Found, settings: Settings) -> Figure:
     """For each cell the mean curve of every optimizer; bands are memories' extremes."""
     styles = {}
     for i, name in enumerate(found):
@@ -373,38 +207,28 @@ def draw(file: Path, found: Found, settings: Settings) -> None:
         styles[name] = lab.style(number, name) | {"ls": dashes, "lw": 1.4}
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     panels = figure.subplots(len(FAMILIES), 2, squeeze=False).flat
-    for panel, cell in zip(panels, cells(settings), strict=True):
-        for name in found:
-            by_memory = found[name][cell].curves.mean(1)
-            lab.band(panel, np.arange(cell.steps), by_memory, **styles[name])
-        if cell.steps > settings.horizon:
+    for panel, (family, steps) in zip(panels, cells(settings), strict=True):
+        for name, of in found.items():
+            by_memory = of[family, steps].curves.mean(1)
+            lab.band(panel, np.arange(steps), by_memory, **styles[name])
+        if steps > settings.horizon:
             panel.axvline(settings.horizon, color="#555555", lw=0.8)
         panel.set(
             xlabel="steps",
             ylabel="log10 of the loss, mean over tasks",
-            title=f"{cell.family}, {cell.steps} steps",
+            title=f"{family}, {steps} steps",
         )
-    lines = panel.get_lines()[: len(found)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=5)
-    lab.save(figure, file)
+    lab.legend(figure, panel, columns=5)
+    return figure
 
 
-def measure(task: lab.Task) -> dict[str, float]:
-    """Runs all, says what the slow level has gained, and draws."""
-    found, losses = compare(task.config)
-    for name, values in losses.items():
-        part = max(1, values.shape[1] // 10)
-        first, last = values[:, :part].mean(), values[:, -part:].mean()
-        print(f"{name}: the mean of its lives went from {first:.2f} to {last:.2f}")
-    draw(task.picture, found, task.config)
-    return summary(found)
-
-
-main = lab.Experiment(
+main = lab.comparison(
     name=NAME,
     doc=__doc__,
-    rows=lambda flags: {"all": SETTINGS[flags.scale]},
-    measure=measure,
+    settings=SETTINGS,
+    compare=compare,
+    summary=summary,
+    draw=draw,
     table=table,
 )
 

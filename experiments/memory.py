@@ -28,7 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments import lab, sweep
+from experiments import lab
+from hope_jax.evaluate import points, probe
+from hope_jax.evaluate.points import GridConfig
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models.config import ModelConfig
@@ -70,9 +72,7 @@ def _mixer(memory: MemoryConfig, **gates) -> MemoryMixerConfig:
 
 
 _BEFORE = MemoryConfig(expansion=2, dgd="none", retention="none")  # rates up to 1/chunk
-_PLAIN = dict(
-    targets="none", projection_rate=None, scale_free=False, half_life_start=16.0
-)
+_PLAIN = dict(targets="none", projection_rate=None, scale_free=False)
 
 
 def _bisection() -> dict[str, Row]:
@@ -86,7 +86,7 @@ def _bisection() -> dict[str, Row]:
         ("unit_values", {}, dict(unit_values=True)),
         ("no_silu", {}, dict(conv_activation="none")),
         ("slices_of_x", {}, dict(inputs="slice")),
-        ("decay_to_zero", dict(retention="decay"), {}),
+        ("decay_to_zero", dict(retention="decay"), dict(half_life_start=16.0)),
         ("delta_term", dict(dgd="both"), {}),
     ]
     for name, changed, set_to in switches:
@@ -163,29 +163,23 @@ def _static() -> dict[str, Row]:
     return {f"static_{n}": Row(layer=v, rates=RATES[:1]) for n, v in rows.items()}
 
 
-GROUPS = {
-    "bisection": _bisection,
-    "recall": _recall,
-    "laws": _laws,
-    "static": _static,
-}
+GROUPS = {"bisection": _bisection, "recall": _recall, "laws": _laws, "static": _static}
 
 
-def settings(row: Row, rate: float, smoke: bool) -> sweep.SweepConfig:
-    base = sweep.SweepConfig()
+def settings(row: Row, rate: float, smoke: bool) -> GridConfig:
+    base = GridConfig(steps=row.steps)
     optimizer = dataclasses.replace(base.optimizer, learning_rate=rate)
-    if smoke:
-        optimizer = dataclasses.replace(optimizer, warmup_steps=1)
-        return dataclasses.replace(
-            base, steps=2, batch=2, evaluation=1, optimizer=optimizer
-        )
-    return dataclasses.replace(base, steps=row.steps, optimizer=optimizer)
+    if not smoke:
+        return dataclasses.replace(base, optimizer=optimizer)
+    optimizer = dataclasses.replace(optimizer, warmup_steps=1)
+    few = {"steps": 2, "batch": 2, "evaluation": 1}
+    return dataclasses.replace(base, optimizer=optimizer, **few)
 
 
-def model(row: Row, config: sweep.SweepConfig) -> ModelConfig:
+def model(row: Row, config: GridConfig) -> ModelConfig:
     if isinstance(row.layer, str):
-        return sweep.published(config, [row.layer])[0].model
-    return sweep.model_for(config, row.layer)
+        return points.published(config, [row.layer])[0].model
+    return probe.model_for(config, row.layer)
 
 
 def measure(task: lab.Task) -> dict[str, float]:
@@ -198,7 +192,7 @@ def measure(task: lab.Task) -> dict[str, float]:
         learn: Any = True
         if not row.projections:
             learn = Learning(projections=False)
-        done = sweep.train(config, model(row, config), task.seed, learn=learn)
+        done = probe.train(config, model(row, config), task.seed, learn=learn)
         at = f"_at_{rate:g}"
         if done["accuracy"] is None:
             made |= {f"accuracy{at}": 0.0, f"diverged_by{at}": float(done["steps"])}

@@ -13,16 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments import lab, quickstart
-from hope_jax.train import loop, metrics
+from hope_jax.train import loop
 from hope_jax.train.config import RunConfig
 from launch import command
 
 NAME = "stability"
 RATES = (2e-3, 4e-3, 8e-3)
-LAST = 50  # steps whose loss is the training loss
 
 
 def rows(scale: str) -> dict[str, RunConfig]:
@@ -43,17 +40,13 @@ def measure(task: lab.Task) -> dict[str, float]:
     """Trains what is not trained yet; a training that diverged has `finite` 0."""
     config, folder = task.config, Path(task.flags.workdir) / f"{task.row}-s{task.seed}"
     try:
-        outcome = loop.train(config, folder, resume=True)
+        log = lab.trained(config, folder)
     except loop.NonFinite as error:
         print(error)
         return {"finite": 0.0}
-    if not outcome.finished:
-        raise SystemExit(128 + outcome.stopped_by)
-    log = metrics.read_log(folder / "metrics.jsonl")
-    last = [line for line in log if line["step"] > config.train.steps - LAST]
     return {
         "finite": 1.0,
-        "training bits per byte": float(np.mean([v["bits_per_byte"] for v in last])),
+        "training bits per byte": lab.training_bits(log, config.train.steps),
         "largest gradient": max(line["grad_norm"] for line in log),
     }
 

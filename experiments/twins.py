@@ -32,15 +32,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments import lab, quickstart
 from hope_jax.core import config as config_lib
 from hope_jax.evaluate import ablation
 from hope_jax.models import lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.stream.reader import open_checkpoint
-from hope_jax.train import loop, metrics
 from hope_jax.train.config import RunConfig
 from launch import command
 from launch.evaluate import measure_parts
@@ -56,7 +53,6 @@ MODELS = {
     "transformer": "transformer_tiny",
     "gated_delta_net": "gated_delta_net_tiny",
 }
-LAST = 50  # steps whose loss is the training loss
 TEXTS, FACTS = {"full": 8, "smoke": 2}, {"full": 64, "smoke": 2}
 LEAST = {"full": 1152, "smoke": 128}  # tokens of a text
 
@@ -90,12 +86,8 @@ def _still(model: ModelConfig) -> ModelConfig:
 def measure(task: lab.Task) -> dict[str, float]:
     """Trains what is not trained yet, and asks it."""
     config, folder = task.config, Path(task.flags.workdir) / task.row
-    outcome = loop.train(config, folder, resume=True)
-    if not outcome.finished:
-        raise SystemExit(128 + outcome.stopped_by)
+    log = lab.trained(config, folder)
     opened = open_checkpoint(folder)
-    log = metrics.read_log(folder / "metrics.jsonl")
-    last = [line for line in log if line["step"] > config.train.steps - LAST]
     measured = measure_parts(
         opened,
         config.data.load().validation,
@@ -108,7 +100,7 @@ def measure(task: lab.Task) -> dict[str, float]:
     return {
         **ablation.flat(measured),
         "parameters": lm.count_parameters(config.model),
-        "training bits per byte": float(np.mean([v["bits_per_byte"] for v in last])),
+        "training bits per byte": lab.training_bits(log, config.train.steps),
     }
 
 

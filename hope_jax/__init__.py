@@ -17,32 +17,36 @@ from hope_jax.core.level import (
     tick,
     unroll,
 )
-from hope_jax.core.system import Box, Edge, System, as_level, describe, draw
+from hope_jax.core.system import Box, Edge, System, as_level, describe
 from hope_jax.core.transfer import attend, backprop, condition, generate, initialise
 from hope_jax.evaluate.causality import check_causality
 
 if TYPE_CHECKING:
-    from hope_jax import optim
-    from hope_jax.kernels.chunk import begin_memory
+    from hope_jax import optim, plot
     from hope_jax.kernels.select import memory_scan
     from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+    from hope_jax.memory.state import begin_memory
     from hope_jax.models import zoo
     from hope_jax.models.config import ModelConfig
     from hope_jax.models.lm import apply, build, initial_state
+    from hope_jax.plot import draw
     from hope_jax.stream.reader import open_checkpoint as restore
 
-# Loaded when they are asked for: models need Flax, and checkpoints Orbax.
+# Loaded when they are asked for: models need Flax, checkpoints Orbax, and pictures
+# matplotlib.
 _LATER = {
     "MemoryConfig": "hope_jax.memory.compose:MemoryConfig",
     "ModelConfig": "hope_jax.models.config:ModelConfig",
     "Tokens": "hope_jax.memory.compose:Tokens",
     "apply": "hope_jax.models.lm:apply",
-    "begin_memory": "hope_jax.kernels.chunk:begin_memory",
+    "begin_memory": "hope_jax.memory.state:begin_memory",
     "build": "hope_jax.models.lm:build",
+    "draw": "hope_jax.plot:draw",
     "initial_state": "hope_jax.models.lm:initial_state",
     "memory_level": "hope_jax.memory.compose:memory_level",
     "memory_scan": "hope_jax.kernels.select:memory_scan",
     "optim": "hope_jax.optim",
+    "plot": "hope_jax.plot",
     "restore": "hope_jax.stream.reader:open_checkpoint",
     "zoo": "hope_jax.models.zoo",
 }
@@ -94,6 +98,7 @@ __all__ = [
     "memory_level",
     "memory_scan",
     "optim",
+    "plot",
     "restore",
     "tick",
     "unroll",

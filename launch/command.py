@@ -9,12 +9,16 @@ everywhere.
 import contextlib
 import functools
 import logging
+import os
 import re
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import filelock
 from absl import app, flags
 from absl import logging as absl_logging
 
@@ -23,9 +27,11 @@ _KINDS = ("string", "integer", "float", "bool", "enum", "list", "multi_string", 
 
 
 def parse(
-    doc: str,
+    doc: str | None,
     define: Callable[[types.SimpleNamespace], None],
     arguments: Sequence[str] | None = None,
+    *,
+    compiles: bool = True,
 ) -> Any:
     """The flags of a program, read.
 
@@ -35,6 +41,8 @@ def parse(
         `flags.DEFINE_string` for this program, and so are `integer`, `float`, `bool`,
         `enum`, `list`, `multi_string` and `alias`.
       arguments: those of the process by default.
+      compiles: whether the program compiles anything. It then has a flag
+        `compile_cache`, the folder in which compiled programs are kept from run to run.
 
     Returns:
       Their values, as attributes.
@@ -42,17 +50,26 @@ def parse(
     Raises:
       SystemExit: help was asked for, or a flag is wrong; that message is one line.
     """
+    doc = (doc or "").strip()
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # a word may stand between flags
     made = (getattr(flags, f"DEFINE_{kind}") for kind in _KINDS)
     made = (functools.partial(each, flag_values=values) for each in made)
-    define(types.SimpleNamespace(**dict(zip(_KINDS, made, strict=True))))
+    made = types.SimpleNamespace(**dict(zip(_KINDS, made, strict=True)))
+    define(made)
+    if compiles:
+        made.string(
+            "compile_cache",
+            "",
+            "folder that keeps compiled programs for the next run, or 'none'; by "
+            "default $JAX_COMPILATION_CACHE_DIR, else hope_jax in the user's cache",
+        )
     short = f"{doc.strip()}\n\nflags:\n{values.get_help()}"
     for flag in flags.FLAGS.flags_by_module_dict()["absl.logging"]:
         if flag.name not in values:
             values[flag.name] = flag
             values.register_flag_by_module("absl.logging", flag)
-    full = f"{doc.strip()}\n\nflags:\n{values.get_help()}"
+    full = f"{doc}\n\nflags:\n{values.get_help()}"
     for name, text in (("help", short), ("helpshort", short), ("helpfull", full)):
         flags.DEFINE_flag(_Help(name, text), flag_values=values)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -65,7 +82,72 @@ def parse(
         fail(f"{' '.join(said.split())} (--helpshort lists the flags.)")
     if not values["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all at INFO
+    if compiles:
+        try:
+            keep_programs(values.compile_cache)
+        except OSError as error:
+            fail(
+                f"compile_cache ({values.compile_cache}) is no folder that can be "
+                f"written to: {error.strerror}. Give another, or 'none'."
+            )
     return values
+
+
+def keep_programs(folder: str = "") -> Path | None:
+    """Lets JAX keep compiled programs, so that the next run need not compile them.
+
+    JAX names a program by all that it is made of: its code, its shapes, the device, the
+    flags of XLA and JAX's own version. At most 4 GiB are kept, the last used.
+
+    Args:
+      folder: where; `none` for nowhere. Empty is where JAX already keeps them, or
+        `$JAX_COMPILATION_CACHE_DIR`, else `hope_jax` in the user's cache folder if that
+        can be written to.
+
+    Returns:
+      Where they are kept.
+
+    Raises:
+      OSError: `folder` cannot be made or written to.
+    """
+    import jax  # after --help
+
+    if folder == "none":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    if not folder and kept is not None:
+        return Path(kept)
+    chosen = Path(folder).expanduser() if folder else _user_cache()
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=chosen).close()
+    except OSError:
+        if folder:
+            raise
+        return None
+    _mend(chosen)
+    jax.config.update("jax_compilation_cache_dir", str(chosen))
+    jax.config.update("jax_compilation_cache_max_size", 4 * 1024**3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return chosen
+
+
+def _mend(folder: Path) -> None:
+    """Removes programs that a killed process had not finished writing.
+
+    JAX writes the time of use last, and could neither read such a program nor write any
+    more beside it.
+    """
+    with filelock.FileLock(folder / ".lockfile"):  # as JAX does
+        for program in folder.glob("*-cache"):
+            if not program.with_name(f"{program.name[:-6]}-atime").exists():
+                program.unlink()
+
+
+def _user_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hope_jax" / "programs"
 
 
 class _Help(flags.BooleanFlag):

@@ -13,6 +13,7 @@ texts are read twice, facts planted and asked for, and a sceptic's controls appl
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from hope_jax.data.tokenizer import encode_documents
 from hope_jax.evaluate import ablation, language_model
 from hope_jax.stream.reader import Opened, open_checkpoint
 from hope_jax.train import checkpoint, metrics
+from hope_jax.train.config import RunConfig
 from launch import command
 
 SPLITS = ("validation", "all")
@@ -87,21 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured,
     )
     if options.output:
-        path = metrics.write_result(
-            options.output,
-            experiment=config.experiment,
-            row=config.row,
-            scale=config.scale,
-            seed=config.seed,
-            config=config,
-            metrics={
-                **measured,
-                "step": opened.step,
-                "documents": len(documents),
-                "bytes": sum(len(document.data) for document in documents),
-            },
-        )
-        console.print(f"wrote {path}", markup=False)
+        read = sum(len(document.data) for document in documents)
+        more = {"step": opened.step, "documents": len(documents), "bytes": read}
+        write(options.output, config, measured | more, console)
 
 
 def ablate(
@@ -130,20 +120,28 @@ def ablate(
     )
     print_ablation(console, title, measured)
     folder = options.output or checkpoint.find(options.checkpoint).parent
+    more = {"step": opened.step, "texts": count, "tokens": length}
+    more["facts"] = options.ablate_facts
+    found = ablation.flat(measured) | more
+    write(folder, config, found, console, experiment="ablation")
+
+
+def write(
+    folder: str | os.PathLike,
+    config: RunConfig,
+    found: Mapping[str, float],
+    console: Console,
+    experiment: str | None = None,
+) -> None:
+    """Writes a result file of a run, by default of its experiment, and says where."""
     path = metrics.write_result(
         folder,
-        experiment="ablation",
+        experiment=experiment or config.experiment,
         row=config.row,
         scale=config.scale,
         seed=config.seed,
         config=config,
-        metrics={
-            **ablation.flat(measured),
-            "step": opened.step,
-            "texts": count,
-            "tokens": length,
-            "facts": options.ablate_facts,
-        },
+        metrics=found,
     )
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
 

@@ -54,7 +54,7 @@ def write(prompt: str, ids: Iterable[int], tokenizer: Tokenizer) -> None:
     """Prints `prompt` and the text of `ids` as it comes; the speed to stderr."""
     sys.stdout.write(prompt)
     sys.stdout.flush()
-    made, start = 0, None
+    made, start = 0, 0.0
 
     def counted():
         nonlocal made, start

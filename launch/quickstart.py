@@ -33,10 +33,9 @@ from rich.table import Table
 from experiments import quickstart as experiment
 from hope_jax import plot
 from hope_jax.core import config as config_lib
-from hope_jax.core import system
 from hope_jax.data import text
 from hope_jax.evaluate import language_model
-from hope_jax.models import lm
+from hope_jax.models import lm, systems
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import checkpoint, loop, metrics
 from hope_jax.train.config import RunConfig
@@ -137,7 +136,7 @@ def run(
             "rows": {row: dict(score) for row, score in scores.items()},
         },
     }
-    write_json(folder / RESULTS, results)
+    metrics.write_json(folder / RESULTS, results)
     draw(folder, rows, results, corpus)
 
     console.rule(align="left")
@@ -189,8 +188,8 @@ def score_row(
     finally:
         trained = before + time.perf_counter() - start
         if (folder / loop.CONFIG).exists():  # the run was accepted
-            write_json(clock, trained)
-    if not outcome.finished:
+            metrics.write_json(clock, trained)
+    if outcome.stopped_by is not None and not outcome.finished:
         raise Stopped(outcome.stopped_by)
 
     console.print(f"scoring {len(corpus.validation)} validation files")
@@ -204,7 +203,7 @@ def score_row(
         "seconds_train": trained,
         "seconds": before + time.perf_counter() - start,
     }
-    write_json(kept, {**belongs, "metrics": scores})
+    metrics.write_json(kept, {**belongs, "metrics": scores})
     return scores
 
 
@@ -221,18 +220,21 @@ def draw(
             [line["tokens"] for line in log],
             [line["bits_per_byte"] for line in log],
         )
-    plot.loss_curves(
-        folder / "loss.png",
+    figure = plot.loss_curves(
         curves,
         lines={"gzip -9": results["gzip_bpb"], "xz -9": results["xz_bpb"]},
         marks={
             NAMES["hope"]: results["hope_bpb"],
             NAMES["transformer"]: results["transformer_bpb"],
         },
+        ylabel="bits per byte",
         title=corpus.name,
+        note="lines: training    dots: validation files",
     )
+    figure.savefig(folder / "loss.png")
     hope = rows["hope"]
-    system.draw(lm.system(hope.model, hope.train.seq_len), folder / "levels.png")
+    levels = plot.draw(systems.system(hope.model, hope.train.seq_len))
+    levels.savefig(folder / "levels.png")
 
 
 def table(rows: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Table:
@@ -246,14 +248,8 @@ def table(rows: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Table:
         f" tokens a model, {results['seconds'] / 60:.1f} minutes in all.",
         caption_justify="left",
     )
-    for name, justify in (
-        ("", "left"),
-        ("bits per byte", "right"),
-        ("of gzip -9", "right"),
-        ("parameters", "right"),
-        ("training", "right"),
-    ):
-        made.add_column(name, justify=justify)
+    for name in ("", "bits per byte", "of gzip -9", "parameters", "training"):
+        made.add_column(name, justify="right" if name else "left")
 
     def line(name, key, row=None, **style):
         value = results[key]
@@ -318,13 +314,6 @@ def next_steps(folder: Path, rows: Mapping[str, RunConfig]) -> str:
     for what, arguments in commands.items():
         lines += ["", f"  # {what}", f"  {shlex.join([str(python), *arguments])}"]
     return "\n".join(lines)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes beside and renames, so that no start ever finds half a file."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", "utf-8")
-    beside.replace(path)
 
 
 def use_all_cores() -> None:

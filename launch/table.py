@@ -14,6 +14,7 @@ import ast
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +46,10 @@ def rows(folder: Path = _TESTS) -> list[Row]:
     for path in sorted(folder.rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         for node in tree.body:
-            name = isinstance(node, ast.FunctionDef) and _NAME.match(node.name)
-            if not name:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            name = _NAME.match(node.name)
+            if name is None:
                 continue
             line = _IMPLEMENTS.search(ast.get_docstring(node) or "")
             if line is None:
@@ -151,9 +154,9 @@ def _define(define) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table, or writes those of a file."""
-    given = command.parse(__doc__, _define, arguments)
+    given = command.parse(__doc__, _define, arguments, compiles=False)
     file = None if given.write is None else Path(given.write)
     try:
         if file is None:

@@ -94,14 +94,14 @@ def _describe(config) -> str:
 
     from hope_jax.core import config as config_lib
     from hope_jax.core import system
-    from hope_jax.models import lm
+    from hope_jax.models import lm, systems
     from hope_jax.train import loop
 
     return "\n".join(
         [
             json.dumps(config_lib.to_json(config), indent=2),
             f"\n{lm.count_parameters(config.model):,} parameters\n",
-            system.describe(lm.system(config.model, config.train.seq_len)),
+            system.describe(systems.system(config.model, config.train.seq_len)),
             "\nThe outer optimizer:\n",
             loop.describe(config),
         ]
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loop.NonFinite,
     ) as error:  # the message says what to do; a traceback would only hide it
         return _fail(error)
-    if outcome.finished:
+    if outcome.finished or outcome.stopped_by is None:
         print(f"done: step {outcome.step}, in {given.workdir}")
         return 0
     print(f"stopped and saved at step {outcome.step}. To go on:")

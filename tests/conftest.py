@@ -8,16 +8,19 @@ import gc
 import os
 from pathlib import Path
 
+from tests.versions import FORMER_EMITTERS
+
 # jax <= 0.11.2 can dead-lock a virtual-device collective on a two-core host unless
 # its thread pool is larger than the number of devices; set before jax starts.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: unoptimised programs halve their time, and the
-# older code generator halves it again. Every core has a worker, none needs to share.
+# older code generator halves it again where XLA still has it, for a flag that it does
+# not know ends the process. Every core has a worker, none needs to share.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * FORMER_EMITTERS,
 )
 
 import hypothesis  # noqa: F401 parsed now: its plugin would, late, beside threads
@@ -25,7 +28,10 @@ import jax
 import pytest
 from absl import flags
 
+from tests import annotations
 from tests.chosen import quick
+
+annotations.install("hope_jax")  # before any of it is imported
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -61,7 +67,10 @@ def pytest_configure(config):
     JAX names a program by all that it is made of, its own version and flags included.
     With a size given it locks the folder, so that workers share it, and evicts.
     """
+    # Programs that tests start keep none: some are killed, in the middle of a file too.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if not hasattr(config, "cache"):  # -p no:cacheprovider
+        jax.config.update("jax_enable_compilation_cache", False)
         return
     folder = config.cache.mkdir(f"programs-jax-{jax.__version__}")
     jax.config.update("jax_compilation_cache_dir", str(folder))

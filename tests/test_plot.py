@@ -1,37 +1,48 @@
 """Pictures: that what is asked for is drawn, where it belongs."""
 
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib._pylab_helpers
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
 
-from hope_jax import plot
+import hope_jax
+from hope_jax import Box, Clock, System, plot
 
+ROOT = Path(__file__).parents[1]
 TOKENS = np.arange(1, 41) * 1000.0
 CURVES = {"Hope": (TOKENS, 2 + 1000 / TOKENS), "twin": (TOKENS, 2.1 + 1000 / TOKENS)}
 
 
 def test_writes_a_picture(tmp_path):
-    path = plot.loss_curves(
-        tmp_path / "new" / "loss.png",
+    figure = plot.loss_curves(
         CURVES,
         lines={"gzip -9": 2.2, "xz -9": 2.15},
         marks={"Hope": 2.05},
         title="a title",
     )
-    image = matplotlib.image.imread(path)
+    figure.savefig(tmp_path / "loss.png")
+    image = matplotlib.image.imread(tmp_path / "loss.png")
     assert image.shape[0] > 500 and image.shape[1] > 900
     assert image[..., :3].std() > 0.01  # something is on it
 
 
 def test_names_every_line_and_its_number(tmp_path):
-    path = plot.loss_curves(
-        tmp_path / "loss.svg",
+    figure = plot.loss_curves(
         CURVES,
         lines={"gzip -9": 2.2},
         marks={"Hope": 2.05},
         title="a title",
+        ylabel="bits per byte",
+        note="what is what",
     )
-    said = path.read_text()
+    figure.savefig(tmp_path / "loss.svg")
+    said = (tmp_path / "loss.svg").read_text()
     for text in (
         "Hope 2.05",
         "twin, training",
@@ -39,9 +50,57 @@ def test_names_every_line_and_its_number(tmp_path):
         "a title",
         "bits per byte",
         "training tokens",
+        "what is what",
         "40k",
     ):
         assert f"<!-- {text} -->" in said, text
+
+
+def test_a_loss_of_ones_own_is_named_as_it_is():
+    losses = -1.0 - 1000 / TOKENS  # a likelihood's, below 0
+    (axes,) = plot.loss_curves({"mine": (TOKENS, losses)}, xlabel="steps").axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("steps", "loss")
+    assert [text.get_text() for text in axes.texts] == ["mine"]
+    low, high = axes.get_ylim()
+    assert low < losses[6] < losses[-1] < high < 0
+
+
+def memory_alone():
+    return System((Box("memory", Clock(), 8, "recall", "GD"),))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: plot.loss_curves(CURVES),
+        lambda: plot.heat_map(VALUES, rows=ROWS, columns=COLUMNS),
+        lambda: hope_jax.draw(memory_alone()),
+    ],
+)
+def test_a_figure_shows_itself_and_is_left_to_nobody(make):
+    """A notebook shows what has a `_repr_png_`; matplotlib's own has none, and would
+    be text where pyplot has not been set up."""
+    figure = make()
+    assert isinstance(figure, matplotlib.figure.Figure)
+    assert not hasattr(matplotlib.figure.Figure, "_repr_png_")
+    png, size = figure._repr_png_()
+    image = matplotlib.image.imread(io.BytesIO(png))
+    assert image[..., :3].std() > 0.01
+    inches = figure.get_size_inches()
+    np.testing.assert_allclose(image.shape[1::-1], 160 * inches, atol=1)
+    np.testing.assert_allclose([size["width"], size["height"]], 100 * inches, atol=1)
+    assert matplotlib._pylab_helpers.Gcf.figs == {}
+    code = "import sys, hope_jax.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_same_picture_is_the_same_file():
+    def svg():
+        file = io.StringIO()
+        plot.loss_curves(CURVES).savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue()
+
+    assert svg() == svg()
 
 
 def test_running_mean_by_hand():
@@ -73,17 +132,15 @@ def test_large_numbers_are_short():
     ]
 
 
-def test_bad_arguments_are_named(tmp_path):
-    path = tmp_path / "loss.png"
+def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="curves is empty"):
-        plot.loss_curves(path, {})
-    with pytest.raises(ValueError, match="'a' has 2 numbers of tokens and 1 of"):
-        plot.loss_curves(path, {"a": ([1, 2], [1])})
+        plot.loss_curves({})
+    with pytest.raises(ValueError, match="'a' has 2 numbers of tokens and 1 losses"):
+        plot.loss_curves({"a": ([1, 2], [1])})
     with pytest.raises(ValueError, match="'a' has 0 numbers"):
-        plot.loss_curves(path, {"a": ([], [])})
+        plot.loss_curves({"a": ([], [])})
     with pytest.raises(ValueError, match="mark 'b' has no curve; curves: a"):
-        plot.loss_curves(path, {"a": ([1], [1])}, marks={"b": 1.0})
-    assert not path.exists()
+        plot.loss_curves({"a": ([1], [1])}, marks={"b": 1.0})
 
 
 ROWS, COLUMNS = [("linear", "dot"), ("linear", "l2"), ("mlp", "l2")], ["gd", "muon"]
@@ -91,14 +148,12 @@ VALUES = [[0.1, 0.9], [0.5, np.nan], [np.nan, 0.7]]
 
 
 def test_heat_map_colours_numbers_and_hatches_the_rest(tmp_path):
-    path = plot.heat_map(
-        tmp_path / "new" / "map.png",
-        VALUES,
-        rows=ROWS,
-        columns=COLUMNS,
-        hatched={"refused": [[False, False], [False, True], [True, False]]},
-    )
-    image = matplotlib.image.imread(path)
+    def drawn(**more):
+        figure = plot.heat_map(VALUES, rows=ROWS, columns=COLUMNS, **more)
+        figure.savefig(tmp_path / "map.png")
+        return matplotlib.image.imread(tmp_path / "map.png")
+
+    image = drawn(hatched={"refused": [[False, False], [False, True], [True, False]]})
     assert image.shape[0] > 300 and image.shape[1] > 400
     scale = matplotlib.colormaps["cividis"]
 
@@ -107,15 +162,12 @@ def test_heat_map_colours_numbers_and_hatches_the_rest(tmp_path):
 
     assert all(share(scale(v)[:3]) > 0.02 for v in (0.1, 0.5, 0.7, 0.9))
     assert share(scale(0.3)[:3]) < 0.005
-    plain = plot.heat_map(tmp_path / "no.png", VALUES, rows=ROWS, columns=COLUMNS)
-    assert (matplotlib.image.imread(plain)[..., :3] > 0.99).mean() > (
-        (image[..., :3] > 0.99).mean() + 0.02
-    )
+    white, plain = ((im[..., :3] > 0.99).mean() for im in (image, drawn()))
+    assert plain > white + 0.02
 
 
 def test_heat_map_names_everything(tmp_path):
-    path = plot.heat_map(
-        tmp_path / "map.svg",
+    figure = plot.heat_map(
         VALUES,
         rows=ROWS,
         columns=[("none", name) for name in COLUMNS],
@@ -124,7 +176,8 @@ def test_heat_map_names_everything(tmp_path):
         label="share",
         title="a title\nin two lines",
     )
-    said = path.read_text()
+    figure.savefig(tmp_path / "map.svg")
+    said = (tmp_path / "map.svg").read_text()
     texts = ("0.10", "0.90", "0.50", "0.70", "refused", "chance", "share", "a title")
     texts += ("in two lines", "linear", "mlp", "dot", "l2", "none", "gd", "muon")
     for text in texts:
@@ -138,9 +191,9 @@ def test_groups_are_spans_of_neighbours():
     assert plot._spans(names) == [("", 0, 0), ("x", 1, 2), ("y", 3, 3), ("x", 4, 4)]
 
 
-def test_bad_heat_maps_are_named(tmp_path):
+def test_bad_heat_maps_are_named():
     def draw(values=VALUES, rows=ROWS, **more):
-        plot.heat_map(tmp_path / "map.png", values, rows=rows, columns=COLUMNS, **more)
+        plot.heat_map(values, rows=rows, columns=COLUMNS, **more)
 
     with pytest.raises(ValueError, match=r"values must be .* = \[2, 2\].* \[3, 2\]"):
         draw(rows=ROWS[:2])

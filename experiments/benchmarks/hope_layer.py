@@ -12,20 +12,18 @@ Three programs on the same input in interleaved rounds: the layer (chunk-paralle
 own definition token by token (`models.reference`, of the same weights: outputs and
 gradients are compared first, and no ratio is given if they differ), and the attention
 layer of Transformer++. The reference keeps every token's memories for its gradient;
-where 8 GB are too much, let `--reference-training` be fewer tokens.
+where 8 GB are too much, let `--reference_training` be fewer tokens.
 """
 
-import argparse
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments import lab
 from experiments.benchmarks import timing
 from hope_jax.models.mixers.attention import Attention
 from hope_jax.models.mixers.self_modifying import (
@@ -35,8 +33,8 @@ from hope_jax.models.mixers.self_modifying import (
 )
 from hope_jax.models.reference import self_modifying_reference
 from hope_jax.train.metrics import write_benchmark
+from launch import command
 
-RESULTS = Path(__file__).parents[1] / "results"
 TOLERANCE = {"forward": 1e-3, "training": 1e-2}  # float32 over hundreds of writes
 
 
@@ -214,31 +212,19 @@ def memory(analyses) -> list[dict[str, Any]]:
     return found
 
 
-def table(workloads: Sequence[dict[str, Any]]) -> str:
-    """The workloads, one a line, with the range of their ratios."""
-    lines = []
-    for w in workloads:
-        low, high = min(w["ratios"]), max(w["ratios"])
-        lines.append(
-            f"{w['workload']}: {w['ours']:,.2f} against {w['peer']:,.2f} "
-            f"{w['metric']}, ratio {w['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        )
-    return "\n".join(lines)
+def _define(define) -> None:
+    define.bool("quick", False, "small sizes, seconds")
+    define.integer("rounds", None, "interleaved rounds", lower_bound=1)
+    define.integer(
+        "reference_training", None, "tokens of the training runs beside the reference"
+    )
+    define.alias("reference-training", "reference_training")
+    define.string("out", str(lab.RESULTS), "folder of the results")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, seconds")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds, at least 1")
-    parser.add_argument(
-        "--reference-training",
-        type=int,
-        help="tokens of the training runs beside the reference",
-    )
-    parser.add_argument(
-        "--out", default=os.fspath(RESULTS), help="folder of the results"
-    )
-    flags = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints the ratios and writes the file."""
+    flags = command.parse(__doc__, _define, arguments)
     changes = {
         name: value
         for name in ("rounds", "reference_training")
@@ -246,10 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     sizes = dataclasses.replace(QUICK if flags.quick else Sizes(), **changes)
     workloads = run(sizes)
-    print(table(workloads))
+    print(timing.table(workloads))
     print(write_benchmark(flags.out, name="hope_layer", workloads=workloads))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command.run(main)

@@ -35,25 +35,24 @@ points: every named memory by itself, on the tokens of its own layer, against it
 definition token by token (`impl="reference"`), and its growth in length.
 """
 
-import argparse
 import dataclasses
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments import lab
 from experiments.benchmarks import timing
 from experiments.benchmarks.worker import Worker, WorkerError
 from hope_jax.memory import named
 from hope_jax.train.metrics import write_benchmark
+from launch import command
 
-RESULTS = Path(__file__).parents[1] / "results"
 TOLERANCE = {"forward": 1e-4, "decode": 1e-4, "training": 1e-3}
 OURS, DEVICES, PEERS = "ours", "ours on 2 devices", "peers"
 MODULES = {
@@ -503,7 +502,7 @@ class Bench:
         spec, package = program.variant.spec, program.variant.package
         if spec.get("impl") == "reference":
             # Backwards it keeps a state a token: gigabytes, where that is an MLP.
-            small = named.get(spec["point"]).memory.architecture == "linear"
+            small = named.get(spec["point"]).memory.chosen.architecture.linear
             shown = program.task == "forward" or small
             return program.length == self._sizes.reference and shown
         if package != OURS and package not in self._workers[PEERS].versions:
@@ -671,61 +670,43 @@ def run(
     return found, targets, failed
 
 
-def table(workloads, targets) -> str:
-    """The workloads, one a line, with the range of their ratios and their targets."""
-    lines = []
-    for w in workloads:
-        low, high = min(w["ratios"]), max(w["ratios"])
-        line = (
-            f"{w['workload']}: {w['ours']:,.2f} against {w['peer']:,.2f} "
-            f"{w['metric']}, ratio {w['ratio']:.2f} ({low:.2f} to {high:.2f})"
+def _define(define) -> None:
+    define.bool("quick", False, "small sizes, seconds")
+    define.string("peer_python", sys.executable, "the interpreter that has the peers")
+    define.list("only", [], f"some of {','.join(PARTS)}; all by default")
+    define.bool("eager", False, "no compiled peers: minutes, no verdict")
+    define.list("points", [], "some named memories, with commas between")
+    define.integer("rounds", None, "interleaved rounds", lower_bound=1)
+    define.list("lengths", [], "tokens, ascending, with commas between")
+    define.string("out", str(lab.RESULTS), "folder of the results")
+    define.string("name", "memories", "of the result file")
+
+
+def _sizes(flags: Any) -> Sizes:
+    """The sizes that the flags ask for.
+
+    Raises:
+      ValueError: a length that is no number, or no such memory.
+    """
+    changes: dict[str, Any] = {"compiled": not flags.eager}
+    if flags.rounds is not None:
+        changes["rounds"] = flags.rounds
+    if not all(length.isdigit() for length in flags.lengths):
+        raise ValueError(f"--lengths must be whole numbers, got {flags.lengths}.")
+    if flags.lengths:
+        changes["lengths"] = tuple(map(int, flags.lengths))
+    if flags.points:
+        changes["points"] = tuple(
+            lab.chosen(named.POINTS, flags.points, "points", "memory")
         )
-        target = targets.get((w["workload"], w["metric"]))
-        if target is not None:
-            met = "met" if w["ratio"] >= target else "NOT met"
-            line += f", target {target:.2f} {met}"
-        lines.append(line)
-    return "\n".join(lines)
+    return dataclasses.replace(QUICK if flags.quick else Sizes(), **changes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 1 when something broke, or computed something else and was not timed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, seconds")
-    parser.add_argument(
-        "--peer_python",
-        default=sys.executable,
-        help="the interpreter that has the peers",
-    )
-    parser.add_argument(
-        "--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}"
-    )
-    parser.add_argument(
-        "--eager", action="store_true", help="no compiled peers: minutes, no verdict"
-    )
-    parser.add_argument("--points", help="some named memories, with commas between")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds, at least 1")
-    parser.add_argument("--lengths", help="tokens, ascending, with commas between")
-    parser.add_argument(
-        "--out", default=os.fspath(RESULTS), help="folder of the results"
-    )
-    parser.add_argument("--name", default="memories", help="of the result file")
-    flags = parser.parse_args(arguments)
-    parts = flags.only.split(",")
-    for part in parts:
-        if part not in PARTS:
-            parser.error(f"--only must be some of {','.join(PARTS)}, got {part!r}")
-    sizes = QUICK if flags.quick else Sizes()
-    sizes = dataclasses.replace(sizes, compiled=not flags.eager)
-    if flags.rounds is not None:
-        sizes = dataclasses.replace(sizes, rounds=flags.rounds)
-    if flags.lengths:
-        lengths = tuple(int(length) for length in flags.lengths.split(","))
-        sizes = dataclasses.replace(sizes, lengths=lengths)
-    if flags.points:
-        for name in flags.points.split(","):
-            named.get(name)
-        sizes = dataclasses.replace(sizes, points=tuple(flags.points.split(",")))
+    flags = command.parse(__doc__, _define, arguments)
+    with command.fail_in_words():
+        parts, sizes = lab.chosen(PARTS, flags.only, "only", "part"), _sizes(flags)
     jax.config.update("jax_platforms", "cpu")  # of this process, which names the file
 
     def keep(found):
@@ -734,7 +715,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, targets, failed = run(
         sizes, parts, flags.peer_python, available_cores(), print, keep
     )
-    print(table(found, targets))
+    print(timing.table(found, targets))
     print(keep(found))
     for line in failed:
         print(f"not timed: {line}")
@@ -753,4 +734,4 @@ def available_cores() -> list[int]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command.run(main)

@@ -29,7 +29,6 @@ are without the capture of inputs, which is a part of the backward pass.
 for each.
 """
 
-import argparse
 import dataclasses
 import math
 import os
@@ -42,7 +41,6 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -51,9 +49,9 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from experiments import lab
 from experiments.benchmarks import timing
 from hope_jax import optim
-from hope_jax.core.config import did_you_mean
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.config import ModelConfig
@@ -63,8 +61,8 @@ from hope_jax.optim.rules.delta_momentum import DeltaMomentum
 from hope_jax.optim.rules.m3 import M3
 from hope_jax.train.config import OptimizerConfig
 from hope_jax.train.metrics import write_benchmark
+from launch import command
 
-RESULTS = Path(__file__).parents[1] / "results"
 REFERENCE, CANARY = "adamw", "canary"
 GOAL = 1 / 1.15  # of the speed of Muon
 TOLERANCE = {"cpu": 2e-3}  # of first updates
@@ -427,26 +425,21 @@ def groups_of(wanted: Sequence[str]) -> list[tuple[str, ...]]:
     return ([together] if together else []) + alone
 
 
+def _define(define) -> None:
+    define.enum("size", "10m", list(SIZES), "of the parameters")
+    define.list("only", [], "names, with commas between; all by default")
+    define.integer("rounds", None, "interleaved rounds", lower_bound=1)
+    define.string("name", None, "of the result file; optimizers_SIZE by default")
+    define.string("out", str(lab.RESULTS), "folder of the results")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 1 when some rule could not be timed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=tuple(SIZES), default="10m")
-    parser.add_argument("--only", help="names, with commas between; all by default")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds, at least 1")
-    parser.add_argument("--name", help="of the result file; optimizers_SIZE by default")
-    parser.add_argument(
-        "--out", default=os.fspath(RESULTS), help="folder of the results"
-    )
-    flags = parser.parse_args(arguments)
-    wanted = names() if flags.only is None else tuple(flags.only.split(","))
-    for name in wanted:
-        if name not in names():
-            hint = did_you_mean(name, names())
-            parser.error(f"--only: no rule {name!r}; {', '.join(names())}.{hint}")
+    flags = command.parse(__doc__, _define, arguments)
+    with command.fail_in_words():
+        wanted = lab.chosen(names(), flags.only, "only", "rule")
     size = SIZES[flags.size]
     if flags.rounds is not None:
-        if flags.rounds < 1:
-            parser.error(f"--rounds must be at least 1, got {flags.rounds}")
         size = dataclasses.replace(size, rounds=flags.rounds)
     file = flags.name or f"optimizers_{flags.size}"
     parameters = lm.count_parameters(size.model)
@@ -473,4 +466,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command.run(main)

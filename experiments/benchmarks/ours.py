@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hope_jax.kernels.chunk import begin_memory, commit, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import memory_scan, scan_chunks
 from hope_jax.memory import named
 from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
+from hope_jax.memory.state import begin_memory, commit
 from hope_jax.models.mixers.memory import MemoryMixer, MemoryMixerConfig
 from hope_jax.train import metrics, sharding
 

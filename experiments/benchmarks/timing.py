@@ -85,6 +85,31 @@ def workload(
     }
 
 
+def table(
+    workloads: Sequence[Mapping[str, Any]],
+    targets: Mapping[tuple[str, str], float] | None = None,
+) -> str:
+    """The workloads, one a line, with the range of their ratios.
+
+    Args:
+      workloads: of a benchmark file.
+      targets: workload and metric -> what some ratios should reach.
+    """
+    lines = []
+    for w in workloads:
+        low, high = min(w["ratios"]), max(w["ratios"])
+        line = (
+            f"{w['workload']}: {w['ours']:,.2f} against {w['peer']:,.2f} "
+            f"{w['metric']}, ratio {w['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        )
+        target = (targets or {}).get((w["workload"], w["metric"]))
+        if target is not None:
+            met = "met" if w["ratio"] >= target else "NOT met"
+            line += f", target {target:.2f} {met}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def check_agreement(what: str, ours: Any, peer: Any, tolerance: float) -> float:
     """The largest difference of two outputs, relative to each array's largest entry.
 

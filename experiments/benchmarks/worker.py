@@ -7,7 +7,6 @@ makes them `{name: numpy array}`. Needs NumPy alone, so that a framework may liv
 environment of its own.
 """
 
-import argparse
 import ctypes
 import importlib
 import json
@@ -53,21 +52,18 @@ class Worker:
         environment: Mapping[str, str] | None = None,
         memory: int | None = None,
     ):
-        listed = ",".join(map(str, cores))
         threads = {name: str(len(cores)) for name in _THREADS}
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        command = [python, "-m", __spec__.name, module, f"--cores={listed}"]
-        if memory is not None:
-            command.append(f"--memory={memory}")
         self._process = subprocess.Popen(
-            command,
+            [python, "-m", __spec__.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path, **threads, **(environment or {})},
         )
         try:
-            self.versions = self.ask("start")["versions"]
+            of = {"module": module, "cores": list(cores), "memory": memory}
+            self.versions = self.ask("start", **of)["versions"]
         except WorkerError:
             self.close()
             raise
@@ -115,11 +111,16 @@ class Worker:
 class _Desk:
     """The child's side: one method a request."""
 
-    def __init__(self, module: str):
-        self._module = importlib.import_module(module)
-        self._programs = {}
+    def __init__(self):
+        self._module, self._programs = None, {}
 
-    def start(self):
+    def start(self, module, cores, memory):
+        """Keeps to its cores and its memory, then imports the module."""
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)
+        if memory is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        self._module = importlib.import_module(module)
         return {"versions": self._module.versions()}
 
     def build(self, name, spec, inputs=None, outputs=None):
@@ -183,31 +184,20 @@ def _peak() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("module")
-    parser.add_argument("--cores", required=True)
-    parser.add_argument("--memory", type=int)
-    flags = parser.parse_args(arguments)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, map(int, flags.cores.split(",")))
-    if flags.memory is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (flags.memory, flags.memory))
+def main() -> None:
+    """Answers the requests of its standard input, each a line of JSON."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
-    desk = None
+    desk = _Desk()
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if desk is None:
-                desk = _Desk(flags.module)
             reply = getattr(desk, request.pop("do"))(**request)
         except (Exception, SystemExit) as error:  # told to the parent, which decides
             reply = {"error": f"{type(error).__name__}: {error}"}
         channel.write(json.dumps(reply) + "\n")
         channel.flush()
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

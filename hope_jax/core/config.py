@@ -13,16 +13,23 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, Union
+
+
+class _OfAKind(Protocol):
+    @property
+    def kind(self) -> str: ...
+
 
 C = TypeVar("C")
+K = TypeVar("K", bound=_OfAKind)
 Json = Any
 
 _MISSING = object()
 
 
-class Kinds:
+class Kinds(Generic[K]):
     """The configs that a field may hold, by kind.
 
     Args:
@@ -42,12 +49,17 @@ class Kinds:
     Disc(kind='disc', radius=2.0)
     """
 
-    def __init__(self, what: str, made: Mapping[str, Any]):
+    def __init__(self, what: str, made: Mapping[str, K]):
         self.what = what
         self._made = dict(made)
         for kind, config in self._made.items():
             if config.kind != kind:
                 raise ValueError(f"the {what} {kind!r} calls itself {config.kind!r}.")
+
+    @classmethod
+    def of_entries(cls, what: str, *entries: K) -> "Kinds[K]":
+        """Those of `entries`, each by its own `kind`."""
+        return cls(what, {entry.kind: entry for entry in entries})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
@@ -58,7 +70,7 @@ class Kinds:
     def __contains__(self, kind: object) -> bool:
         return kind in self._made
 
-    def get(self, kind: str, path: str = "") -> Any:
+    def get(self, kind: str, path: str = "") -> K:
         """What a kind stands for; `path` is the field that asks for it.
 
         Raises:
@@ -70,6 +82,10 @@ class Kinds:
                 f"{did_you_mean(kind, self)}"
             )
         return self._made[kind]
+
+    def which(self, has: Callable[[K], bool]) -> tuple[str, ...]:
+        """The kinds of which `has` is true."""
+        return tuple(kind for kind, made in self._made.items() if has(made))
 
     def of(self, value: Any, path: str = "") -> Any:
         """`value`, or what it stands for if it is a name; see `get`."""
@@ -111,6 +127,37 @@ def one_of(config: Any, **choices: Iterable[Any]) -> None:
             raise ValueError(f"{name} must be one of {known}, got {value!r}.")
 
 
+def refuse_unread(
+    config: Any, option: str, choice: str, chosen: str, readers: Collection[str]
+) -> None:
+    """Refuses a config that sets an option which the choices it makes do not read.
+
+    Args:
+      config: a dataclass instance.
+      option: a field of it.
+      choice: the choice on which it depends, as one sets it.
+      chosen: what is chosen.
+      readers: what would have to be chosen for the option to be read.
+
+    Raises:
+      ValueError: names the option, its value and the choices that read it.
+    """
+    value, default = getattr(config, option), default_of(type(config), option)
+    if chosen in readers or value == default:
+        return
+    raise ValueError(
+        f"{option}={value!r} is read by nothing: {choice}={chosen!r} does not read it, "
+        f"{choice} {' or '.join(map(repr, readers))} would. Leave {option} at "
+        f"{default!r}, or choose one of those."
+    )
+
+
+def default_of(cls: type, name: str) -> Any:
+    """What a field of a config is if it is not set."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    return fields[name].default
+
+
 def to_json(config: Any) -> Json:
     """`config` as dicts, lists and scalars; infinities become "inf" and "-inf".
 
@@ -125,13 +172,14 @@ def from_json(cls: type[C], data: Json) -> C:
 
     Fields that are absent take their defaults. A class whose fields have changed has a
     `migrated` class method, which is given the data of its configs as they were saved
-    and returns them with its fields of today.
+    and returns them with its fields of today. What `override` sets is of today, and is
+    not migrated.
 
     Raises:
       ValueError: an unknown field, a missing one without a default, or a value of
         another type than the field's; the message names the field and the value.
     """
-    return _decode(cls, data, "")
+    return _decode(cls, data, "", saved=True)
 
 
 def override(config: C, settings: Iterable[str]) -> C:
@@ -166,7 +214,7 @@ def override(config: C, settings: Iterable[str]) -> C:
         if not equals or not path:
             raise ValueError(f"A setting reads 'field=value', got {setting!r}.")
         data = _set(type(config), data, path.split("."), text, "")
-    return from_json(type(config), data)
+    return _decode(type(config), data, "")
 
 
 def differences(saved: Any, current: Any) -> list[str]:
@@ -232,12 +280,13 @@ def _encode(value: Any, path: str) -> Json:
     )
 
 
-def _decode(hint: Any, value: Json, path: str) -> Any:
-    """`value` as `hint` says, or a ValueError that names `path`."""
+def _decode(hint: Any, value: Json, path: str, saved: bool = False) -> Any:
+    """`value` as `hint` says, or a ValueError that names `path`; what was `saved`,
+    perhaps by an earlier version, is migrated."""
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return _decode_config(hint, value, path)
+        return _decode_config(hint, value, path, saved)
     kinds = _kinds(hint)
     if kinds is not None:
         if isinstance(value, str):
@@ -245,10 +294,10 @@ def _decode(hint: Any, value: Json, path: str) -> Any:
         if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
             raise _wrong(path, value, f"a {kinds.what}: a name, or fields with a kind")
         cls = type(kinds.get(value["kind"], _join(path, "kind")))
-        return _decode_config(cls, value, path)
+        return _decode_config(cls, value, path, saved)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return _first(arguments, value, path, hint)
+        return _first(arguments, value, path, hint, saved)
     if origin is Literal:
         if value in arguments and type(value) in {type(a) for a in arguments}:
             return value
@@ -258,7 +307,7 @@ def _decode(hint: Any, value: Json, path: str) -> Any:
             raise _wrong(path, value, _name(hint))
         hints = _element_hints(arguments, len(value), path, value)
         return tuple(
-            _decode(h, v, _join(path, i))
+            _decode(h, v, _join(path, i), saved)
             for i, (h, v) in enumerate(zip(hints, value, strict=True))
         )
     if hint in (None, types.NoneType) and value is None:
@@ -277,15 +326,15 @@ def _decode(hint: Any, value: Json, path: str) -> Any:
     raise _wrong(path, value, _name(hint))
 
 
-def _decode_config(cls: Any, value: Json, path: str) -> Any:
+def _decode_config(cls: Any, value: Json, path: str, saved: bool) -> Any:
     if not isinstance(value, Mapping):
         raise _wrong(path, value, f"the fields of {cls.__name__}")
-    if hasattr(cls, "migrated"):
+    if saved and hasattr(cls, "migrated"):
         value = cls.migrated(value)
     hints = _hints(cls)
     for name in value:
         _known(cls, hints, name, path)
-    fields = {n: _decode(hints[n], v, _join(path, n)) for n, v in value.items()}
+    fields = {n: _decode(hints[n], v, _join(path, n), saved) for n, v in value.items()}
     for field in dataclasses.fields(cls):
         required = (
             field.default is dataclasses.MISSING
@@ -298,7 +347,7 @@ def _decode_config(cls: Any, value: Json, path: str) -> Any:
     return cls(**fields)
 
 
-def _first(hints: tuple, value: Json, path: str, hint: Any) -> Any:
+def _first(hints: tuple, value: Json, path: str, hint: Any, saved: bool) -> Any:
     """The first member of a union that takes `value`."""
     if value is None and types.NoneType in hints:
         return None
@@ -306,10 +355,10 @@ def _first(hints: tuple, value: Json, path: str, hint: Any) -> Any:
     if isinstance(value, list | tuple) or isinstance(value, Mapping):
         members = [h for h in members if _is_tuple(h) != isinstance(value, Mapping)]
     if len(members) == 1:  # its error says more than the union's
-        return _decode(members[0], value, path)
+        return _decode(members[0], value, path, saved)
     for member in members:
         try:
-            return _decode(member, value, path)
+            return _decode(member, value, path, saved)
         except ValueError:
             continue
     raise _wrong(path, value, _name(hint))
@@ -324,7 +373,9 @@ def _set(hint: Any, data: Json, path: list[str], text: str, at: str) -> Json:
         if data is None:
             raise ValueError(f"{at} is none, so it has no field {name!r} to set.")
         members = [h for h in typing.get_args(hint) if h is not types.NoneType]
-        hint = next((h for h in members if _fits(h, data, at)), members[0])
+        # What does not fit yet may do so with the next setting.
+        like = [h for h in members if _is_tuple(h) == isinstance(data, list)]
+        hint = next((h for h in members if _fits(h, data, at)), (like or members)[0])
     kinds = _kinds(hint)
     if kinds is not None:
         hint = type(kinds.get(data["kind"], at))

@@ -66,11 +66,65 @@ class LevelState(NamedTuple):
     count: Int[Array, ""]
 
 
+class Collected(NamedTuple):
+    """What a level has gathered of its items since its last move: sums over them.
+
+    Attributes:
+      gradient: like its parameters.
+      inputs: of what its matrices multiplied, in a form that adds up (Gram matrices);
+        the vectors themselves for a level that moves at every item. None for flows that
+        do not ask for them.
+    """
+
+    gradient: PyTree
+    inputs: PyTree | None = None
+
+
 class Seen(NamedTuple):
     """What a non-parametric level reads: its whole context, and which of it is past."""
 
     context: PyTree
     mask: Array
+
+
+def nothing(tree: PyTree) -> PyTree:
+    """Zeros like `tree`: what a level has gathered right after a move."""
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def collect(gathered: PyTree, more: PyTree) -> PyTree:
+    """The first half of a clock's tick: adds up, in the type of what is `gathered`."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), gathered, more)
+
+
+def move(
+    flow: optax.GradientTransformation,
+    gathered: Collected,
+    opt: PyTree,
+    params: PyTree,
+    **extra,
+) -> tuple[PyTree, PyTree, Collected]:
+    """The second half, where the clock says so: one step by all that was gathered.
+
+    Every clock ticks by these two: that of a level in `unroll`, those of a continuum
+    memory inside a sequence, those of the optimizer's slow groups between sequences.
+
+    Args:
+      flow: the rule.
+      gathered: sums over the items since the last move, or their means.
+      opt: the state of `flow`.
+      params: where the level stands.
+      extra: further arguments of `flow`, besides `inputs`.
+
+    Returns:
+      The updates, to be added to `params`; the new state of `flow`; and what is
+      gathered then, nothing.
+    """
+    if gathered.inputs is not None:
+        extra = extra | {"inputs": gathered.inputs}
+    rule = optax.with_extra_args_support(flow)
+    updates, opt = rule.update(gathered.gradient, opt, params, **extra)
+    return updates, opt, nothing(gathered)
 
 
 def begin(level: Level, params: PyTree) -> LevelState:
@@ -80,7 +134,7 @@ def begin(level: Level, params: PyTree) -> LevelState:
         params=params,
         opt=level.flow.init(params),
         anchor=params if level.clock.anchor > 1 else None,
-        gradient=jax.tree.map(jnp.zeros_like, params) if accumulates else None,
+        gradient=nothing(params) if accumulates else None,
         count=jnp.zeros((), jnp.int32),
     )
 
@@ -106,30 +160,29 @@ def tick(
         moved = state._replace(count=count)
         return moved, level.read(state.params, context_t)
 
-    gradient = jax.grad(level.objective)(point, context_t)
+    inputs = None if level.inputs is None else level.inputs(point, context_t)
+    gradient: Any = jax.grad(level.objective)(point, context_t)
+    gathered = Collected(gradient, inputs)
     if state.gradient is not None:
-        gradient = jax.tree.map(jnp.add, state.gradient, gradient)
-    extra = {} if level.inputs is None else {"inputs": level.inputs(point, context_t)}
+        gathered = collect(Collected(state.gradient), gathered)
 
-    def move():
-        flow = optax.with_extra_args_support(level.flow)
-        updates, opt = flow.update(
-            gradient, state.opt, state.params, context=context_t, **extra
+    def due():
+        updates, opt, fresh = move(
+            level.flow, gathered, state.opt, state.params, context=context_t
         )
         if level.gradient == "first_order":
             updates, opt = jax.lax.stop_gradient((updates, opt))
-        cleared = None
-        if state.gradient is not None:
-            cleared = jax.tree.map(jnp.zeros_like, gradient)
-        return optax.apply_updates(state.params, updates), opt, cleared
+        return optax.apply_updates(state.params, updates), opt, fresh
 
     def stay():
-        return state.params, state.opt, gradient
+        return state.params, state.opt, gathered
 
     if clock.period == 1:
-        params, opt, gradient = move()
+        params, opt, _ = due()
+        gradient = None
     else:
-        params, opt, gradient = jax.lax.cond(clock.moves(count), move, stay)
+        params, opt, fresh = jax.lax.cond(clock.moves(count), due, stay)
+        gradient = fresh.gradient
 
     anchor = None
     if state.anchor is not None:

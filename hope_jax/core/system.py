@@ -1,8 +1,9 @@
 """Systems of levels: what is in them, what passes between them, how they run."""
 
 import dataclasses
+import functools
 import graphlib
-import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -81,12 +82,15 @@ class Edge:
         `initialise`: where the target starts. `generate`: the source's answer, as
         context or weights.
       differentiable: whether gradients cross. Always so for `backprop`.
+      through: what of the source's parameters (`condition`, `initialise`) or of its
+        answer (the other kinds) is given; None for all.
     """
 
     source: str
     target: str
     kind: Kind
     differentiable: bool = True
+    through: Callable[[PyTree], PyTree] | None = None
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -172,8 +176,8 @@ class System:
             if source.frequency() >= target.frequency():
                 raise ValueError(
                     f"{edge}: a start comes from a slower level, but {edge.source!r} "
-                    f"moves at {_period(source)} and {edge.target!r} at "
-                    f"{_period(target)}."
+                    f"moves at {period(source)} and {edge.target!r} at "
+                    f"{period(target)}."
                 )
         if edge.kind == "attend" and source.parametric and target.parametric:
             raise ValueError(
@@ -236,8 +240,8 @@ def start(system: System, params: Mapping[str, PyTree]) -> dict[str, LevelState]
     for box in system.boxes:
         edge = asked[box.name]
         initial = params[places[box.name]]
-        if edge and not edge.differentiable:
-            initial = jax.lax.stop_gradient(initial)
+        if edge:
+            initial = _across(edge, initial)
         states[box.name] = begin(_level(box), initial)
     return states
 
@@ -389,7 +393,8 @@ def _one_flow(system, group, states, contexts):
     def objective(params, item):
         reads, items = forward(params, item)
         ends = [name for name in group if name not in feeding]
-        loss = sum(levels[n].objective(params[n], items[n]) for n in ends)
+        losses = (levels[n].objective(params[n], items[n]) for n in ends)
+        loss = functools.reduce(operator.add, losses)
         return loss, {name: (params[name], reads[name]) for name in group}
 
     def inputs(params, item):
@@ -465,7 +470,11 @@ def _incoming(system: System, name: str) -> list[Edge]:
 
 def _given(edge: Edge, params: dict, reads: dict) -> PyTree:
     """What the source of `edge` gives its target."""
-    value = (params if edge.kind == "condition" else reads)[edge.source]
+    return _across(edge, (params if edge.kind == "condition" else reads)[edge.source])
+
+
+def _across(edge: Edge, value: PyTree) -> PyTree:
+    value = value if edge.through is None else edge.through(value)
     return value if edge.differentiable else jax.lax.stop_gradient(value)
 
 
@@ -520,7 +529,7 @@ def rows(system: System) -> list[dict[str, str]]:
             cells = (
                 str(index),
                 box.name,
-                _period(box.clock),
+                period(box.clock),
                 human(box.parameters),
                 box.objective,
                 box.rule,
@@ -567,197 +576,10 @@ def human(count: int) -> str:
     return str(count)
 
 
-def _period(clock: Clock) -> str:
+def period(clock: Clock) -> str:
+    """How often a level moves, in words."""
     if not clock.parametric:
         return "non-parametric"
     if clock.frozen:
         return "frozen"
     return "every item" if clock.period == 1 else f"{int(clock.period):,} items"
-
-
-_STYLES = {  # colour (safe for the colour-blind), line style, what the legend says
-    "condition": ("#0072B2", "-", "condition (parameters)"),
-    "attend": ("#56B4E9", (0, (1, 1)), "attend (context)"),
-    "backprop": ("#D55E00", "-", "backprop (one gradient flow)"),
-    "initialise": ("#009E73", (0, (5, 2)), "initialise (where it starts)"),
-    "generate": ("#CC79A7", (0, (4, 1, 1, 1)), "generate (weights or context)"),
-}
-_WIDTH, _HEIGHT, _PITCH = 1.35, 0.62, 1.75  # of a box, and between boxes; inches
-
-
-def draw(system: System, path=None):
-    """Draws `system`: levels by update frequency (upwards, log), edges by kind.
-
-    Edges that gradients do not cross are pale.
-
-    Args:
-      system: boxes appear from left to right in its order.
-      path: where to write the picture, if anywhere; the suffix says which format.
-
-    Returns:
-      The matplotlib `Figure`.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-
-    heights = _heights(system)
-    places = {
-        box.name: (i * _PITCH, heights[box.clock.frequency()])
-        for i, box in enumerate(system.boxes)
-    }
-    width, top = max(len(places), 2) * _PITCH, max(heights.values())
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_aspect("equal")
-    axes.set_xlim(-0.6 * _PITCH, width - 0.4 * _PITCH)
-
-    patches = {}
-    for box in system.boxes:
-        x, y = places[box.name]
-        patches[box.name] = axes.add_patch(
-            FancyBboxPatch(
-                (x - _WIDTH / 2, y - _HEIGHT / 2),
-                _WIDTH,
-                _HEIGHT,
-                boxstyle="round,pad=0,rounding_size=0.08",
-                facecolor="#F7F7F5",
-                edgecolor="#333333",
-                zorder=3,
-            )
-        )
-        size = min(11.0, 11.0 * 13 / len(box.name))
-        axes.text(
-            x,
-            y + 0.12,
-            box.name,
-            ha="center",
-            va="center",
-            size=size,
-            weight="bold",
-            zorder=4,
-        )
-        small = f"{human(box.parameters)} · {box.rule}"
-        size = min(7.0, 7.0 * 19 / len(small))
-        axes.text(
-            x,
-            y - 0.15,
-            small,
-            ha="center",
-            va="center",
-            size=size,
-            color="#555555",
-            zorder=4,
-        )
-
-    taken = []
-    for edge in system.edges:
-        colour, line, _ = _STYLES[edge.kind]
-        start_at, end_at = places[edge.source], places[edge.target]
-        clip = {"patchA": patches[edge.source], "patchB": patches[edge.target]}
-        if edge.source == edge.target:  # a loop on top of the box
-            (x, y), clip, bend = start_at, {}, -1.2
-            start_at = (x - _WIDTH / 4, y + _HEIGHT / 2)
-            end_at = (x + _WIDTH / 4, y + _HEIGHT / 2)
-        else:
-            bend = _bend(edge, places, taken)
-        axes.add_patch(
-            FancyArrowPatch(
-                start_at,
-                end_at,
-                **clip,
-                connectionstyle=f"arc3,rad={bend}",
-                arrowstyle="-|>",
-                mutation_scale=12,
-                color=colour,
-                linestyle=line,
-                linewidth=1.6,
-                alpha=1.0 if edge.differentiable else 0.5,
-                shrinkA=1,
-                shrinkB=2,
-                zorder=2,
-            )
-        )
-
-    reach = [y for curve in taken for _, y in curve]
-    low, high = min([-0.4, *reach]) - 0.3, max([top + 0.5, *reach]) + 0.3
-    axes.set_ylim(low, high)
-    figure.set_size_inches(width + 1.9, high - low + 0.9)
-    clocks = {box.clock.frequency(): _period(box.clock) for box in system.boxes}
-    axes.set_yticks([heights[f] for f in clocks], clocks.values())
-    axes.set_ylabel("update frequency (log scale, faster upwards)")
-    axes.set_xticks([])
-    axes.grid(axis="y", color="#DDDDDD", zorder=0)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
-    kinds = [kind for kind in _STYLES if any(e.kind == kind for e in system.edges)]
-    if kinds:
-        figure.legend(
-            handles=[
-                Line2D([], [], color=c, linestyle=s, linewidth=1.6, label=label)
-                for c, s, label in (_STYLES[kind] for kind in kinds)
-            ],
-            loc="outside lower center",
-            ncols=min(len(kinds), 3),
-            frameon=False,
-        )
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
-
-
-def _heights(system: System) -> dict[float, float]:
-    """Where each frequency stands, in inches: log scale, with room for the boxes."""
-    frequencies = sorted({box.clock.frequency() for box in system.boxes})
-    heights, y = {}, 0.0
-    for before, frequency in zip([None, *frequencies], frequencies, strict=False):
-        if before is not None:
-            gap = 1.25
-            if 0 < before and frequency < math.inf:
-                gap = min(max(0.3 * math.log2(frequency / before), gap), 2.0)
-            y += gap
-        heights[frequency] = y
-    return heights
-
-
-def _bend(edge: Edge, places: dict, taken: list) -> float:
-    """How far to bend an edge so that it keeps clear of boxes and of other edges."""
-    (xa, ya), (xb, yb) = places[edge.source], places[edge.target]
-    others = [p for n, p in places.items() if n not in (edge.source, edge.target)]
-    times = [i / 40 for i in range(41)]
-
-    def curve(bend):  # what matplotlib's arc3 draws
-        xc = (xa + xb) / 2 + bend * (yb - ya)
-        yc = (ya + yb) / 2 - bend * (xb - xa)
-        return [
-            (
-                (1 - t) ** 2 * xa + 2 * t * (1 - t) * xc + t**2 * xb,
-                (1 - t) ** 2 * ya + 2 * t * (1 - t) * yc + t**2 * yb,
-            )
-            for t in times
-        ]
-
-    def cost(bend):
-        points = curve(bend)
-        hidden = sum(
-            abs(x - u) < _WIDTH / 2 + 0.06 and abs(y - v) < _HEIGHT / 2 + 0.06
-            for x, y in points
-            for u, v in others
-        )
-        crowded = sum(
-            any(abs(x - u) < 0.09 and abs(y - v) < 0.09 for u, v in other)
-            for x, y in points[5:-5]
-            for other in taken
-        )
-        return 10 * hidden + crowded + 4 * abs(bend)
-
-    bends = [sign * step / 20 for step in range(0, 17) for sign in (-1, 1)]
-    between = [x for x, y in others if y == ya and min(xa, xb) < x < max(xa, xb)]
-    if ya == yb and between:  # over the boxes of its own row, longer edges higher
-        bends = [-2 * (0.4 + 0.2 * len(between)) / (xb - xa)]
-    best = min(bends, key=cost)
-    taken.append(curve(best))
-    return best

@@ -8,6 +8,7 @@ generate     weights or context made by another level             (hypernetworks
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def dot_product(k: Array, q: Array) -> Array:
 
 
 def regress(
-    score: Callable[[Array, Array], Array] = dot_product, *, window: int | None = None
+    score: Callable[[Any, Any], Array] = dot_product, *, window: int | None = None
 ) -> Callable[[PyTree, Array, PyTree], Array]:
     """A local regression of values on keys, solved in closed form (Nadaraya-Watson).
 
@@ -257,9 +258,10 @@ def generate(
         )
 
     def made(params, x):
-        if weights is None:
-            return params, context(params, x)
-        return weights(params, x), x
+        if weights is not None:
+            return weights(params, x), x
+        assert context is not None  # one of the two is given
+        return params, context(params, x)
 
     def objective(params, x):
         own, item = made(params, x)
@@ -271,6 +273,7 @@ def generate(
         return level.objective(own, item)
 
     def inputs(params, x):
+        assert level.inputs is not None  # else it is not asked
         return level.inputs(*made(params, x))
 
     return level._replace(

@@ -12,14 +12,14 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image, ImageOps
 
 from hope_jax.core.config import did_you_mean
+from hope_jax.data import reading
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 PARTS = {"valid": 0.15, "test": 0.2}  # of each class; the rest is "train"
@@ -61,6 +61,14 @@ class BatchConfig:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}.")
 
 
+class Records(Protocol):
+    """What pictures are read from: `{"image": ..., "label": ...}` by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
 class Images:
     """One split: `images[i]` is `{"image": float32[S, S, N], "label": int32[]}`.
 
@@ -81,7 +89,7 @@ class Images:
 
     def __init__(
         self,
-        source: Sequence[dict[str, Any]],
+        source: Records,
         *,
         classes: Sequence[str],
         size: int,
@@ -100,7 +108,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         return self.decode(self.raw(index))
 
     def __repr__(self) -> str:
@@ -131,7 +139,7 @@ class Images:
 
     def decode(
         self, record: dict[str, Any], rng: np.random.Generator | None = None
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, np.ndarray | np.int32]:
         """A raw record in its final shape; with `rng` a random crop of it."""
         square = (self.size, self.size)
         picture, label = record["image"], np.int32(record["label"])
@@ -221,22 +229,7 @@ def batches(
             f"{images.name} has {len(images)} images, fewer than one batch of "
             f"{config.batch}. Use a smaller batch."
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index ({process_index}) must lie in [0, process_count), and"
-            f" process_count is {process_count}."
-        )
-    if config.batch % process_count:
-        raise ValueError(
-            f"batch ({config.batch}) must be a multiple of process_count"
-            f" ({process_count}), so that each process reads as many images."
-        )
-    if config.workers and not flags.FLAGS.is_parsed():
-        raise ValueError(
-            f"workers={config.workers} needs parsed absl flags. Start through"
-            " absl.app.run, call absl.flags.FLAGS.mark_as_parsed() first, or use"
-            " workers=0."
-        )
+    reading.check(config, process_index, process_count, "images")
     dataset = grain.MapDataset.source(_Raw(images)).seed(config.seed)
     if config.shuffle:
         dataset = dataset.shuffle()
@@ -245,15 +238,7 @@ def batches(
     dataset = dataset.random_map(_Decode(images, config.augment))
     dataset = dataset[process_index::process_count]
     threads = _THREADS if images.on_disk else 0
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads))
-    if config.workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=config.workers, per_worker_buffer_size=config.batch
-            )
-        )
-    # After the workers: before them the order would depend on their number.
-    return dataset.batch(config.batch // process_count, drop_remainder=True)
+    return reading.batched(dataset, config, process_count, threads)
 
 
 def evaluation_batches(images: Images, batch: int) -> Iterator[dict[str, np.ndarray]]:
@@ -326,8 +311,8 @@ class _InMemory:
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray):
         self._pixels, self._labels = pixels, labels
-        digest = hashlib.sha256(np.ascontiguousarray(pixels))
-        digest.update(np.ascontiguousarray(labels))
+        digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
+        digest.update(np.ascontiguousarray(labels).data)
         self.sha256 = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -359,7 +344,7 @@ def _digits(split):
         raise ImportError(
             "data='digits' is in scikit-learn; pip install scikit-learn."
         ) from error
-    found = load_digits()
+    found: Any = load_digits()  # a tuple only where that is asked for
     pixels = np.round(found.images * (255 / 16)).astype(np.uint8)[..., None]
     chosen = _part("digits", found.target, split)
     source = _InMemory(pixels[chosen], found.target[chosen])
@@ -419,7 +404,7 @@ def _tfds(name, split, data_dir):
     )
     where = "TFDS's default folder" if data_dir is None else repr(os.fspath(data_dir))
     try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        builder: Any = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
         raise FileNotFoundError(
             f"data: TFDS knows no {name!r}, and none is prepared in {where}; give "

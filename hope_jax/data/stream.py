@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
+
+from hope_jax.data import reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,10 @@ class Rows:
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        if not 0 <= row < self._rows:
-            raise IndexError(f"row {row} of {self._rows}")
-        start = row * self._seq_len
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < self._rows:
+            raise IndexError(f"row {index} of {self._rows}")
+        start = index * self._seq_len
         return {"tokens": self._ids[start : start + self._seq_len + 1]}
 
     def __repr__(self) -> str:
@@ -123,36 +124,13 @@ def batches(
             f"rows were cut for seq_len={width - 1}, but config.seq_len is"
             f" {config.seq_len}."
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index ({process_index}) must lie in [0, process_count), and"
-            f" process_count is {process_count}."
-        )
-    if config.batch % process_count:
-        raise ValueError(
-            f"batch ({config.batch}) must be a multiple of process_count"
-            f" ({process_count}), so that each process reads as many rows."
-        )
-    if config.workers and not flags.FLAGS.is_parsed():
-        raise ValueError(
-            f"workers={config.workers} needs parsed absl flags. Start through"
-            " absl.app.run, call absl.flags.FLAGS.mark_as_parsed() first, or use"
-            " workers=0."
-        )
+    reading.check(config, process_index, process_count, "rows")
     dataset = grain.MapDataset.source(rows).seed(config.seed)
     if config.shuffle:
         dataset = dataset.shuffle()
     dataset = dataset.repeat()[process_index::process_count]
     # Rows lie in memory, so reader threads would only wait for one another.
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0))
-    if config.workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=config.workers, per_worker_buffer_size=config.batch
-            )
-        )
-    # After the workers: before them the order would depend on their number.
-    return dataset.batch(config.batch // process_count, drop_remainder=True)
+    return reading.batched(dataset, config, process_count, 0)
 
 
 def fingerprint(

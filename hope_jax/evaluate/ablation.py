@@ -152,9 +152,10 @@ def rechunked(config: ModelConfig, factor: float) -> ModelConfig:
       ValueError: the model has no chunk that is part of its function, or none so long.
     """
 
-    if len(config.pattern) > 1:
+    mixer, *others = config.pattern
+    if others:
         raise ValueError(f"{config.kinds} has no chunk of a memory alone")
-    return dataclasses.replace(config, mixer=config.mixer.rechunked(factor))
+    return dataclasses.replace(config, mixer=mixer.rechunked(factor))
 
 
 def texts(
@@ -184,7 +185,7 @@ def plant(
     text: Int[np.ndarray, "B T"],
     distances: Sequence[int],
     seed: int,
-    vocab: Sequence[int],
+    vocab: Sequence[int] | Int[np.ndarray, " N"],
 ) -> Facts:
     """Gives each row of text a fact of its own, asked at the row's end.
 
@@ -230,16 +231,17 @@ def room(distance: int) -> int:
     return _LEAD + distance + 2 * (CUE + ANSWER)
 
 
-def interval(values: Sequence[float]) -> Gain:
+def interval(values: Sequence[float] | Float[np.ndarray, " N"]) -> Gain:
     """The mean of independent values, and the normal 95 % interval of it.
 
     >>> gain = interval([1.0, 3.0])
     >>> gain.mean, round(gain.low, 2), round(gain.high, 2)
     (2.0, 0.04, 3.96)
     """
-    values = np.asarray(values, np.float64)
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    return Gain(*(float(v) for v in (values.mean(), *(values.mean() + (-half, half)))))
+    found = np.asarray(values, np.float64)
+    half = 1.96 * found.std(ddof=1) / math.sqrt(len(found))
+    mean = found.mean()
+    return Gain(float(mean), float(mean - half), float(mean + half))
 
 
 def read_twice(
@@ -256,11 +258,11 @@ def read_twice(
             f"text must have more than {reader.span} tokens a row, the span of the "
             f"model's clocks, got {text.shape[1]}."
         )
-    text = jnp.asarray(text[:, : length + 1], jnp.int32)
-    start = reader.initial_state(params, text.shape[0])
-    first, state = _costs(reader, learn, params, text, start)
-    again, _ = _costs(reader, learn, params, text, state)
-    other, _ = _costs(reader, learn, params, jnp.roll(text, 1, axis=0), state)
+    rows = jnp.asarray(text[:, : length + 1], jnp.int32)
+    start = reader.initial_state(params, rows.shape[0])
+    first, state = _costs(reader, learn, params, rows, start)
+    again, _ = _costs(reader, learn, params, rows, state)
+    other, _ = _costs(reader, learn, params, jnp.roll(rows, 1, axis=0), state)
     return Readings(*(float(jnp.mean(cost)) for cost in (first, again, other)))
 
 

@@ -213,6 +213,7 @@ def _costs(
         if running is not None:
             yield np.asarray(running[0], np.float64), running[1]
         running = cost, document
+    assert running is not None  # a group has a window
     yield np.asarray(running[0], np.float64), running[1]
 
 

@@ -10,7 +10,7 @@ anchor, the rule moves the weights token by token, and reads are parallel again.
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from hope_jax.kernels.vector import scan_one, scan_two
 from hope_jax.memory import rates
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
-    MIRRORS,
     MemoryConfig,
     Tokens,
     build_architecture,
@@ -33,99 +32,11 @@ from hope_jax.memory.compose import (
     build_flow,
     delta_rates,
     erasures,
-    initial_weights,
-    key_width,
-    link,
     plain_tokens,
     threshold,
 )
-from hope_jax.memory.rule import NewtonState, corrected_rate
-
-Form = Literal["rank_one", "channel", "oja", "newton", "vector", "states"]
-
-
-class Recent(NamedTuple):
-    """The last `window - 1` pairs, oldest first; zeros before the first token."""
-
-    k: Float[Array, "W K"]
-    v: Float[Array, "W V"]
-
-
-class MemoryState(NamedTuple):
-    """Where a memory stands inside a chunk; float32.
-
-    Attributes:
-      weights: the running weights.
-      momentum: the running momentum, shaped like `weights`; None without momentum.
-      anchor: the weights at the chunk's start; None for exact gradients.
-      rule: the state of any other rule or retention; None where it has none.
-      recent: what an Omega window still sees; None without one.
-      left: what the chunk's tokens left of its budget (`memory.rates.ration`), one at
-        its start; None without one.
-    """
-
-    weights: Weights
-    momentum: Weights | None
-    anchor: Weights | None
-    rule: PyTree = None
-    recent: Recent | None = None
-    left: Float[Array, ""] | None = None
-
-
-def form(config: MemoryConfig) -> Form:
-    """Which chunk form computes this memory."""
-    if config.rule == "newton":
-        return "newton"
-    if config.retention in ("channel", "oja"):
-        return config.retention
-    linear = config.retention in ("none", "decay")
-    if not linear or config.rule not in ("gd", "momentum", "nesterov", "implicit"):
-        return "states"
-    if config.architecture != "vector":
-        return "rank_one"
-    return "vector" if config.gradient == "exact" else "states"
-
-
-def begin_memory(config: MemoryConfig, start: Weights) -> MemoryState:
-    """Before the first token, from the weights that the level above learns."""
-    weights = initial_weights(config, start)
-    kind = form(config)
-    momentum = rule = recent = None
-    if kind in ("states", "newton"):
-        rule = build_flow(config).init(weights)
-    elif config.inertia:
-        momentum = jax.tree.map(jnp.zeros_like, weights)
-    if config.window > 1:
-        width = weights["w1" if "w1" in weights else "w"].shape[0]
-        past = lambda size: jnp.zeros((config.window - 1, size), jnp.float32)  # noqa: E731
-        recent = Recent(past(key_width(config, width)), past(width))
-    anchor = weights if config.gradient == "anchored" else None
-    left = None
-    if config.rate_law == "budget":
-        one = next(iter(weights.values()))
-        left = jnp.ones(one.shape[:-2], jnp.float32)
-    return MemoryState(weights, momentum, anchor, rule, recent, left)
-
-
-def next_recent(
-    config: MemoryConfig, recent: Recent | None, tokens: Tokens
-) -> Recent | None:
-    """What windows still see after `tokens`."""
-    if recent is None:
-        return None
-    pairs = zip(recent, (tokens.k, tokens.v), strict=True)
-    return Recent(*(jnp.concatenate(pair)[1 - config.window :] for pair in pairs))
-
-
-def commit(state: MemoryState) -> MemoryState:
-    """Ends a chunk: the next one takes its gradients where the memory now stands.
-
-    Of a committed state it says once more that anchor and weights are one, so that the
-    compiler shares what is computed of both.
-    """
-    if state.left is not None:
-        state = state._replace(left=jnp.ones_like(state.left))
-    return state if state.anchor is None else state._replace(anchor=state.weights)
+from hope_jax.memory.rule import NewtonState
+from hope_jax.memory.state import Form, MemoryState, commit, form, next_recent
 
 
 def piece(
@@ -157,15 +68,15 @@ def piece(
         return _FORMS[_form_of(config, tokens)](config, state, tokens, reads, start)
 
 
-def _form_of(config, tokens):
+def _form_of(config: MemoryConfig, tokens: Tokens) -> Form:
     """`form`, unless the tokens erase along another vector than they write."""
     kind = form(config)
     vector_rate = tokens.erase_rate is not None and tokens.erase_rate.ndim > 1
     apart = config.dgd != "none" and (tokens.erase_key is not None or vector_rate)
     if not apart or kind in ("channel", "states"):
         return kind
-    single = ("linear", "exact")
-    if (config.architecture, config.gradient) != single or config.inertia:
+    exact = config.chosen.architecture.matrix and config.gradient == "exact"
+    if not exact or config.inertia:
         raise ValueError(
             "tokens.erase_key and a vector erase_rate need architecture='linear', "
             "gradient='exact' and rule 'gd' or 'implicit', got "
@@ -195,7 +106,7 @@ def _several_steps(config, state, tokens, reads, start):
 def _rank_one(config, state, tokens, reads, start):
     function = build_architecture(config, tokens.v.shape[-1])
     theta = tokens.theta if config.inertia else None
-    gates = delta.transitions(tokens.alpha, theta, config.rule == "nesterov")
+    gates = delta.transitions(tokens.alpha, theta, config.chosen.rule.lookahead)
     layer = functools.partial(_layer, config, state, start)
     inputs, rows, gates = _rows(config, function, state, tokens, gates, layer)
     gates = dict.fromkeys(inputs, gates)
@@ -250,7 +161,8 @@ class _Matrix(NamedTuple):
 
 
 def _layer(config: MemoryConfig, state: MemoryState, start: Weights | None, name: str):
-    m, s = state.weights[name], state.momentum and state.momentum[name]
+    m = state.weights[name]
+    s = None if state.momentum is None else state.momentum[name]
     if config.rate_law == "output" and name == "w1":
         s = None
     if start is None:
@@ -261,7 +173,8 @@ def _layer(config: MemoryConfig, state: MemoryState, start: Weights | None, name
 def _rows(config, function, state, tokens, gates, layer):
     """What each matrix meets, its delta and write rows, and the gates they obey."""
     all_erased = config.erases == "all"
-    if config.gradient == "exact" and config.bias == "l2":
+    squares = config.chosen.bias.squares
+    if config.gradient == "exact" and squares:
         k, eta = tokens.k, _rate(config, tokens.eta, tokens.k)
         b = _delta_coefficients(config, tokens, {"w": k}).get("w")
         m, s, origin = layer("w")
@@ -293,7 +206,7 @@ def _rows(config, function, state, tokens, gates, layer):
     rows = {}
     for name, x in inputs.items():
         m, s, origin = layer(name)
-        if (config.rate_law, config.bias, name) == ("output", "l2", "w1"):
+        if squares and (config.rate_law, name) == ("output", "w1"):
             plain = delta.transitions(tokens.alpha, None)
             rows[name] = delta.exact_rows(
                 m, s, x, v - met.skip, eta[name], b.get(name), plain, origin, all_erased
@@ -310,9 +223,8 @@ def _rows(config, function, state, tokens, gates, layer):
 
 
 def _rate(config, eta, x):
-    if config.rule != "implicit":
-        return eta
-    return jax.vmap(corrected_rate)(eta, x)
+    rate = config.chosen.rule.rate
+    return eta if rate is None else jax.vmap(rate)(eta, x)
 
 
 def _delta_rates(config, tokens, inputs, eta=None):
@@ -373,7 +285,7 @@ def _channel(config, state, tokens, reads, start):
                     "second write from the start: use erases='written'."
                 )
             write = write - recall @ start["w"].T
-    if config.bias == "l2":
+    if config.chosen.bias.squares:
         if along is not None:
             raise ValueError(
                 "bias='l2' with a delta term of its own key or rate is a transition of "
@@ -408,6 +320,7 @@ def _oja(config, state, tokens, reads, start):
     end, _ = delta.finish(m.T, None, v, rows, gates)
     y = None
     if reads:
+        assert rows.u is not None  # the delta term was given
         match = gates.decay * (q @ (rows.u + rows.e).T)
         y = gates.kept[1:, None] * (q @ m.T) + match @ v
     return state._replace(weights={"w": end.T}), y
@@ -415,7 +328,7 @@ def _oja(config, state, tokens, reads, start):
 
 def _newton(config, state, tokens, reads, start):
     del start  # it decays sums
-    sums = state.rule[0]
+    sums = state.rule.step
     g, h, y = mesa_chunk(
         sums.values["w"],
         sums.keys["w"],
@@ -427,7 +340,7 @@ def _newton(config, state, tokens, reads, start):
         config.ridge,
     )
     weights = {"w": mesa_weights(g, h, config.ridge)}
-    rule = (NewtonState({"w": g}, {"w": h}), *state.rule[1:])
+    rule = state.rule._replace(step=NewtonState({"w": g}, {"w": h}))
     return state._replace(weights=weights, rule=rule), y if reads else None
 
 
@@ -441,8 +354,9 @@ def _vector(config, state, tokens, reads, start):
     b = _delta_coefficients(config, tokens, {"w": k}).get("w")
     if b is not None:
         keep = keep - b[:, None] * k * k
-    pull = eta * k * k if config.bias == "l2" else jnp.zeros_like(k)
-    missing = tokens.v - started if config.bias == "l2" else tokens.v
+    squares = config.chosen.bias.squares
+    pull = eta * k * k if squares else jnp.zeros_like(k)
+    missing = tokens.v - started if squares else tokens.v
     write = eta * missing * k
     gone = jnp.zeros_like(write)
     if b is not None and config.erases == "all":
@@ -451,8 +365,8 @@ def _vector(config, state, tokens, reads, start):
         after, momentum = scan_one(keep - pull, write - gone, m), None
     else:
         theta = jnp.broadcast_to(tokens.theta[:, None], k.shape)
-        nesterov = config.rule == "nesterov"
-        now, coast = (1.0 + theta, theta * theta) if nesterov else (1.0, theta)
+        ahead = config.chosen.rule.lookahead
+        now, coast = (1.0 + theta, theta * theta) if ahead else (1.0, theta)
         after, momentum = scan_two(
             ((keep - now * pull, coast), (-pull, theta)),
             (now * write - gone, write),
@@ -507,14 +421,12 @@ def _states(config, state, tokens, reads, start):
 
 def _affine(config):
     """Whether a token's weights are a fixed function of sums over earlier tokens."""
-    return (
-        config.rule in ("gd", "momentum", "nesterov", "muon")
-        and config.retention in ("none", "decay", *MIRRORS)
-        and config.dgd == "none"
-    )
+    found = config.chosen
+    kept = found.retention.uniform or found.retention.mirrors
+    return found.rule.affine and kept and config.dgd == "none"
 
 
-def _move_in_turn(config, state, tokens, gradients, inputs):
+def _move_in_turn(config, state, tokens, gradients, inputs) -> tuple[PyTree, PyTree]:
     flow = build_flow(config)
 
     def move(carry, item):
@@ -533,8 +445,8 @@ def _move_in_turn(config, state, tokens, gradients, inputs):
 def _move_in_parallel(config, state, tokens, gradients, origin):
     """The weights after each token: sums over time are products with the gates."""
     theta = tokens.theta if config.inertia else None
-    gates = delta.transitions(tokens.alpha, theta, config.rule == "nesterov")
-    rule = list(state.rule)
+    found, rule = config.chosen, state.rule
+    gates = delta.transitions(tokens.alpha, theta, found.rule.lookahead)
     over = lambda coefficients, x: jnp.tensordot(coefficients, x, 1)  # noqa: E731
 
     def from_start(weight, x):
@@ -545,17 +457,16 @@ def _move_in_parallel(config, state, tokens, gradients, origin):
         return from_start(coasts[:, 0], s) + over(coasts[:, 1:], moves)
 
     eta = lambda x: tokens.eta.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
-    if config.rule == "muon":
-        momenta = jax.tree.map(lambda s, g: coasting(s, -g), rule[0], gradients)
+    if found.rule.orthogonal:
+        momenta = jax.tree.map(lambda s, g: coasting(s, -g), rule.momentum, gradients)
         writes = jax.tree.map(lambda s: eta(s) * orthogonalise(s), momenta)
         gates = delta.transitions(tokens.alpha, None)
-        rule[0] = jax.tree.map(lambda s: s[-1], momenta)
+        rule = rule._replace(momentum=jax.tree.map(lambda s: s[-1], momenta))
     else:
         writes = jax.tree.map(lambda g: -eta(g) * g, gradients)
 
-    start = state.weights
-    if config.retention in MIRRORS:
-        start = rule[-1]
+    link = found.retention.link
+    start = state.weights if link is None else rule.retention
     if origin is not None:
         start = jax.tree.map(jnp.subtract, start, origin)
     after = jax.tree.map(
@@ -563,19 +474,22 @@ def _move_in_parallel(config, state, tokens, gradients, origin):
         start,
         writes,
     )
-    if config.rule in ("momentum", "nesterov"):
+    if found.rule.inertia and not found.rule.orthogonal:
         after = jax.tree.map(
-            lambda w, s: w + from_start(gates.lag[1:], s), after, rule[1]
+            lambda w, s: w + from_start(gates.lag[1:], s), after, rule.momentum
         )
-        rule[1] = jax.tree.map(
-            lambda s, u: gates.coast_start * s + over(gates.coast, u), rule[1], writes
+        momentum = jax.tree.map(
+            lambda s, u: gates.coast_start * s + over(gates.coast, u),
+            rule.momentum,
+            writes,
         )
+        rule = rule._replace(momentum=momentum)
     if origin is not None:
         after = jax.tree.map(lambda w, o: w + o[None], after, origin)
-    if config.retention in MIRRORS:
-        rule[-1] = jax.tree.map(lambda a: a[-1], after)
+    if link is not None:
+        rule = rule._replace(retention=jax.tree.map(lambda a: a[-1], after))
         after = jax.tree.map(jax.vmap(link(config).primal), after)
-    return after, tuple(rule)
+    return after, rule
 
 
 _FORMS = {

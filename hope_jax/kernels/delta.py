@@ -28,9 +28,10 @@ class Transitions(NamedTuple):
     Attributes:
       kept: `γ₀..γ_C`, cumulative retention, [C + 1].
       decay: `Γ[t, i] = γₜ / γᵢ` for i <= t, else 0, [C, C].
-      spread: `D[t, i]`, how a momentum write of token i weighs in Mₜ, [C, C].
+      spread: `D[t, i]`, how a momentum write of token i weighs in Mₜ, [C, C]; of
+        the pairs of a window, [C, P].
       lag: `c₀..c_C`, how the momentum at the start weighs in Mₜ, [C + 1].
-      coast: `B[C, 1..C]`, how write i weighs in S_C, [C].
+      coast: `B[C, 1..C]`, how write i weighs in S_C, [C] or [P].
       coast_start: `B[C, 0]`, scalar.
     """
 
@@ -101,7 +102,7 @@ def _cumulative_products_jvp(primals, tangents):
     return products, products[:, 1:] @ factor
 
 
-def _before(matrix: Float[Array, "C C"]) -> Float[Array, "C C"]:
+def _before(matrix: Float[Array, "C P"]) -> Float[Array, "C P"]:
     """Row t becomes row t − 1: what held before token t."""
     return jnp.concatenate([jnp.zeros_like(matrix[:1]), matrix[:-1]])
 
@@ -109,14 +110,15 @@ def _before(matrix: Float[Array, "C C"]) -> Float[Array, "C C"]:
 def anchored_rows(
     m: Float[Array, "V K"],
     s: Float[Array, "V K"] | None,
-    k: Float[Array, "C K"],
-    e: Float[Array, "C V"],
-    b: Float[Array, " C"] | None,
+    k: Float[Array, "P K"],
+    e: Float[Array, "P V"],
+    b: Float[Array, " P"] | None,
     gates: Transitions,
     origin: Float[Array, "V K"] | None = None,
 ) -> Rows:
     """Rows when the writes `e` are known at the chunk's start: anchored gradients.
 
+    Of P pairs: the C of the chunk, and those before it that a window still sees.
     With an `origin` M₀, `m` is the way from it, which decays, and the delta term erases
     M₀ too.
     """
@@ -163,16 +165,18 @@ def exact_rows(
         gone = (_before(gates.decay) * overlap) @ (b[:, None] * started)
         base = base - gone
     recalled = unit_lower_inverse(system) @ base
-    u = None if b is None else -b[:, None] * recalled
-    if u is not None and started is not None and erases_origin:
-        u = u - b[:, None] * started
+    u = None
+    if b is not None:
+        u = -b[:, None] * recalled
+        if started is not None and erases_origin:
+            u = u - b[:, None] * started
     return Rows(u, -eta[:, None] * (recalled - v))
 
 
 def read(
     m: Float[Array, "V K"],
     s: Float[Array, "V K"] | None,
-    k: Float[Array, "C K"],
+    k: Float[Array, "P K"],
     rows: Rows,
     gates: Transitions,
     q: Float[Array, "C K"],
@@ -192,7 +196,7 @@ def read(
 def finish(
     m: Float[Array, "V K"],
     s: Float[Array, "V K"] | None,
-    k: Float[Array, "C K"],
+    k: Float[Array, "P K"],
     rows: Rows,
     gates: Transitions,
 ) -> tuple[Array, Array | None]:

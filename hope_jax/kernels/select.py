@@ -1,15 +1,18 @@
 """One door to every implementation of a memory over a whole sequence."""
 
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
 
 from hope_jax.core.level import LevelState, unroll
-from hope_jax.kernels.chunk import MemoryState, commit, next_recent, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig, Tokens, level_context, memory_level
+from hope_jax.memory.state import MemoryState, commit, next_recent
 
 Implementation = Literal["auto", "reference", "chunk"]
 
@@ -40,7 +43,12 @@ def memory_scan(
       start: the weights of `begin_memory`, for a memory that `returns` to them.
 
     Returns:
-      The state after the last token, and a read per token.
+      The state after the last token, and a read per token, in the type of the weights.
+
+    Raises:
+      ValueError: arguments out of range, tokens that are of several lengths or none, or
+        `alpha` outside [0, 1]; a state in the middle of a chunk, whose anchor is not
+        where it stands. Values that are traced cannot be looked at.
     """
     if impl not in ("auto", "reference", "chunk"):
         raise ValueError(f"impl must be auto, reference or chunk, got {impl!r}.")
@@ -48,6 +56,8 @@ def memory_scan(
         raise ValueError(
             f"truncate ({truncate}) must be a multiple of the chunk ({config.chunk})."
         )
+
+    tokens = _accepted(state, tokens)
 
     def whole_chunk(state, chunk):
         # At a chunk's start anchor and weights are one: said so, products are shared.
@@ -71,7 +81,52 @@ def memory_scan(
     return state, jnp.concatenate([y, more])
 
 
-def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
+def _accepted(state: MemoryState, tokens: Tokens) -> Tokens:
+    """The tokens in the type of the weights, once they can be read from `state`."""
+    lengths = {
+        name: jnp.shape(leaf)[:1]
+        for name, leaf in tokens._asdict().items()
+        if leaf is not None
+    }
+    if set(lengths.values()) != {jnp.shape(tokens.k)[:1]} or lengths["k"] in [(), (0,)]:
+        said = ", ".join(f"{name} {shape}" for name, shape in lengths.items())
+        raise ValueError(
+            f"tokens must lead with one time T >= 1, a stream and a head; got {said}."
+        )
+    if jnp.ndim(tokens.eta) < 1 or jnp.ndim(tokens.k) < 2:
+        raise ValueError(
+            f"tokens.k must be [T, K] and eta [T], got {jnp.shape(tokens.k)} and "
+            f"{jnp.shape(tokens.eta)}."
+        )
+    if not isinstance(tokens.alpha, Tracer):
+        alpha = np.asarray(tokens.alpha)
+        wrong = alpha[~((alpha >= 0) & (alpha <= 1))]
+        if wrong.size:
+            raise ValueError(
+                "tokens.alpha must be retained fractions in [0, 1], got "
+                f"{wrong.flat[0]}."
+            )
+    anchor = {} if state.anchor is None else state.anchor
+    if any(
+        np.any(np.asarray(kept) != np.asarray(state.weights[name]))
+        for name, kept in anchor.items()
+        if not isinstance(kept, Tracer) and not isinstance(state.weights[name], Tracer)
+    ):
+        raise ValueError(
+            "state is in the middle of a chunk: its anchor is not where it stands. "
+            "Read the rest of the chunk with hope_jax.kernels.chunk.piece, or let "
+            "commit(state) end it here."
+        )
+    (dtype,) = {leaf.dtype for leaf in state.weights.values()}
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tokens)
+
+
+Carry = TypeVar("Carry")
+
+
+def scan_chunks(
+    whole, rest, chunk: int, carry: Carry, xs: PyTree, remat: bool = False
+) -> tuple[Carry, Any]:
     """Scans `whole` over the full chunks of `xs` (leaves lead with time), then `rest`
     over what remains, and joins the outputs in time.
 
@@ -102,11 +157,11 @@ def scan_chunks(whole, rest, chunk, carry, xs, remat=False):
 def _reference(config, state, tokens, start):
     width = tokens.v.shape[-1]
     level = memory_level(config, width)
-    opt = state.rule
+    opt: PyTree = state.rule
     if opt is None:
         opt = level.flow.init(start if config.returns else state.weights)
     if state.momentum is not None:
-        opt = (opt[0], state.momentum, *opt[2:])
+        opt = opt._replace(momentum=state.momentum)
     before = LevelState(
         state.weights,
         opt,
@@ -127,7 +182,7 @@ def _reference(config, state, tokens, start):
         left = jnp.prod(1.0 - tokens.eta[whole:])
     after = MemoryState(
         weights=after.params,
-        momentum=None if state.momentum is None else after.opt[1],
+        momentum=None if state.momentum is None else after.opt.momentum,
         anchor=anchor,
         rule=None if state.rule is None else after.opt,
         recent=recent,

@@ -6,12 +6,19 @@ does then decides what is computed: the plain output, the vector that each matri
 their outer product), or, in `kernels.chunk`, a product with every token's own state.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from hope_jax.core.config import Kinds
+from hope_jax.memory.choice import Choice
+
+if TYPE_CHECKING:
+    from hope_jax.memory.compose import MemoryConfig
 
 Weights = dict[str, Array]
 Multiply = Callable[[str, Array], Array]
@@ -174,3 +181,92 @@ def normalise(x: Float[Array, "*B V"], epsilon: float = 0.1) -> Float[Array, "*B
     """
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + epsilon)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FunctionClass(Choice):
+    """An architecture by name, and what is so of it.
+
+    Attributes:
+      make: `(config, width, key_width, skip) -> Architecture`; `skip` gives the part of
+        a mapped key that a residual memory adds to what it recalls.
+      first: the names of the matrices that a key meets.
+      linear: its answer is linear in its parameters, unless it is normed; they are one
+        leaf, `w`.
+      diagonal: that leaf is a vector, whose numbers never mix.
+      residual: it is `x + w1 h(x)`, and passes its input on where `w1` is zero.
+      two_layers: it is `w1` over features that `w2` makes, and `memory.rates` knows how
+        far a step of each moves the answer.
+    """
+
+    make: Callable[["MemoryConfig", int, int, Callable[[Array], Array]], Architecture]
+    first: Callable[["MemoryConfig"], tuple[str, ...]]
+    linear: bool = False
+    diagonal: bool = False
+    residual: bool = False
+    two_layers: bool = False
+
+    @property
+    def matrix(self) -> bool:
+        return self.linear and not self.diagonal
+
+
+def _mlp(config, width, key_width, skip, **shape):
+    return mlp(
+        width,
+        config.expansion * width,
+        config.activation,
+        norm=config.norm,
+        key_width=key_width,
+        skip=skip,
+        **shape,
+    )
+
+
+_MLP_OPTIONS = ("norm", "expansion", "activation")
+
+ARCHITECTURES: Kinds[FunctionClass] = Kinds.of_entries(
+    "architecture",
+    FunctionClass(
+        kind="vector",
+        make=lambda config, width, key_width, skip: vector(width),
+        first=lambda config: ("w",),
+        linear=True,
+        diagonal=True,
+    ),
+    FunctionClass(
+        kind="linear",
+        words="matrix",
+        options=("norm",),
+        make=lambda config, width, key_width, skip: linear(
+            width, key_width, skip if config.norm else None
+        ),
+        first=lambda config: ("w",),
+        linear=True,
+    ),
+    FunctionClass(
+        kind="mlp",
+        words="MLP",
+        options=_MLP_OPTIONS,
+        make=_mlp,
+        first=lambda config: ("w2",),
+        residual=True,
+        two_layers=True,
+    ),
+    FunctionClass(
+        kind="gated_mlp",
+        words="gated MLP",
+        options=_MLP_OPTIONS,
+        make=lambda *given: _mlp(*given, gated=True),
+        first=lambda config: ("w2", "w3"),
+        residual=True,
+    ),
+    FunctionClass(
+        kind="deep_mlp",
+        words="{depth}-layer MLP",
+        options=(*_MLP_OPTIONS, "depth"),
+        make=lambda config, *given: _mlp(config, *given, depth=config.depth),
+        first=lambda config: (f"w{config.depth}",),
+        residual=True,
+    ),
+)

@@ -17,16 +17,19 @@ Each takes the memory's output, the value it should have been, and the token's t
 and their own derivatives, which the level above needs, are finite at r = 0.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hope_jax.core.config import did_you_mean
+from hope_jax.core.config import Kinds, did_you_mean
+from hope_jax.memory.choice import Choice
 
-Bias = Callable[[Array, Array, Array], Array]
+Loss = Callable[[Array, Array, Array], Array]
 
 _SMOOTHING = 1e-6
 
@@ -125,19 +128,51 @@ def kl(
     return jnp.vdot(jnp.exp(log_p), log_p - jax.nn.log_softmax(output))
 
 
-BIASES: dict[str, Bias] = {
-    "dot": dot,
-    "l2": l2,
-    "lp": lp,
-    "huber": huber,
-    "huber_norm": huber_norm,
-    "huber_switched": huber_switched,
-    "value_shift": value_shift,
-    "kl": kl,
-}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bias(Choice):
+    """An attentional bias by name, and what is so of it.
+
+    Attributes:
+      loss: `(output, value, threshold) -> ℓ`; with the option `power` it takes that as
+        a keyword, with the option `threshold` it reads its last argument.
+      linear: its gradient in the output is `output − value`, or `−value` alone where it
+        does not recall: linear in a memory that is linear in its parameters.
+      recalls: its gradient depends on what the memory says.
+    """
+
+    loss: Loss
+    linear: bool = False
+    recalls: bool = True
+
+    @property
+    def robust(self) -> bool:
+        """Whether it has a threshold."""
+        return "threshold" in self.options
+
+    @property
+    def squares(self) -> bool:
+        """Whether it is `l2` as far as its gradient goes."""
+        return self.linear and self.recalls
 
 
-def build(name: str, power: float = 3.0) -> Bias:
+def _robust(loss: Loss) -> Bias:
+    return Bias(kind=loss.__name__, loss=loss, options=("threshold",))
+
+
+BIASES: Kinds[Bias] = Kinds.of_entries(
+    "bias",
+    Bias(kind="dot", loss=dot, linear=True, recalls=False),
+    Bias(kind="l2", loss=l2, linear=True),
+    Bias(kind="lp", loss=lp, options=("power",), words="l{power:g}"),
+    _robust(huber),
+    _robust(huber_norm),
+    _robust(huber_switched),
+    _robust(value_shift),
+    Bias(kind="kl", loss=kl),
+)
+
+
+def build(name: str, power: float = 3.0) -> Loss:
     """The bias called `name`; `power` is the p of `lp`, which others do not read.
 
     Raises:
@@ -148,8 +183,10 @@ def build(name: str, power: float = 3.0) -> Bias:
             f"There is no bias {name!r}; the names are {', '.join(BIASES)}."
             f"{did_you_mean(name, BIASES)}"
         )
-    if name != "lp":
-        return BIASES[name]
+    found = BIASES.get(name)
+    if "power" not in found.options:
+        return found.loss
     if not power >= 1:
-        raise ValueError(f"power must be at least 1 for bias='lp', got {power}.")
-    return functools.partial(lp, power=power)
+        raise ValueError(f"power must be at least 1 for bias={name!r}, got {power}.")
+    powered: Any = found.loss
+    return functools.partial(powered, power=power)

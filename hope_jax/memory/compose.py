@@ -1,7 +1,8 @@
 """Four choices make a memory: architecture, attentional bias, retention and rule."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,11 @@ import optax
 from jaxtyping import Array, Float
 
 from hope_jax.core.clock import Clock
+from hope_jax.core.config import Kinds, default_of, one_of, refuse_unread
 from hope_jax.core.level import Level
 from hope_jax.memory import architecture, bias, features, rates, retention, rule
 from hope_jax.memory.architecture import ACTIVATIONS, Architecture, Weights
-
-MIRRORS = ("lq", "kl", "bregman")
-PROJECTIONS = ("elastic_net", "norm_clamp")
-INERTIAL = ("momentum", "nesterov", "muon")
+from hope_jax.memory.flow import Flow, chain
 
 
 class Tokens(NamedTuple):
@@ -47,9 +46,40 @@ class Tokens(NamedTuple):
     erase_rate: Array | None = None
 
 
+class Chosen(NamedTuple):
+    """The choices of a memory as entries of their registries."""
+
+    architecture: architecture.FunctionClass
+    features: features.FeatureMap
+    bias: bias.Bias
+    retention: retention.Retention
+    rule: rule.Rule
+
+
+def registries() -> dict[str, Kinds]:
+    """What there is of each choice that has a registry, by the field that chooses."""
+    return {
+        "architecture": architecture.ARCHITECTURES,
+        "features": features.FEATURES,
+        "bias": bias.BIASES,
+        "retention": retention.RETENTIONS,
+        "rule": rule.RULES,
+    }
+
+
+def readers() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Each option that not all choices read, on which choice that depends, and by which
+    members of its registry it is read."""
+    for choice, kinds in registries().items():
+        options = (option for kind in kinds for option in kinds.get(kind).options)
+        for option in dict.fromkeys(options):
+            yield option, choice, kinds.which(lambda made: option in made.options)  # noqa: B023
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """An associative memory as independent choices (`l2` with `dgd` is the paper's).
+    Options that the choices made do not read are refused.
 
     Architecture:
       architecture: `vector` (a diagonal), `linear` (a matrix), `mlp` (residual, two
@@ -105,39 +135,20 @@ class MemoryConfig:
       chunk: tokens per chunk.
     """
 
-    architecture: Literal["vector", "linear", "mlp", "gated_mlp", "deep_mlp"] = "mlp"
-    features: Literal["none", "elu", "polynomial", "exponential"] = "none"
+    architecture: str = "mlp"
+    features: str = "none"
     degree: int = 2
     norm: bool = False
     expansion: int = 4
     depth: int = 2
     activation: str = "gelu"
 
-    bias: Literal[
-        "dot",
-        "l2",
-        "lp",
-        "huber",
-        "huber_norm",
-        "huber_switched",
-        "value_shift",
-        "kl",
-    ] = "l2"
+    bias: str = "l2"
     power: float = 3.0
     threshold: float = 1.0
     window: int = 1
 
-    retention: Literal[
-        "none",
-        "decay",
-        "channel",
-        "oja",
-        "lq",
-        "kl",
-        "bregman",
-        "elastic_net",
-        "norm_clamp",
-    ] = "decay"
+    retention: str = "decay"
     retention_power: float = 4.0
     retention_scale: float = 1.0
     toward: Literal["zero", "start"] = "zero"
@@ -155,17 +166,40 @@ class MemoryConfig:
     chunk: int = 16
 
     def __post_init__(self):
-        _check_names(self)
+        self.chosen  # refuses unknown names  # noqa: B018
+        one_of(self, **_CHOICES)
         _check_numbers(self)
-        _check_rule(self)
         for refused, reason in _conflicts(self):
             if refused:
                 raise ValueError(reason)
+        for option, choice, kinds in readers():
+            refuse_unread(self, option, choice, getattr(self, choice), kinds)
+
+    @classmethod
+    def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options that nothing read could once be set; they meant nothing."""
+        unread = {
+            option
+            for option, choice, kinds in readers()
+            if data.get(choice, default_of(cls, choice)) not in kinds
+        }
+        return {name: value for name, value in data.items() if name not in unread}
+
+    @property
+    def chosen(self) -> Chosen:
+        """What is so of each choice."""
+        return Chosen(
+            architecture.ARCHITECTURES.get(self.architecture, "architecture"),
+            features.FEATURES.get(self.features, "features"),
+            bias.BIASES.get(self.bias, "bias"),
+            retention.RETENTIONS.get(self.retention, "retention"),
+            rule.get(self.rule),
+        )
 
     @property
     def inertia(self) -> bool:
         """Whether the rule has a momentum, so that tokens bring theta."""
-        return self.rule in INERTIAL
+        return self.chosen.rule.inertia
 
     @property
     def returns(self) -> bool:
@@ -173,12 +207,14 @@ class MemoryConfig:
         return self.toward == "start" or self.erases == "written"
 
 
+def with_choices(config: MemoryConfig, **changes: Any) -> MemoryConfig:
+    """`config` with other choices; options that these do not read, those among
+    `changes` too, are at their defaults."""
+    return MemoryConfig(**MemoryConfig.migrated(vars(config) | changes))
+
+
 _CHOICES = {
-    "architecture": ("vector", "linear", "mlp", "gated_mlp", "deep_mlp"),
-    "features": ("none", "elu", "polynomial", "exponential"),
     "activation": tuple(ACTIVATIONS),
-    "bias": tuple(bias.BIASES),
-    "retention": ("none", "decay", "channel", "oja", *MIRRORS, *PROJECTIONS),
     "toward": ("zero", "start"),
     "erases": ("all", "written"),
     "dgd": ("both", "input", "none"),
@@ -187,16 +223,6 @@ _CHOICES = {
     "gradient": ("anchored", "exact"),
     "read": ("post", "pre", "anchor"),
 }
-RULES = ("gd", "momentum", "nesterov", "implicit", "newton", "muon", "adam")
-
-
-def _check_names(config: MemoryConfig) -> None:
-    for name, allowed in _CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"{name} must be one of {', '.join(allowed)}, got "
-                f"{getattr(config, name)!r}."
-            )
 
 
 def _check_numbers(config: MemoryConfig) -> None:
@@ -218,123 +244,122 @@ def _check_numbers(config: MemoryConfig) -> None:
         )
 
 
-def _check_rule(config: MemoryConfig) -> None:
-    if config.rule.startswith("optax."):
-        rule.from_optax(config.rule.removeprefix("optax."))
-    elif config.rule not in RULES:
-        raise ValueError(
-            f"rule must be one of {', '.join(RULES)} or 'optax.<name>', got "
-            f"{config.rule!r}."
-        )
+def _those(kinds: Kinds, has: Callable[[Any], bool]) -> str:
+    """The members of a registry of which something is so, as a message lists them."""
+    *most, last = map(repr, kinds.which(has))
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _conflicts(c: MemoryConfig):
     """Pairs of whether a combination is asked for and why it is refused."""
-    exact = c.gradient == "exact"
-    single = c.architecture in ("vector", "linear")
-    oja, newton = c.retention == "oja", c.rule == "newton"
-    channel, delta = c.retention == "channel", c.dgd != "none"
+    shape, mapped, bias_, kept, rule_ = c.chosen
+    kinds = registries()
+    exact, delta = c.gradient == "exact", c.dgd != "none"
 
     yield (
-        c.architecture == "vector" and c.features in ("polynomial", "exponential"),
-        f"features={c.features!r} widens keys, which architecture='vector' multiplies "
-        "one by one: use 'none' or 'elu', or a matrix.",
+        shape.diagonal and mapped.taylor,
+        f"features={c.features!r} widens keys, which architecture={c.architecture!r} "
+        "multiplies one by one: use 'none' or 'elu', or a matrix.",
     )
     yield (
-        c.architecture == "vector" and c.norm,
-        "norm=True needs a matrix or an mlp, got architecture='vector'.",
+        shape.diagonal and c.norm,
+        f"norm=True needs a matrix or an mlp, got architecture={c.architecture!r}.",
     )
     yield (
-        exact and not single,
+        exact and not shape.linear,
         f"gradient='exact' needs architecture='linear' or 'vector', got "
         f"{c.architecture!r}: a non-linear memory has no chunk form for it. Use "
         "gradient='anchored' with chunk=1 for the token recurrence.",
     )
     yield (
-        exact and (c.norm or c.bias not in ("dot", "l2") or c.window > 1),
-        "gradient='exact' needs a gradient that is linear in the memory: bias 'dot' or "
-        f"'l2', norm=False and window=1, got bias={c.bias!r}, norm={c.norm}, "
-        f"window={c.window}. Use gradient='anchored' with chunk=1 for the token "
-        "recurrence.",
+        exact and (c.norm or not bias_.linear or c.window > 1),
+        "gradient='exact' needs a gradient that is linear in the memory: bias "
+        f"{_those(kinds['bias'], lambda b: b.linear)}, norm=False and window=1, got "
+        f"bias={c.bias!r}, norm={c.norm}, window={c.window}. Use gradient='anchored' "
+        "with chunk=1 for the token recurrence.",
     )
     yield (
         exact and c.read == "anchor",
         "read='anchor' needs gradient='anchored': an exact memory has no anchor.",
     )
     yield (
-        exact and c.rule not in ("gd", "momentum", "nesterov", "implicit", "newton"),
-        f"gradient='exact' needs rule 'gd', 'momentum', 'nesterov', 'implicit' or "
-        f"'newton', got {c.rule!r}: others are not linear in the gradient. Use "
-        "gradient='anchored'.",
+        exact and not rule_.linear,
+        f"gradient='exact' needs rule {_those(kinds['rule'], lambda r: r.linear)}, got "
+        f"{c.rule!r}: others are not linear in the gradient. Use gradient='anchored'.",
     )
     yield (
-        exact and c.retention in (*MIRRORS, *PROJECTIONS),
+        exact and not kept.linear,
         f"retention={c.retention!r} is not linear in the memory, so it needs "
         "gradient='anchored'.",
     )
     yield (
-        channel
-        and not (c.architecture == "linear" and exact and c.rule in ("gd", "implicit")),
-        "retention='channel' decays each key channel of a matrix by itself: it needs "
-        "architecture='linear', gradient='exact' and rule 'gd' or 'implicit', got "
-        f"{c.architecture!r}, {c.gradient!r} and {c.rule!r}.",
+        kept.channels and not (shape.matrix and exact and rule_.immediate),
+        f"retention={c.retention!r} decays each key channel of a matrix by itself: it "
+        "needs architecture='linear', gradient='exact' and rule "
+        f"{_those(kinds['rule'], lambda r: r.immediate)}, got {c.architecture!r}, "
+        f"{c.gradient!r} and {c.rule!r}.",
     )
     yield (
-        oja
+        kept.along_values
         and not (
-            c.architecture == "linear"
+            shape.matrix
             and exact
-            and (c.bias, c.rule, c.dgd, c.read) == ("dot", "gd", "none", "post")
+            and rule_.plain
+            and not bias_.recalls
+            and (c.dgd, c.read) == ("none", "post")
         ),
-        "retention='oja' is −η v (vᵀM) beside a Hebbian write: it needs "
+        f"retention={c.retention!r} is −η v (vᵀM) beside a Hebbian write: it needs "
         "architecture='linear', bias='dot', rule='gd', dgd='none', gradient='exact' "
         f"and read='post', got {c.architecture!r}, {c.bias!r}, {c.rule!r}, {c.dgd!r}, "
         f"{c.gradient!r}, {c.read!r}.",
     )
     yield (
-        newton
+        rule_.solves
         and not (
-            c.architecture == "linear"
+            shape.matrix
             and exact
-            and (c.bias, c.dgd, c.read) == ("l2", "none", "post")
-            and c.retention in ("none", "decay")
+            and bias_.squares
+            and kept.uniform
+            and (c.dgd, c.read) == ("none", "post")
         ),
-        "rule='newton' solves a ridge regression: it needs architecture='linear', "
-        "bias='l2', dgd='none', retention 'none' or 'decay', gradient='exact' and "
+        f"rule={c.rule!r} solves a ridge regression: it needs architecture='linear', "
+        "bias='l2', dgd='none', retention "
+        f"{_those(kinds['retention'], lambda r: r.uniform)}, gradient='exact' and "
         f"read='post', got {c.architecture!r}, {c.bias!r}, {c.dgd!r}, "
         f"{c.retention!r}, {c.gradient!r}, {c.read!r}.",
     )
     yield (
-        delta and (c.window > 1 or c.retention in MIRRORS),
+        delta and (c.window > 1 or kept.mirrors),
         "the delta term erases along one token's key in the weights themselves: "
         f"dgd={c.dgd!r} needs window=1 and a retention other than "
-        f"{', '.join(MIRRORS)}, got window={c.window}, retention={c.retention!r}.",
+        f"{_those(kinds['retention'], lambda r: r.mirrors)}, got window={c.window}, "
+        f"retention={c.retention!r}.",
     )
     yield (
-        c.window > 1 and c.rule == "implicit",
-        f"rule='implicit' solves for one pair at a time, got window={c.window}.",
+        c.window > 1 and rule_.single_key,
+        f"rule={c.rule!r} solves for one pair at a time, got window={c.window}.",
     )
     yield (
-        channel and c.bias == "l2" and c.recall == "after",
+        kept.channels and bias_.squares and c.recall == "after",
         "bias='l2' with a delta term recalled after the retention is a transition of "
-        "rank two for each channel: use bias='dot' with retention='channel'.",
+        f"rank two for each channel: use bias='dot' with retention={c.retention!r}.",
     )
     yield (
-        c.recall == "after" and not (delta and c.retention in ("decay", "channel")),
+        c.recall == "after" and not (delta and kept.decays and kept.linear),
         "recall='after' is about a delta term and a decay: it needs dgd 'both' or "
         f"'input' and retention 'decay' or 'channel', got dgd={c.dgd!r}, "
         f"retention={c.retention!r}.",
     )
     yield (
-        c.toward == "start"
-        and (newton or c.retention not in ("decay", "channel", *PROJECTIONS)),
-        "toward='start' is about a decay: it needs retention 'decay', 'channel', "
-        f"'elastic_net' or 'norm_clamp' and a rule other than 'newton', got "
-        f"{c.retention!r}, {c.rule!r}.",
+        c.toward == "start" and (rule_.solves or not kept.returns),
+        "toward='start' is about a decay: it needs retention "
+        f"{_those(kinds['retention'], lambda r: r.returns)} and a rule other than "
+        f"{_those(kinds['rule'], lambda r: r.solves)}, got {c.retention!r}, "
+        f"{c.rule!r}.",
     )
     yield (
         c.erases == "written"
-        and not (delta and (c.toward == "start" or c.retention == "none")),
+        and not (delta and (c.toward == "start" or not kept.decays)),
         "erases='written' is about a delta term beside a start that stays: it needs "
         "dgd 'both' or 'input' and toward='start' or retention='none', got "
         f"dgd={c.dgd!r}, toward={c.toward!r}, retention={c.retention!r}.",
@@ -348,17 +373,19 @@ def _conflicts(c: MemoryConfig):
     yield (
         law != "token"
         and (
-            c.architecture not in ("linear", "mlp")
-            or c.retention not in ("none", "decay")
-            or c.rule not in ("gd", "momentum", "nesterov")
+            not (shape.matrix or shape.two_layers)
+            or not kept.uniform
+            or not rule_.explicit
             or c.norm
             or c.window > 1
             or c.steps > 1
         ),
         f"rate_law={law!r} knows the layers of a matrix or an mlp without norm, window "
-        "or several steps, with retention 'none' or 'decay' and rule 'gd', 'momentum' "
-        f"or 'nesterov', got {c.architecture!r}, norm={c.norm}, window={c.window}, "
-        f"steps={c.steps}, {c.retention!r}, {c.rule!r}.",
+        "or several steps, with retention "
+        f"{_those(kinds['retention'], lambda r: r.uniform)} and rule "
+        f"{_those(kinds['rule'], lambda r: r.explicit)}, got {c.architecture!r}, "
+        f"norm={c.norm}, window={c.window}, steps={c.steps}, {c.retention!r}, "
+        f"{c.rule!r}.",
     )
     yield (
         law != "token" and exact,
@@ -366,26 +393,27 @@ def _conflicts(c: MemoryConfig):
         "every rate up to 1. Use rate_law='token'.",
     )
     yield (
-        law == "output" and (c.architecture != "mlp" or c.bias not in ("l2", "dot")),
+        law == "output" and not (shape.two_layers and bias_.linear),
         "rate_law='output' solves for the output layer of an mlp: it needs bias 'l2' "
         f"or 'dot', got {c.architecture!r}, {c.bias!r}. A matrix has gradient='exact'.",
     )
     yield (
-        law == "budget" and c.inertia,
+        law == "budget" and rule_.inertia,
         "rate_law='budget' counts the writes of a chunk, and a momentum carries them "
         f"into the next: it needs rule 'gd', got {c.rule!r}.",
     )
     yield (
-        law == "non_expansive" and (c.inertia or c.retention != "decay"),
+        law == "non_expansive" and (rule_.inertia or not kept.decays),
         "rate_law='non_expansive' bounds a step by what its token forgets: it needs "
         f"rule 'gd' and retention 'decay', got {c.rule!r}, {c.retention!r}.",
     )
     yield (
-        c.steps > 1 and (c.window > 1 or newton or not (exact or c.chunk == 1)),
-        f"steps={c.steps} needs window=1, a rule other than 'newton', and "
-        "gradient='exact' or chunk=1: gradients taken at the chunk's start are the "
-        f"same at every step, got window={c.window}, rule={c.rule!r}, "
-        f"gradient={c.gradient!r}, chunk={c.chunk}.",
+        c.steps > 1 and (c.window > 1 or rule_.solves or not (exact or c.chunk == 1)),
+        f"steps={c.steps} needs window=1, a rule other than "
+        f"{_those(kinds['rule'], lambda r: r.solves)}, and gradient='exact' or "
+        "chunk=1: gradients taken at the chunk's start are the same at every step, got "
+        f"window={c.window}, rule={c.rule!r}, gradient={c.gradient!r}, "
+        f"chunk={c.chunk}.",
     )
 
 
@@ -396,26 +424,13 @@ def key_width(config: MemoryConfig, width: int) -> int:
 
 def build_architecture(config: MemoryConfig, width: int) -> Architecture:
     """The memory's function class for values of `width` and keys of `key_width`."""
-    wide = key_width(config, width)
+    found, wide = config.chosen, key_width(config, width)
 
     def skip(x):
         return features.linear_part(config.features, config.degree, x, width)
 
-    if config.architecture == "vector":
-        return architecture.vector(width)
-    if config.architecture == "linear":
-        return architecture.linear(width, wide, skip if config.norm else None)
-    function = architecture.mlp(
-        width,
-        config.expansion * width,
-        config.activation,
-        depth=config.depth if config.architecture == "deep_mlp" else 2,
-        gated=config.architecture == "gated_mlp",
-        norm=config.norm,
-        key_width=wide,
-        skip=skip,
-    )
-    if config.retention != "kl":
+    function = found.architecture.make(config, width, wide, skip)
+    if found.architecture.linear or not found.retention.simplex:
         return function
 
     def logits(key):  # of unit variance, or all rows begin nearly uniform
@@ -424,7 +439,7 @@ def build_architecture(config: MemoryConfig, width: int) -> Architecture:
     return function._replace(init=logits)
 
 
-def build_bias(config: MemoryConfig) -> bias.Bias:
+def build_bias(config: MemoryConfig) -> bias.Loss:
     return bias.build(config.bias, power=config.power)
 
 
@@ -448,17 +463,17 @@ def delta_rates(
     """
     if config.dgd == "none":
         return {}
-    first = {"gated_mlp": ("w2", "w3"), "deep_mlp": (f"w{config.depth}",)}
-    first |= {"mlp": ("w2",), "linear": ("w",), "vector": ("w",)}
-    keyed = first[config.architecture]
+    found = config.chosen
+    keyed = found.architecture.first(config)
     if config.rate_law != "token":
         names = keyed if config.dgd == "input" else tuple(inputs)
         return {name: eta[name] for name in names}
     rates = {}
     for name, x in inputs.items():
-        if name in keyed and config.features == "none":
+        if name in keyed and found.features.plain:
             rates[name] = eta
         elif name in keyed or config.dgd == "both":
+            assert not isinstance(eta, dict)  # that is a rate law's
             rates[name] = rule.corrected_rate(eta, x)
     return rates
 
@@ -466,9 +481,8 @@ def delta_rates(
 def initial_weights(config: MemoryConfig, start: Weights) -> Weights:
     """The memory's weights where the level above has it begin at `start`, which for a
     mirror retention are dual weights, free of its constraint."""
-    if config.retention not in MIRRORS:
-        return start
-    return jax.tree.map(link(config).primal, start)
+    link = config.chosen.retention.link
+    return start if link is None else jax.tree.map(link(config).primal, start)
 
 
 class Erasure(NamedTuple):
@@ -502,82 +516,36 @@ def erasures(
     return terms
 
 
-def build_flow(config: MemoryConfig) -> optax.GradientTransformationExtraArgs:
-    """The rule, the delta term and the retention as one optax transformation.
+def flow_of(config: MemoryConfig) -> Flow:
+    """The parts of the memory's learning: rule, delta term and retention."""
+    found, erase, retained, landing = config.chosen, None, None, None
 
-    Its state is a tuple; a momentum, where the rule has one, is its second entry.
-    """
-    steps = list(_rule(config))
-    written = config.erases == "written"
-    if config.rate_law != "token":
-
-        def erased(token, met):
-            steps = rates.steps(config, token, met)
-            return erasures(config, token, met.inputs, steps)
-
-    else:
-
-        def erased(token, inputs):
+    def erased(token, inputs):
+        if config.rate_law == "token":
             return erasures(config, token, inputs)
+        made = rates.steps(config, token, inputs)  # whose `inputs` is a `Met`
+        return erasures(config, token, inputs.inputs, made)
 
     if config.dgd != "none":
-        steps.append(rule.erase(erased, written))
-    if config.rule != "newton":  # which decays its own statistics
-        steps += _retention(config)
-    return optax.chain(*steps)
+        erase = rule.erase(erased, config.erases == "written")
+    kept = found.retention
+    if not found.rule.solves:  # which decays its own statistics
+        retained = kept.make and kept.make(config)
+        if kept.landing is not None:
+            landing = retention.project(kept.landing(config), config.chunk)
+    return Flow(
+        step=found.rule.step and found.rule.step(config),
+        momentum=found.rule.momentum and found.rule.momentum(config),
+        erase=erase,
+        retention=retained,
+        landing=landing,
+    )
 
 
-def _rule(config):
-    if config.rule in ("gd", "momentum", "nesterov"):
-        law = config.rate_law
-        if law == "token":
-            yield rule.descend()
-        else:
-            yield rates.descend(config)
-        if config.rule != "gd":
-            # An exact output layer takes its own step at once.
-            but = ("w1",) if law == "output" else ()
-            follow = rule.inertia if config.rule == "momentum" else rule.nesterov
-            yield follow(but)
-    elif config.rule == "implicit":
-        yield rule.implicit()
-    elif config.rule == "newton":
-        yield rule.newton(config.ridge)
-    elif config.rule == "muon":
-        yield rule.muon(rule.newton_schulz)
-    elif config.rule == "adam":
-        yield rule.adam()
-    else:
-        yield rule.from_optax(config.rule.removeprefix("optax."))
-
-
-def _retention(config):
-    if config.retention in MIRRORS:
-        return [retention.mirror(link(config))]
-    if config.retention == "none":
-        return []
-    if config.retention == "oja":
-        return [retention.decay(), retention.oja()]
-    if config.retention in PROJECTIONS:
-        project = retention.project(projection(config), config.chunk)
-        return [retention.decay(config.toward == "start"), project]
-    return [retention.decay(config.toward == "start")]
-
-
-def link(config: MemoryConfig) -> retention.Link:
-    """The map between dual and primal weights of a mirror retention."""
-    return {
-        "lq": lambda: retention.lq(config.retention_power),
-        "kl": lambda: retention.simplex(config.retention_scale),
-        "bregman": lambda: retention.hypentropy(config.retention_scale),
-    }[config.retention]()
-
-
-def projection(config: MemoryConfig):
-    """What a projecting retention does to each matrix at the end of a chunk."""
-    if config.retention == "elastic_net":
-        return retention.soft_threshold(config.retention_scale * config.chunk)
-    return retention.clamp_norm(config.retention_scale)
+def build_flow(config: MemoryConfig) -> optax.GradientTransformationExtraArgs:
+    """The rule, the delta term and the retention as one optax transformation, whose
+    state is a `flow.FlowState`."""
+    return chain(flow_of(config))
 
 
 def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
@@ -585,7 +553,7 @@ def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
 
     Retention acts in a token's first step only.
     """
-    if config.retention == "none":
+    if not config.chosen.retention.decays:
         tokens = tokens._replace(alpha=jnp.ones_like(tokens.alpha))
     if not config.inertia:
         tokens = tokens._replace(theta=jnp.zeros_like(tokens.theta))
@@ -599,7 +567,7 @@ def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
         tokens = tokens._replace(weights=ones)
     if config.steps == 1:
         return tokens
-    ranks = Tokens(2, 2, 2, 1, tokens.alpha.ndim, 1, 1, 2, 2, 1)
+    ranks = (2, 2, 2, 1, tokens.alpha.ndim, 1, 1, 2, 2, 1)
 
     def spread(leaf, rank):
         if leaf is None:
@@ -613,7 +581,7 @@ def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
         return leaf.reshape(-1, *leaf.shape[2:])
 
     first = jnp.arange(tokens.alpha.shape[0] * config.steps) % config.steps == 0
-    spread_out = Tokens(*map(spread, tokens, ranks))
+    spread_out = Tokens._make(map(spread, tokens, ranks))
     alpha = spread_out.alpha
     first = first.reshape(-1, *[1] * (alpha.ndim - 1))
     return spread_out._replace(alpha=jnp.where(first, alpha, jnp.ones_like(alpha)))
@@ -633,6 +601,7 @@ def level_context(config: MemoryConfig, tokens: Tokens, recent: tuple | None = N
         tokens = tokens._replace(eta=rates.ration_stream(tokens.eta, config.chunk))
     if config.window == 1:
         return tokens
+    assert recent is not None  # a window has some
     back = jnp.arange(config.window)[None]
     at = jnp.arange(tokens.eta.shape[0])[:, None] + config.window - 1 - back
     k, v = (

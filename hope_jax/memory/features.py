@@ -11,6 +11,7 @@ entries: `C(K + i − 1, i)` features, not Kⁱ. With cᵢ² = 1 / i! the sum is
 polynomial of `exp(q·k)` (arXiv:2505.23735).
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -21,7 +22,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-FEATURES = ("none", "elu", "polynomial", "exponential")
+from hope_jax.core.config import Kinds
+from hope_jax.memory.choice import Choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureMap(Choice):
+    """A feature map by name, and what is so of it.
+
+    Attributes:
+      plain: it is x itself, so that a key keeps its norm.
+      taylor: it has all monomials up to a degree, and is wider than x.
+      learned: it has coefficients that the level above learns.
+    """
+
+    plain: bool = False
+    taylor: bool = False
+    learned: bool = False
+
+
+FEATURES: Kinds[FeatureMap] = Kinds.of_entries(
+    "features",
+    FeatureMap(kind="none", plain=True),
+    FeatureMap(kind="elu"),
+    FeatureMap(kind="polynomial", options=("degree",), taylor=True, learned=True),
+    FeatureMap(kind="exponential", options=("degree",), taylor=True),
+)
 
 
 def width(name: str, degree: int, width: int) -> int:
@@ -36,7 +62,7 @@ def width(name: str, degree: int, width: int) -> int:
 def coefficients(name: str, degree: int) -> Float[Array, " I"] | None:
     """Where the learned coefficients c₀ .. c_degree start; None if there are none."""
     _taylor(name, degree)
-    return _exponential(degree) if name == "polynomial" else None
+    return _exponential(degree) if FEATURES.get(name).learned else None
 
 
 def features(
@@ -58,13 +84,14 @@ def features(
     [1.0, 2.0, 3.0, 2.83, 6.0, 6.36]
     """
     taylor = _taylor(name, degree)
-    if (coefficients is None) == (name == "polynomial"):
+    found = FEATURES.get(name)
+    if (coefficients is None) == found.learned:
         raise ValueError(
             f"coefficients belong to features 'polynomial' and to no other: got "
             f"{'none' if coefficients is None else 'some'} for {name!r}."
         )
     if not taylor:
-        return x if name == "none" else jax.nn.elu(x) + 1.0
+        return x if found.plain else jax.nn.elu(x) + 1.0
     if coefficients is None:
         coefficients = _exponential(degree)
     if coefficients.shape != (degree + 1,):
@@ -93,11 +120,7 @@ def linear_part(
 
 def _taylor(name: str, degree: int) -> bool:
     """Whether the map is a Taylor polynomial; refuses what is no map at all."""
-    if name not in FEATURES:
-        raise ValueError(
-            f"features must be one of {', '.join(FEATURES)}, got {name!r}."
-        )
-    taylor = name in ("polynomial", "exponential")
+    taylor = FEATURES.get(name).taylor
     if taylor and degree < 1:
         raise ValueError(f"degree must be at least 1 for {name!r}, got {degree}.")
     return taylor

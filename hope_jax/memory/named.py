@@ -10,10 +10,10 @@ The layer around the memory (convolutions, norms, output gate) is one for all po
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hope_jax.core.config import did_you_mean
-from hope_jax.memory.compose import MIRRORS, MemoryConfig
+from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
 
 ChunkKind = Literal["exact", "anchored", "non-parametric"]
@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
 
 def _matrix(chunk, **choices) -> MemoryConfig:
-    plain = dict(
+    plain: dict[str, Any] = dict(
         architecture="linear", bias="dot", retention="none", rule="gd", dgd="none"
     )
     return MemoryConfig(**plain | choices, gradient="exact", chunk=chunk)
@@ -52,7 +52,7 @@ _UNIT = GateConfig(unit_values=True)  # as long as what a normed memory can answ
 
 
 def _deep(chunk, **choices) -> MemoryConfig:
-    plain = dict(architecture="mlp", norm=True, rule="gd", dgd="none")
+    plain: dict[str, Any] = dict(architecture="mlp", norm=True, rule="gd", dgd="none")
     return MemoryConfig(**plain | choices, gradient="anchored", chunk=chunk)
 
 
@@ -472,24 +472,17 @@ def get(name: str, chunk: int | None = None) -> Point:
 
 def choices(memory: MemoryConfig) -> tuple[str, str, str, str]:
     """Architecture, bias, retention and rule in words, as tables show them."""
-    architecture = {
-        "vector": "vector",
-        "linear": "matrix",
-        "mlp": "MLP",
-        "gated_mlp": "gated MLP",
-        "deep_mlp": f"{memory.depth}-layer MLP",
-    }[memory.architecture]
+    found = memory.chosen
+    architecture = found.architecture.says(memory)
     if memory.norm:
         architecture += " + LN"
-    if memory.features != "none":
+    if not found.features.plain:
         architecture += f" + {memory.features}"
-    bias = {"lp": f"l{memory.power:g}"}.get(memory.bias, memory.bias)
+    bias = found.bias.says(memory)
     if memory.window > 1:
         bias += f", window {memory.window}"
-    retention = {"lq": f"l{memory.retention_power:g}"}.get(
-        memory.retention, memory.retention
-    )
-    if memory.retention in MIRRORS:
+    retention = found.retention.says(memory)
+    if found.retention.mirrors:
         retention += " + decay"
     rule = memory.rule
     if memory.dgd != "none":

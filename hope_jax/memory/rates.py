@@ -43,6 +43,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from hope_jax.memory.flow import transformation
+
 if TYPE_CHECKING:
     from hope_jax.memory.architecture import Architecture, Weights
     from hope_jax.memory.compose import MemoryConfig
@@ -180,10 +182,10 @@ def descend(config: "MemoryConfig") -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params, *, context, inputs, **extra):
         del extra
         made = steps(config, context, inputs)
-        if config.rate_law == "output" and config.bias == "l2":
+        if config.rate_law == "output" and config.chosen.bias.squares:
             h = inputs.inputs["w1"]
             error = inputs.skip + params["w1"] @ h - context.v
             updates = updates | {"w1": jnp.outer(error, h)}
         return {name: -made[name] * g for name, g in updates.items()}, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)

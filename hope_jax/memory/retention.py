@@ -5,13 +5,21 @@ instead, and `project` bends the weights where they land; both see the whole upd
 they come last in a chain.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
+
+from hope_jax.core.config import Kinds
+from hope_jax.memory.choice import Choice, Make
+from hope_jax.memory.flow import transformation
+
+if TYPE_CHECKING:
+    from hope_jax.memory.compose import MemoryConfig
 
 
 def spread(alpha: Array, weights: Array) -> Array:
@@ -55,7 +63,7 @@ def decay(toward_start: bool = False) -> optax.GradientTransformationExtraArgs:
         )
         return kept, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def oja_term(
@@ -78,7 +86,7 @@ def oja() -> optax.GradientTransformationExtraArgs:
             lambda u, m: u + oja_term(context.eta, context.v, m), updates, params
         ), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 class Link(NamedTuple):
@@ -113,7 +121,7 @@ def mirror(link: Link) -> optax.GradientTransformationExtraArgs:
         moved = jax.tree.map(lambda a, m: link.primal(a) - m, state, params)
         return moved, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def lq(power: float, epsilon: float = 0.03) -> Link:
@@ -220,4 +228,102 @@ def project(
 
         return jax.tree.map(land, updates, params), ProjectState(count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention(Choice):
+    """A retention by name, and what is so of it.
+
+    Attributes:
+      make: `config -> transformation`; None for what keeps all.
+      landing: `config -> (weights -> weights)`: what it does to each leaf at the end of
+        a chunk, if anything.
+      link: `config -> Link` of one that moves dual weights.
+      linear: what is left is linear in the memory.
+      uniform: what is left is the fraction α of every weight, or all of it.
+      channels: α is a vector, a fraction for each channel of the keys.
+      along_values: it forgets along the value of the token, and so one pair at a time.
+      returns: its decay may pull to where the memory started.
+      simplex: weights are positive, so that dual ones start as logits.
+    """
+
+    make: Make | None
+    landing: Callable[["MemoryConfig"], Callable[[Array], Array]] | None = None
+    link: Callable[["MemoryConfig"], Link] | None = None
+    linear: bool = False
+    uniform: bool = False
+    channels: bool = False
+    along_values: bool = False
+    returns: bool = False
+    simplex: bool = False
+
+    @property
+    def decays(self) -> bool:
+        """Whether tokens bring an α."""
+        return self.make is not None
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether it moves dual weights, of which the memory is an image."""
+        return self.link is not None
+
+
+def _decay(config):
+    return decay(config.toward == "start")
+
+
+def _mirror(kind, option, link, **said) -> Retention:
+    return Retention(
+        kind=kind,
+        options=(option,),
+        make=lambda config: mirror(link(config)),
+        link=link,
+        **said,
+    )
+
+
+def _landing(kind, landing) -> Retention:
+    return Retention(
+        kind=kind,
+        options=("retention_scale",),
+        make=_decay,
+        landing=landing,
+        returns=True,
+    )
+
+
+RETENTIONS: Kinds[Retention] = Kinds.of_entries(
+    "retention",
+    Retention(kind="none", make=None, linear=True, uniform=True),
+    Retention(kind="decay", make=_decay, linear=True, uniform=True, returns=True),
+    Retention(kind="channel", make=_decay, linear=True, channels=True, returns=True),
+    Retention(
+        kind="oja",
+        make=lambda config: optax.chain(decay(), oja()),
+        linear=True,
+        along_values=True,
+    ),
+    _mirror(
+        "lq",
+        "retention_power",
+        lambda config: lq(config.retention_power),
+        words="l{retention_power:g}",
+    ),
+    _mirror(
+        "kl",
+        "retention_scale",
+        lambda config: simplex(config.retention_scale),
+        simplex=True,
+    ),
+    _mirror(
+        "bregman",
+        "retention_scale",
+        lambda config: hypentropy(config.retention_scale),
+    ),
+    _landing(
+        "elastic_net",
+        lambda config: soft_threshold(config.retention_scale * config.chunk),
+    ),
+    _landing("norm_clamp", lambda config: clamp_norm(config.retention_scale)),
+)

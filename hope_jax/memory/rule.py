@@ -13,10 +13,11 @@ place of `descend`; `newton` is a whole memory by itself.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,11 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from jaxtyping import Array, Float, PyTree
+
+from hope_jax.core.config import Kinds, did_you_mean
+from hope_jax.memory import rates
+from hope_jax.memory.choice import Choice, Make
+from hope_jax.memory.flow import transformation
 
 
 def descend() -> optax.GradientTransformationExtraArgs:
@@ -33,7 +39,7 @@ def descend() -> optax.GradientTransformationExtraArgs:
         del params, extra
         return jax.tree.map(lambda g: -context.eta * g, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 def inertia(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
@@ -51,7 +57,7 @@ def inertia(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
         still = {name: state[name] for name in but}
         return moved | {name: updates[name] for name in but}, moved | still
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def nesterov(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
@@ -63,7 +69,7 @@ def nesterov(but: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs
         ahead = jax.tree.map(lambda s, u: context.theta * s + u, state, updates)
         return ahead | {name: updates[name] for name in but}, state
 
-    return optax.GradientTransformationExtraArgs(follow.init, update)
+    return transformation(follow.init, update)
 
 
 def corrected_rate(eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array, ""]:
@@ -75,7 +81,7 @@ def corrected_rate(eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array,
 
 
 def erase(
-    erasures: Callable[[Any, dict[str, Array]], dict[str, tuple[Array, Array]]],
+    erasures: Callable[[Any, Any], Mapping[str, tuple[Array, Array]]],
     written: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """`−(M r) pᵀ`: the state-dependent forgetting of delta gradient descent.
@@ -105,7 +111,7 @@ def erase(
             name: forget(name, *term) for name, term in terms.items()
         }, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -140,7 +146,7 @@ def implicit() -> optax.GradientTransformationExtraArgs:
 
         return {name: step(name, g) for name, g in updates.items()}, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 class NewtonState(NamedTuple):
@@ -185,7 +191,7 @@ def newton(ridge: float) -> optax.GradientTransformationExtraArgs:
         best = jax.tree.map(solve, state.values, state.keys)
         return jax.tree.map(jnp.subtract, best, params), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def muon(
@@ -213,7 +219,7 @@ def muon(
 
         return jax.tree.map(step, state), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def scaled(
@@ -235,7 +241,7 @@ def scaled(
             updates, state = tx.update(updates, state, params, context=context, **extra)
         return jax.tree.map(lambda u: context.eta * u, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 # Under the root, where a squared gradient of zero would have no finite slope for the
@@ -338,3 +344,114 @@ def _ordinary_promotion():
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule(Choice):
+    """A learning rule by name, and what is so of it.
+
+    Attributes:
+      step: `config -> transformation` of the raw gradient.
+      momentum: `config -> transformation` after that, whose state is shaped like the
+        weights and decays by the token's θ.
+      linear: its steps are linear in gradients: a chunk of them has a fast form, and
+        with a linear bias an exact one.
+      explicit: its step is `−η ∇ℓ`, so that a `rate_law` may say the η of each matrix;
+        it diverges if η is too large.
+      affine: weights are sums over time of what each token gives, whose factors do not
+        depend on them.
+      bounded: no η makes it overshoot.
+      single_key: it takes one key at a time, so has no step for the mean of several.
+      rate: `(eta, key) -> the factor of ∇ℓ`; None for η itself.
+      lookahead: it moves by what its momentum will be (Nesterov).
+      orthogonal: it moves by η times the orthogonal factor of its momentum.
+      solves: it is a whole memory by itself, the best for all tokens so far, retention
+        included.
+    """
+
+    step: Make | None = None
+    momentum: Make | None = None
+    linear: bool = False
+    explicit: bool = False
+    affine: bool = False
+    bounded: bool = False
+    single_key: bool = False
+    rate: Callable[[Array, Array], Array] | None = None
+    lookahead: bool = False
+    orthogonal: bool = False
+    solves: bool = False
+
+    @property
+    def inertia(self) -> bool:
+        """Whether it has a momentum, so that tokens bring θ."""
+        return self.momentum is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is gradient descent, and nothing is carried on."""
+        return self.explicit and not self.inertia
+
+    @property
+    def immediate(self) -> bool:
+        """Whether a token's write is one outer product, made at once."""
+        return self.linear and not self.inertia and not self.solves
+
+
+def _descend(config):
+    return descend() if config.rate_law == "token" else rates.descend(config)
+
+
+def _carried(follow):
+    """A momentum, but of an exact output layer, which takes its own step at once."""
+    return lambda config: follow(("w1",) if config.rate_law == "output" else ())
+
+
+_DESCENT: dict[str, Any] = dict(step=_descend, linear=True, explicit=True, affine=True)
+
+RULES: Kinds[Rule] = Kinds.of_entries(
+    "rule",
+    Rule(kind="gd", **_DESCENT),
+    Rule(kind="momentum", momentum=_carried(inertia), **_DESCENT),
+    Rule(kind="nesterov", momentum=_carried(nesterov), lookahead=True, **_DESCENT),
+    Rule(
+        kind="implicit",
+        step=lambda config: implicit(),
+        linear=True,
+        bounded=True,
+        single_key=True,
+        rate=corrected_rate,
+    ),
+    Rule(
+        kind="newton",
+        options=("ridge",),
+        step=lambda config: newton(config.ridge),
+        linear=True,
+        bounded=True,
+        single_key=True,
+        solves=True,
+    ),
+    Rule(
+        kind="muon",
+        momentum=lambda config: muon(newton_schulz),
+        affine=True,
+        orthogonal=True,
+    ),
+    Rule(kind="adam", step=lambda config: adam()),
+)
+
+
+def get(name: str) -> Rule:
+    """The rule called `name`; `optax.<name>` is any of optax by `from_optax`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if name.startswith("optax."):
+        made = from_optax(name.removeprefix("optax."))
+        return Rule(kind=name, step=lambda config: made)
+    if name not in RULES:
+        raise ValueError(
+            f"rule must be one of {', '.join(RULES)} or 'optax.<name>', got {name!r}."
+            f"{did_you_mean(name, RULES)}"
+        )
+    return RULES.get(name)

@@ -1,6 +1,6 @@
 """Pre-norm residual blocks: a sequence mixer, then the chain of continuum memory."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import DTYPES, SwiGLU, full_precision
+from hope_jax.models.layers import DTYPES, SwiGLU
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.optim.leaves import wide
 
 
 class BlockState(NamedTuple):
@@ -63,10 +64,14 @@ class Block(nnx.Module):
         dtype = DTYPES[config.dtype]
         self.config = config
         self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
-        mixer = mixer or config.mixer
-        self.mixer = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)
+        if mixer is None:
+            (mixer,) = config.pattern
+        self.mixer: Any = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)
         self.levels = nnx.List(
-            [CMSBlock(config, level.hidden, rngs=rngs) for level in config.cms.whole]
+            [
+                CMSBlock(config, level.hidden or config.cms.hidden, rngs=rngs)
+                for level in config.cms.whole
+            ]
         )
         if config.cms.rates == "generated":
             zeros = nnx.initializers.zeros_init()  # every factor is 1 at the start
@@ -108,7 +113,7 @@ class Block(nnx.Module):
         y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn)
         opened = None
         if self.config.cms.rates == "generated":
-            opened = 2.0 * jax.nn.sigmoid(self.open(full_precision(y)))
+            opened = 2.0 * jax.nn.sigmoid(self.open(wide(y)))
         x = x + y
         chain = range(len(self.levels))
         if self.config.cms.order == "slow_to_fast":
@@ -163,7 +168,7 @@ def _join(states: list[BlockState]) -> BlockState:
     )
 
 
-def unit(config: ModelConfig, *, rngs: nnx.Rngs) -> Block | Group:
+def repeated(config: ModelConfig, *, rngs: nnx.Rngs) -> Block | Group:
     """What the model repeats: one block, or a group of one block a mixer."""
     if len(config.pattern) == 1:
         return Block(config, rngs=rngs)

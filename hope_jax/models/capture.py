@@ -2,7 +2,7 @@
 
 import jax
 from flax import nnx
-from jaxtyping import Bool, PyTree
+from jaxtyping import PyTree
 
 from hope_jax.models.block import Block
 from hope_jax.models.layers import Dense
@@ -11,7 +11,7 @@ from hope_jax.optim.groups import path_names
 
 def dense_kernels(
     graphdef: nnx.GraphDef, params: PyTree, horizon: int | None = None
-) -> PyTree[Bool]:
+) -> PyTree[bool]:
     """The kernels of all dense layers, for `layers` of `capture.dgd_gradients`.
 
     Left out are CMS levels that move within `horizon`: their parameters are initial

@@ -21,6 +21,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax import optim
+from hope_jax.core import level as level_lib
+from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
 from hope_jax.optim.rules import RULES, saved
 
@@ -187,19 +189,6 @@ class CMSConfig:
         return tuple(i for i, moves in enumerate(moving) if moves)
 
 
-class Learned(NamedTuple):
-    """What a backward pass says of the weights of a level.
-
-    Attributes:
-      gradient: of the loss; the slopes of the objective for rules that take these.
-      inputs: the Gram matrices of what each matrix multiplied; None for rules that do
-        not ask for them.
-    """
-
-    gradient: PyTree
-    inputs: PyTree | None
-
-
 class FastLevel(NamedTuple):
     """Where a fast level of every row stands, apart from its weights.
 
@@ -211,14 +200,14 @@ class FastLevel(NamedTuple):
         layer; a prefix of the weights without their own axes. None without them.
     """
 
-    learned: Learned
+    learned: Collected
     opt: PyTree
     opened: PyTree | None = None
 
 
 def noted(level: CMSLevel, weights: PyTree) -> PyTree:
     """`weights` of a level, as those whose gradients are what its rule asks for."""
-    match level.rule.inputs:
+    match _rule(level).inputs:
         case "grams":
             return capture.capture(weights)
         case "slopes":
@@ -226,18 +215,25 @@ def noted(level: CMSLevel, weights: PyTree) -> PyTree:
     return weights
 
 
-def learned(level: CMSLevel, gradient: PyTree) -> Learned:
+def learned(level: CMSLevel, gradient: PyTree) -> Collected:
     """What there is in the gradient of `noted` weights."""
-    match level.rule.inputs:
+    match _rule(level).inputs:
         case "grams":
-            return Learned(capture.plain(gradient), capture.grams(gradient))
+            return Collected(capture.plain(gradient), capture.grams(gradient))
         case "slopes":
-            return Learned(capture.slopes(gradient), None)
-    return Learned(gradient, None)
+            return Collected(capture.slopes(gradient), None)
+    return Collected(gradient, None)
+
+
+def _rule(level: CMSLevel) -> optim.Rule:
+    """The rule of a level of `CMSConfig.whole`."""
+    assert level.rule is not None
+    return level.rule
 
 
 def _objective(level: CMSLevel):
-    return _objective_of(level.rule.memory)
+    rule: Any = _rule(level)  # one of slopes, which has a memory
+    return _objective_of(rule.memory)
 
 
 _objective_of = functools.cache(slopes.objective)  # programs are kept by the function
@@ -245,9 +241,10 @@ _objective_of = functools.cache(slopes.objective)  # programs are kept by the fu
 
 def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
     """The rule of a level, for one row."""
+    assert level.clip is not None
     return optax.chain(
         optax.clip_by_global_norm(level.clip),
-        optim.inner(level.rule, rate),
+        optim.inner(_rule(level), rate),
     )
 
 
@@ -262,7 +259,7 @@ def begin_level(level: CMSLevel, weights: PyTree, axis: int) -> FastLevel:
 def move(
     config: CMSConfig,
     level: CMSLevel,
-    rate: Float[Array, ""],
+    rate: Float[Array, ""] | float,
     start: PyTree,
     weights: PyTree,
     state: FastLevel,
@@ -291,8 +288,7 @@ def move(
         at = weights
         if config.gradient == "first_order":  # a move is a constant
             at = jax.lax.stop_gradient(weights)
-        extra = {} if learned.inputs is None else {"inputs": learned.inputs}
-        updates, opt = rule.update(learned.gradient, opt, at, **extra)
+        updates, opt, fresh = level_lib.move(rule, learned, opt, at)
         if opened is not None:
             updates = jax.tree.map(
                 functools.partial(_scaled, 1.0 / level.period), opened, updates
@@ -302,12 +298,11 @@ def move(
             moved = jax.tree.map(
                 lambda new, old, s: new - level.pull * (old - s), moved, weights, start
             )
-        return moved, opt
+        return moved, FastLevel(fresh, opt, level_lib.nothing(opened))
 
-    over_rows = jax.vmap(move_row, (axis, axis, 0, axis), (axis, 0))
-    weights, opt = over_rows(weights, state.learned, state.opt, state.opened)
-    zeros = jax.tree.map(jnp.zeros_like, state)
-    return weights, zeros._replace(opt=opt)
+    axes: Any = (axis, 0, axis)
+    over_rows = jax.vmap(move_row, (axis, *axes), (axis, FastLevel(*axes)))
+    return over_rows(weights, *state)
 
 
 def _scaled(by, opened, updates):

@@ -1,6 +1,7 @@
 """The parts that blocks share: convolution, SwiGLU, rotary positions."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,11 +13,6 @@ from hope_jax.optim import capture
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
 _SPREAD = 16  # of half-lives over the heads, at the start
-
-
-def full_precision(x: Array) -> Array:
-    """float32, or float64 where the model is built in it to check derivatives."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def unit(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B K"]:
@@ -73,7 +69,7 @@ class CausalConv(nnx.Module):
         width, length = kernel.shape[0], x.shape[1]
         x = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
         taps = (x[:, i : i + length] * kernel[i][None, None] for i in range(width))
-        return sum(taps), x[:, length:].astype(tail.dtype)
+        return functools.reduce(jnp.add, taps), x[:, length:].astype(tail.dtype)
 
     def tail(self, rows: int) -> Float[Array, "B W D"]:
         width, channels = self.kernel.shape

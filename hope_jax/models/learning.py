@@ -65,7 +65,7 @@ class Learning:
     @property
     def cms(self) -> bool:
         """Whether any CMS level learns; of what `resolve` gives."""
-        return any(self.levels)
+        return self.levels is None or any(self.levels)
 
 
 def of(learn: bool | Learning) -> Learning:

@@ -10,26 +10,26 @@ arrives: then the levels move, and that token is the first to see it. Nothing re
 it should not.
 """
 
-import collections
-import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.clock import Clock
-from hope_jax.core.system import Box, Edge, System
+from hope_jax.core.level import collect
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.models import cms, learning
-from hope_jax.models.block import BlockState, unit
+from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import DTYPES, full_precision
+from hope_jax.models.layers import DTYPES
 from hope_jax.models.learning import Learning
-from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.optim.leaves import path_names, wide
 
 __all__ = [
     "LMState",
@@ -39,9 +39,9 @@ __all__ = [
     "apply",
     "build",
     "count_parameters",
+    "ids",
     "initial_state",
     "periods",
-    "system",
 ]
 
 
@@ -97,9 +97,9 @@ class LanguageModel(nnx.Module):
             rngs=rngs,
         )
         keys = jax.random.split(rngs.params(), config.layers // len(config.pattern))
-        graphdef = nnx.graphdef(unit(config, rngs=nnx.Rngs(0)))
+        graphdef = nnx.graphdef(repeated(config, rngs=nnx.Rngs(0)))
         stacked = jax.vmap(
-            lambda key: nnx.state(unit(config, rngs=nnx.Rngs(key)), nnx.Param)
+            lambda key: nnx.state(repeated(config, rngs=nnx.Rngs(key)), nnx.Param)
         )(keys)
         self.blocks = nnx.merge(graphdef, stacked)
         self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
@@ -147,7 +147,7 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 
     def steps(path, leaf):
         del leaf
-        keys = _names(path)
+        keys = path_names(path)
         if "mixer" in keys or "levels" not in keys:
             return 1
         index = int(keys[keys.index("levels") + 1])
@@ -159,83 +159,6 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
     return jax.tree_util.tree_map_with_path(steps, params)
 
 
-def system(config: ModelConfig, row: int) -> System:
-    """The model as levels and what passes between them; items are tokens.
-
-    A mixer that layers repeat is shown once. It is the model in training, on rows of
-    `row` tokens: when it reads on, slower levels move by their own rules.
-    """
-    inside = config.within(row)
-    sizes = collections.Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
-        sizes[_owner(config, _names(path))] += leaf.size
-
-    slow = Box(
-        "slow weights",
-        Clock(period=row),
-        sizes["slow weights"],
-        "next-token loss",
-        "outer optimizer",
-    )
-    boxes, edges, ends = [slow], [], {}
-    seen = collections.Counter()
-    for mixer in dict.fromkeys(config.pattern):
-        called = {}  # two mixers of one kind differ in a number
-        for part in mixer.parts:
-            seen[part.name] += 1
-            again = f" {seen[part.name]}" if seen[part.name] > 1 else ""
-            called[part.name] = f"{part.name}{again}"
-        for part in mixer.parts:
-            name = called[part.name]
-            size = sizes[mixer, part.start] // part.share
-            clock = Clock(period=part.period)
-            boxes.append(Box(name, clock, size, part.objective, part.rule))
-            starts = 0 < part.period < row
-            kind = "initialise" if starts else "generate"
-            edges.append(Edge(slow.name, name, kind))
-            if part.name in mixer.ends:
-                ends[name] = "backprop" if part.period else "attend"
-        edges += [
-            dataclasses.replace(e, source=called[e.source], target=called[e.target])
-            for e in mixer.edges
-        ]
-    readers = tuple(ends)
-    for i, level in enumerate(config.cms.whole):
-        name = f"CMS {i + 1}"
-        fast = i in inside
-        period = level.period if level.period != float("inf") else row
-        rule = level.rule.kind.upper() if fast else "outer optimizer"
-        boxes.append(
-            Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
-        )
-        if fast:
-            edges.append(Edge(slow.name, name, "initialise"))
-            if config.cms.rates == "generated":
-                edges += [Edge(reader, name, "generate") for reader in readers]
-        edges += [Edge(below, name, kind) for below, kind in ends.items()]
-        ends = {name: "backprop"}
-    return System(tuple(boxes), tuple(edges))
-
-
-def _names(path) -> list[str]:
-    return [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
-
-
-def _owner(config: ModelConfig, keys: list[str]) -> str | tuple[MixerConfig, str]:
-    """The box that a parameter belongs to; in a mixer, it and a part's start."""
-    if "mixer" not in keys:
-        if "levels" in keys:
-            return f"CMS {int(keys[keys.index('levels') + 1]) + 1}"
-        return "slow weights"
-    at = keys.index("mixer")
-    mixer = config.pattern[int(keys[at - 1]) if "parts" in keys[:at] else 0]
-    inside = ".".join(keys[at + 1 :])
-    for part in mixer.parts:
-        if part.start and inside.startswith(f"{part.start}."):
-            return mixer, part.start
-    return "slow weights"
-
-
 def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState:
     """`batch` rows at the learned initial states, before their first token."""
     model = nnx.merge(graphdef, params)
@@ -245,10 +168,10 @@ def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState
 def apply(
     graphdef: nnx.GraphDef,
     params: PyTree,
-    tokens: Int[Array, "B T"],
+    tokens: Array | np.ndarray,
     state: LMState | None = None,
     *,
-    labels: Int[Array, "B T"] | None = None,
+    labels: Array | np.ndarray | None = None,
     aligned: bool | None = None,
     learn: bool | Learning = True,
     horizon: int | None = None,
@@ -257,14 +180,16 @@ def apply(
 
     Args:
       graphdef, params: of `build`.
-      tokens: ids in `[0, vocab)`, at least one a row.
+      tokens: `[B, T]`, ids in `[0, vocab)`, at least one a row.
       state: where each row stands; None starts fresh rows.
       labels: the next token of every position, where the text after `tokens` is known,
         as in training. They complete a last chunk that is full, which is then not held
         back. Logits are the same with and without. Needs `aligned`.
       aligned: static; promises that every row has read a multiple of `config.span`
         tokens, and reads chunks in parallel. By default true for a fresh state only;
-        else the tokens are read one by one, wherever each row stands.
+        else the tokens are read one by one, wherever each row stands. A promise that
+        is not kept is refused, or inside `jit`, where it cannot be looked at, the
+        logits of that row are NaN.
       learn: static; False leaves every fast level at its state: nothing is learned
         while reading. A `Learning` says so part by part.
       horizon: static, for fresh rows; promises that none of them reads more tokens than
@@ -274,13 +199,20 @@ def apply(
 
     Returns:
       Float32 logits, those of position t predicting token t + 1, and the new state.
+
+    Raises:
+      ValueError: no `[B, T]` ids of the vocabulary, a state of other rows or of another
+        model, or arguments that do not go together.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(f"tokens must be [B, T] with T >= 1, got {tokens.shape}.")
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers, got {tokens.dtype}.")
+    if tokens.ndim != 2 or min(tokens.shape) < 1:
+        raise ValueError(
+            f"tokens must be [B, T] with B >= 1 and T >= 1, got {tokens.shape}."
+        )
     aligned = state is None if aligned is None else aligned
     model = nnx.merge(graphdef, params)
+    tokens = ids("tokens", tokens, model.config.vocab)
+    if labels is not None:
+        labels = ids("labels", labels, model.config.vocab)
     model.learning = learn = learning.resolve(model.config, learn)
     if labels is not None and (not aligned or labels.shape != tokens.shape):
         raise ValueError(
@@ -296,7 +228,8 @@ def apply(
     if fresh:
         state = _begin(model, tokens.shape[0], horizon)
     else:
-        state = _layers_first(state)
+        _check_state(model, state, tokens.shape[0], aligned)
+        position, state = state.position, _layers_first(state)
     if not aligned:
         step = functools.partial(_step, model, learn=learn)
         if tokens.shape[1] == 1:
@@ -305,7 +238,71 @@ def apply(
         state, logits = jax.lax.scan(step, state, tokens.T)
         return jnp.moveaxis(logits, 0, 1), _rows_first(state)
     logits, state = _read_aligned(model, tokens, labels, state, fresh, learn)
+    if not fresh:
+        kept = position % model.config.span == 0
+        logits = jnp.where(kept[:, None, None], logits, jnp.nan)
     return logits, _rows_first(state)
+
+
+def ids(name: str, tokens: Array | np.ndarray, vocab: int) -> Int[Array, "..."]:
+    """Token ids as int32.
+
+    One that the model has no row for would be read as another token's, or make NaN of
+    all that its row ever remembers.
+
+    Raises:
+      ValueError: they are no integers, or one is outside `[0, vocab)`; what is traced
+        cannot be looked at.
+    """
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {tokens.dtype}.")
+    if not isinstance(tokens, Tracer):
+        host = np.asarray(tokens)
+        wrong = host[(host < 0) | (host >= vocab)]
+        if wrong.size:
+            raise ValueError(
+                f"{name} must be ids in [0, {vocab}), the model's vocabulary, got "
+                f"{wrong.flat[0]}. Use the tokenizer that the model was trained with."
+            )
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def _check_state(model, state, rows, aligned):
+    """Refuses a state that is not of these rows, of this model, or of this place."""
+    if not isinstance(state, LMState):
+        raise ValueError(
+            f"state must be an LMState, of initial_state or an earlier call, got "
+            f"{type(state).__name__}."
+        )
+    if state.position.shape != (rows,):
+        raise ValueError(
+            f"state is of {state.position.shape[0]} rows, tokens of {rows}."
+        )
+    fresh = jax.eval_shape(lambda: _rows_first(_begin(model, rows)))
+    # With a horizon, a state has only the first of the fast levels.
+    moving = len(state.levels)
+    blocks = fresh.blocks._replace(fast=fresh.blocks.fast[:moving])
+    expected = fresh._replace(blocks=blocks, levels=fresh.levels[:moving])
+    expected = expected._replace(held=expected.held if moving else None)
+    shapes = lambda tree: {  # noqa: E731
+        jax.tree_util.keystr(path): (leaf.shape, jnp.dtype(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    own, given = shapes(expected), shapes(state)
+    for path in [*own, *given]:
+        if own.get(path) != given.get(path):
+            raise ValueError(
+                "state is of another model: at state"
+                f"{path} it has {given.get(path)}, this model {own.get(path)}."
+            )
+    if aligned and not isinstance(state.position, Tracer):
+        behind = np.asarray(state.position) % model.config.span
+        if behind.any():
+            raise ValueError(
+                "aligned=True promises that every row has read a multiple of "
+                f"{model.config.span} tokens, but state.position is "
+                f"{np.asarray(state.position).tolist()}: leave aligned out."
+            )
 
 
 def next_token_loss(
@@ -396,10 +393,10 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
         return x, (state.mixer, state.opened)
 
     x, (mixers, opened) = jax.lax.scan(layer, x, (params, mixers, fast))
-    return _Read(full_precision(model.embed.attend(model.norm(x))), mixers, opened)
+    return _Read(wide(model.embed.attend(model.norm(x))), mixers, opened)
 
 
-def _read_and_blame(model, tokens, labels, mixers, fast):
+def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read"]:
     """What a base chunk's loss says of each row's fast weights, and its `_read`.
 
     The gradient is that of the chunk alone: states at its start are constants to it.
@@ -472,9 +469,9 @@ def _accumulate(model, levels, learned, read):
         if not model.learning.levels[model.config.fast[which]]:
             return level
         opened = jax.tree.map(lambda a: jnp.sum(a[..., which], axis=2), read.opened)
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
         return level._replace(
-            learned=add(level.learned, learned[which]), opened=add(level.opened, opened)
+            learned=collect(level.learned, learned[which]),
+            opened=collect(level.opened, opened),
         )
 
     return tuple(gathered(which, level) for which, level in enumerate(levels))
@@ -557,7 +554,7 @@ def _move_due(model, life, rows=None):
         if rows is None and period == config.base_chunk:
             fast[which], levels[which] = _move(model, which, *old)
             continue
-        due = life.position % period == 0
+        due = Clock(period=period).moves(life.position)
         due = due if rows is None else due & rows
 
         def move(*old, which=which, due=due):

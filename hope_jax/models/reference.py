@@ -133,7 +133,7 @@ def _live(
     )
 
     def recall(weights, x):
-        if not config.scale_free or memory.architecture == "linear":
+        if not config.scale_free or memory.chosen.architecture.linear:
             return apply(weights, x)
         return _norm(x) * apply(weights, x / _norm(x))
 

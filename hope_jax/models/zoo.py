@@ -53,6 +53,7 @@ class _Size:
         cms = CMSConfig(levels=levels, hidden=self.hidden[family], rates=rates)
         mixer = self.mixer(kind)
         if family == "hope_matrix":
+            assert isinstance(mixer, SelfModifyingConfig)
             matrix = dataclasses.replace(MATRIX, chunk=mixer.memory.chunk)
             mixer = dataclasses.replace(mixer, memory=matrix)
         return dataclasses.replace(self.shared, name=name, mixer=mixer, cms=cms)
@@ -68,6 +69,8 @@ def _levels(*periods: int, rate: float) -> tuple[CMSLevel, ...]:
 
 
 def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
+    titans = named.get("titans").memory
+    assert titans is not None
     return _Size(
         shared=ModelConfig(
             d_model=d_model,
@@ -83,11 +86,9 @@ def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
             AttentionConfig(context=4096),
             AttentionConfig(kind="softmax_attention", context=4096),
             SlidingWindowConfig(window=1024),
-            TitansContextConfig(memory=named.get("titans").memory, segment=512),
+            TitansContextConfig(memory=titans, segment=512),
             *(
-                TitansWindowConfig(
-                    kind=kind, memory=named.get("titans").memory, window=1024
-                )
+                TitansWindowConfig(kind=kind, memory=titans, window=1024)
                 for kind in ("titans_mag", "titans_mal")
             ),
             TNTConfig(global_chunk=2048, shard=2048),

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.optim.leaves import (
@@ -25,6 +26,7 @@ from hope_jax.optim.leaves import (
     as_type,
     check_fraction,
     guarded,
+    next_count,
     placed,
     rate_at,
     taken,
@@ -117,7 +119,7 @@ def adam_memory(
     def update(updates, state, params=None, **extra):
         del params, extra
         rate = rate_at(learning_rate, state.count)
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         leaves, structure = jax.tree.flatten(updates)
         standing = zip(
             structure.flatten_up_to(state.first),
@@ -262,7 +264,7 @@ def adagrad_memory(
         moved = [move(g, *s, rate) for g, s in zip(leaves, standing, strict=True)]
         steps, first, second = ([m[i] for m in moved] for i in (0, 1, 2))
         return structure.unflatten(steps), AdaGradMemoryState(
-            optax.safe_increment(state.count),
+            next_count(state.count),
             structure.unflatten(first),
             placed(updates, second),
         )
@@ -283,7 +285,7 @@ def _divide(above: Array, below: Array, seen: Array) -> Array:
 
 def _check_decays(literal: bool, **decays):
     for name, value in decays.items():
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             continue
         if literal and not 0.0 < value <= 1.0:
             raise ValueError(
@@ -295,5 +297,5 @@ def _check_decays(literal: bool, **decays):
 
 def _check_amounts(**amounts):
     for name, value in amounts.items():
-        if not isinstance(value, jax.core.Tracer) and not value >= 0:
+        if not isinstance(value, Tracer) and not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}.")

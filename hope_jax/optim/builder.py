@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from hope_jax.core.level import Differentiate
 from hope_jax.optim import capture, groups, leaves, slopes
@@ -44,7 +44,7 @@ def rules_of(config: Any) -> dict[groups.Kind, Rule]:
             "to 0 or use adamw."
         )
     default = RULES.get("adamw") if main.matrices else main
-    rules = {"matrices": main}
+    rules: dict[groups.Kind, Rule] = {"matrices": main}
     for kind in ("embeddings", "convolutions", "others"):
         given = getattr(config, kind)
         rules[kind] = rule = default if given is None else _known(kind, given)
@@ -93,7 +93,7 @@ def needs_inputs(config: Any) -> bool:
 
 
 def differentiation(
-    config: Any, layers: PyTree[Bool] | None, tokens: int
+    config: Any, layers: PyTree[bool] | None, tokens: int
 ) -> Differentiate | None:
     """How `hope_jax.core.level.hope_update` differentiates for a config's optimizer.
 
@@ -128,7 +128,7 @@ def differentiation(
 
 
 def describe(
-    config: Any, params: PyTree, periods: PyTree, layers: PyTree[Bool] | None = None
+    config: Any, params: PyTree, periods: PyTree, layers: PyTree[bool] | None = None
 ) -> str:
     """Which parameters `build` gives which rule on which clock, as a Markdown table.
 
@@ -145,7 +145,7 @@ def build(
     *,
     total_steps: int,
     periods: PyTree,
-    layers: PyTree[Bool] | None = None,
+    layers: PyTree[bool] | None = None,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that a config describes.
@@ -228,7 +228,7 @@ def inner(rule: Rule, rate: Array | float) -> optax.GradientTransformationExtraA
 
 
 def _promoting(
-    tx: optax.GradientTransformationExtraArgs,
+    tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` in float32 or wider, with JAX's standard type promotion inside.
 
@@ -237,6 +237,8 @@ def _promoting(
     integer counts, so a program that asks for strict promotion, as our tests do, could
     not use it.
     """
+
+    tx = optax.with_extra_args_support(tx)
 
     def widened(tree):
         return jax.tree.map(leaves.wide, tree)

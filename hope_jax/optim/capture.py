@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-Layers = PyTree[Bool] | Callable[[PyTree], PyTree[Bool]]
+from hope_jax.optim.leaves import wide_type
+
+Layers = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
 
 
 @functools.partial(
@@ -116,6 +118,7 @@ def dot(x: Float[Array, "*B I"], kernel: Array | Captured) -> Float[Array, "*B O
     if kernel.input_axis == -1:
         weight, slope = weight.mT, None if slope is None else slope.mT
     probe = kernel.gram if slope is None else slope
+    assert probe is not None  # a captured matrix has one of the two
     static = (probe.dtype.name, kernel.objective, kernel.tokens)
     return _dot(static, x, weight, (kernel.gram, kernel.count, kernel.rate, slope))
 
@@ -150,7 +153,7 @@ def _backward(static, residuals, cotangent):
         wide = rows.astype(dtype)
         norm = jnp.sum(wide**2, axis=-1, keepdims=True)
         scaled = (wide / (1.0 + rate.astype(dtype) * norm)).astype(rows.dtype)
-    exact = full_precision(rows.dtype)
+    exact = wide_type(rows.dtype)
     gram = jnp.matmul(scaled.T, rows, preferred_element_type=exact).astype(dtype)
     # A constant 1 would be one count for all of a vmap; this is one for each input.
     ones = jnp.where(jnp.isnan(rows[:, 0]), 1.0, 1.0).astype(dtype)
@@ -160,11 +163,6 @@ def _backward(static, residuals, cotangent):
 
 
 _dot.defvjp(_forward, _backward)
-
-
-def full_precision(dtype: jnp.dtype) -> jnp.dtype:
-    """float32, or `dtype` where that is wider."""
-    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
 
 
 def capture(
@@ -194,7 +192,7 @@ def capture(
             raise ValueError(
                 f"layers names a leaf of shape {jnp.shape(leaf)}, which is no matrix."
             )
-        dtype = full_precision(leaf.dtype)
+        dtype = wide_type(leaf.dtype)
         if objective is not None:
             return Captured(
                 weight=leaf,
@@ -227,6 +225,7 @@ def grams(noted: PyTree, reduce: Literal["mean", "sum"] = "sum") -> PyTree:
     """The `inputs` in the gradient of captured parameters; None for other leaves."""
 
     def inputs_of(matrix: Captured) -> Array:
+        assert matrix.gram is not None and matrix.count is not None
         if reduce == "sum":
             return matrix.gram
         return matrix.gram / jnp.maximum(matrix.count, 1.0)[..., None, None]

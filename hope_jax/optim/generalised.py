@@ -8,7 +8,7 @@ weights themselves are the memory (Definition 5, equations 58 to 60).
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,30 @@ from jaxtyping import Array, Int, PyTree
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import Level, LevelState, tick
 from hope_jax.core.transfer import attend, dot_product, regress
-from hope_jax.kernels.chunk import MemoryState, begin_memory, piece
-from hope_jax.memory import compose, features, retention
+from hope_jax.kernels.chunk import piece
+from hope_jax.memory import compose, features
 from hope_jax.memory.compose import MemoryConfig, Tokens
+from hope_jax.memory.flow import chain, transformation
+from hope_jax.memory.state import MemoryState, begin_memory
 from hope_jax.optim.leaves import (
     as_rows,
     as_type,
     check_fraction,
+    direction_of,
     guarded,
     like,
+    next_count,
     placed,
     rate_at,
     taken,
-    unit,
     unit_rows,
     wide,
 )
 from hope_jax.optim.levels import from_level
 
 Rows = Literal["mean", "sequence"]
+
+_NONE: Any = ((), (), ())  # `Tokens` that are rates alone: no k, v and q
 
 
 def gradient_level(
@@ -107,7 +112,7 @@ def gradient_level(
     rows = _mode(config, rows)
     check_fraction("retention", retention)
     check_fraction("inertia", inertia)
-    kept = 1.0 if config.retention == "none" else retention
+    kept = retention if config.chosen.retention.decays else 1.0
     carried = inertia if config.inertia else 0.0
     anchored = config.chunk if config.gradient == "anchored" else 1
     if inner_rate is None:
@@ -169,7 +174,7 @@ def gradient_level(
         init=_widthless,
         read=read,
         objective=objective,
-        flow=_all_at_once(config, tokens, Tokens((), (), (), **rates())),
+        flow=_all_at_once(config, tokens, Tokens(*_NONE, **rates())),
         clock=Clock(anchor=anchored),
         read_at=config.read,
         inputs=None if config.dgd == "none" else inputs,
@@ -180,8 +185,8 @@ def _mode(config: MemoryConfig, rows: Rows | None) -> Rows:
     if rows not in (None, "mean", "sequence"):
         raise ValueError(f"rows must be 'mean', 'sequence' or None, got {rows!r}.")
     without_mean = {
-        "rule": config.rule in ("implicit", "newton"),
-        "retention": config.retention == "oja",
+        "rule": config.chosen.rule.single_key,
+        "retention": config.chosen.retention.along_values,
         "window": config.window > 1,
         "steps": config.steps > 1,
     }
@@ -387,28 +392,21 @@ def _in_turn(config, sequence) -> optax.GradientTransformationExtraArgs:
         moved = jax.tree.map(jnp.subtract, state.memory.weights, params)
         return moved, state._replace(memory=state.memory._replace(weights=None))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _all_at_once(config, tokens, rates) -> optax.GradientTransformationExtraArgs:
     """The rule, delta term and retention of `config` for an item of several keys."""
-    plain = dataclasses.replace(config, retention="none", dgd="none", recall="before")
-    steps = [compose.build_flow(plain)]
-    if config.dgd != "none":
-        steps.append(_erase_rows(config, tokens))
-    if config.retention in compose.MIRRORS:
-        steps.append(retention.mirror(compose.link(config)))
-    elif config.retention != "none":
-        steps.append(retention.decay())
-    if config.retention in compose.PROJECTIONS:
-        steps.append(retention.project(compose.projection(config), config.chunk))
-    chain = optax.chain(*steps)
+    flow = compose.flow_of(config)
+    if flow.erase is not None:
+        flow = flow._replace(erase=_erase_rows(config, tokens))
+    whole = chain(flow)
 
     def update(updates, state, params=None, *, context, **extra):
         extra["gradient"] = context
-        return chain.update(updates, state, params, context=rates, **extra)
+        return whole.update(updates, state, params, context=rates, **extra)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    return transformation(whole.init, update)
 
 
 def _erase_rows(config, tokens) -> optax.GradientTransformationExtraArgs:
@@ -427,7 +425,7 @@ def _erase_rows(config, tokens) -> optax.GradientTransformationExtraArgs:
 
         return updates | {name: forget(name, *t) for name, t in terms.items()}, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    return transformation(lambda params: (), update)
 
 
 class GGDState(NamedTuple):
@@ -490,17 +488,17 @@ def ggd(
       ValueError: another config, fractions out of range, or inputs that do not fit.
     """
     config = _PROXIMAL if config is None else config
+    found = config.chosen
     wanted = {
-        "architecture": "linear",
-        "features": "none",
-        "norm": False,
+        "architecture": ("'linear'", found.architecture.matrix),
+        "features": ("'none'", found.features.plain),
+        "norm": ("False", not config.norm),
+        "chunk": ("1", config.chunk == 1 or config.gradient == "exact"),
     }
-    if config.gradient == "anchored":
-        wanted["chunk"] = 1
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
+    for name, (value, so) in wanted.items():
+        if not so:
             raise ValueError(
-                f"{name} must be {value!r}: the weights of a layer are the memory; got "
+                f"{name} must be {value}: the weights of a layer are the memory; got "
                 f"{getattr(config, name)!r}."
             )
     if input_axis not in (-1, -2):
@@ -509,7 +507,7 @@ def ggd(
         )
     check_fraction("retention", retention)
     check_fraction("inertia", inertia)
-    kept = 1.0 if config.retention == "none" else retention
+    kept = retention if found.retention.decays else 1.0
     carried = inertia if config.inertia else 0.0
 
     def turned(leaf):
@@ -546,7 +544,7 @@ def ggd(
         return GGDState(count, placed(params, flows), placed(params, recent))
 
     def learn(gradient, weight, x, flow, recent, rate):
-        along, size = unit(x, -1)
+        along, size = direction_of(x, -1)
         u = -(gradient @ along) / jnp.where(size > 0, size, 1)
         token = Tokens(
             k=x,
@@ -578,7 +576,7 @@ def ggd(
                 f"input_axis {input_axis}: it must be one vector of that axis's "
                 "length, with the matrix's leading axes if it has any."
             )
-        one = lambda *leaf: learn(*leaf, rate)  # noqa: E731
+        one = lambda *leaf: learn(*leaf, rate=rate)  # noqa: E731
         for _ in range(w.ndim - 2):
             one = jax.vmap(one)
         step, flow, recent = one(g, w, x.astype(jnp.float32), flow, recent)
@@ -603,9 +601,9 @@ def ggd(
             [x for x, unmasked in zip(given, here, strict=True) if unmasked],
             *(taken(updates, tree) for tree in (state.flow, state.recent)),
         ]
-        moved = [move(*leaf, rate) for leaf in zip(*rest, strict=True)]
+        moved = [move(*leaf, rate=rate) for leaf in zip(*rest, strict=True)]
         steps, flow, recent = zip(*moved, strict=True) if moved else ((), (), ())
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         return jax.tree.structure(updates).unflatten(steps), GGDState(
             count, placed(updates, flow), placed(updates, recent)
         )

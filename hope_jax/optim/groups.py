@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
+from hope_jax.core.clock import Clock
+from hope_jax.core.level import Collected, collect, move, nothing
 from hope_jax.core.system import human, markdown
-from hope_jax.optim.capture import full_precision
-from hope_jax.optim.leaves import like, path_names, zeros
+from hope_jax.optim.leaves import like, path_names, wide_type, zeros
 
 Kind = Literal["matrices", "embeddings", "convolutions", "others"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,7 +45,7 @@ def on_clock(
     period: int,
     *,
     reduce: Literal["mean", "sum"] = "mean",
-    layers: PyTree[Bool] | None = None,
+    layers: PyTree[bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, moving on every `period`-th step only, by the gradients of all of them.
 
@@ -82,6 +83,7 @@ def on_clock(
     inner = optax.with_extra_args_support(inner)
     if period == 1:
         return inner
+    clock = Clock(period=period)
     scale = 1 / period if reduce == "mean" else 1.0
 
     def init(params):
@@ -101,26 +103,24 @@ def on_clock(
                 "layers names matrices whose inputs are needed: update(grads, state, "
                 "params, inputs=...), as capture.dgd_gradients gives them."
             )
-        gradient = jax.tree.map(
-            lambda total, g: total + g.astype(total.dtype), state.gradient, updates
-        )
+        gradient = collect(state.gradient, updates)
         count = state.count + 1
         inputs = state.inputs
         if layers is not None:
-            given = _where_not_masked(lambda _, x: x, updates, extra["inputs"])
-            inputs = jax.tree.map(jnp.add, inputs, given)
+            given = _where_not_masked(lambda _, x: x, updates, extra.pop("inputs"))
+            inputs = collect(inputs, given)
 
-        def move():
-            given = {} if layers is None else {"inputs": reduced(inputs)}
-            one = like(reduced(gradient), updates)
-            moved, opt = inner.update(one, state.inner, params, **extra | given)
-            fresh = jnp.zeros_like(count), _zeros(gradient), opt, _zeros(inputs)
+        def due():
+            given = None if layers is None else reduced(inputs)
+            one = Collected(like(reduced(gradient), updates), given)
+            moved, opt, _ = move(inner, one, state.inner, params, **extra)
+            fresh = jnp.zeros_like(count), nothing(gradient), opt, nothing(inputs)
             return moved, OnClockState(*fresh)
 
         def stay():
-            return _zeros(updates), OnClockState(count, gradient, state.inner, inputs)
+            return nothing(updates), OnClockState(count, gradient, state.inner, inputs)
 
-        return jax.lax.cond(count == period, move, stay)
+        return jax.lax.cond(clock.moves(count), due, stay)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -130,7 +130,7 @@ def on_clocks(
     periods: PyTree,
     *,
     reduce: Literal["mean", "sum"] = "mean",
-    layers: PyTree[Bool] | None = None,
+    layers: PyTree[bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rule for each group of parameters of one period.
 
@@ -183,7 +183,7 @@ def kind(path: tuple, leaf: Any) -> Kind:
 
 
 def names_of(
-    params: PyTree, names: Mapping[Kind, str], *, layers: PyTree[Bool] | None = None
+    params: PyTree, names: Mapping[Kind, str], *, layers: PyTree[bool] | None = None
 ) -> PyTree[str]:
     """Which rule moves each leaf.
 
@@ -296,10 +296,6 @@ def describe(groups: Iterable[Group]) -> str:
     return markdown(("moves", "by", "on", "parameters"), rows)
 
 
-def _zeros(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.zeros_like, tree)
-
-
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
@@ -314,13 +310,13 @@ def _where_not_masked(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree
     )
 
 
-def _no_inputs(params: PyTree, layers: PyTree[Bool]) -> PyTree:
+def _no_inputs(params: PyTree, layers: PyTree[bool]) -> PyTree:
     """Gram matrices of no inputs, and None for what multiplies nothing."""
 
     def zeros(leaf, chosen):
         if not chosen:
             return None
         shape = (*leaf.shape[:-1], leaf.shape[-2])
-        return jnp.zeros(shape, full_precision(leaf.dtype))
+        return jnp.zeros(shape, wide_type(leaf.dtype))
 
     return _where_not_masked(zeros, params, layers)

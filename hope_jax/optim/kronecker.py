@@ -24,11 +24,12 @@ from jaxtyping import Array, Float, Int, PyTree
 from hope_jax.optim import orthogonal
 from hope_jax.optim.leaves import (
     as_type,
+    direction_of,
     guarded,
     like,
+    next_count,
     placed,
     taken,
-    unit,
     wide,
     zeros,
 )
@@ -192,10 +193,10 @@ def scale_by_shampoo(
         direction = _turn(mean / _safe(root_of_trace), powers)
         if grafting == "none":
             return direction
-        direction, _ = unit(direction, (-2, -1))
+        direction, _ = direction_of(direction, (-2, -1))
         if grafting == "rms":
             return orthogonal.RMS * math.sqrt(math.prod(mean.shape[-2:])) * direction
-        _, norm = unit(_over(mean, squares / jnp.sqrt(debt)), (-2, -1))
+        _, norm = direction_of(_over(mean, squares / jnp.sqrt(debt)), (-2, -1))
         return norm * direction
 
     def init(params):
@@ -208,7 +209,7 @@ def scale_by_shampoo(
 
     def update(updates, state, params=None, **extra):
         del params, extra
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         gradient, structure = _flat(updates)
         memory = _average(structure, state.memory, gradient, b1)
         squares = [None] * len(gradient)
@@ -326,7 +327,7 @@ def scale_by_soap(
         root = root / jnp.sqrt(_one_minus_power(b2, count, memory.dtype))
         below = root + as_type(eps, root)
         if jax.tree.leaves(bases):  # along axes that no gradient had: rounding errors
-            _, norm = unit(root, (-2, -1))
+            _, norm = direction_of(root, (-2, -1))
             below = jnp.where(root > 4 * jnp.finfo(root.dtype).eps * norm, below, 0)
         return _turn(_over(_turn(mean, bases, back=True), below), bases)
 
@@ -367,7 +368,7 @@ def scale_by_soap(
             first,
         )
         return like(structure.unflatten(directions), updates), SoapState(
-            optax.safe_increment(state.count),
+            next_count(state.count),
             structure.unflatten(memory),
             structure.unflatten(root),
             placed(updates, grams),

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 
 def path_names(path: tuple) -> tuple[str, ...]:
@@ -118,10 +120,14 @@ def _is_empty(leaf: Any) -> bool:
     return 0 in jnp.shape(leaf)
 
 
+def wide_type(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or `dtype` where that is wider."""
+    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
+
+
 def wide(leaf: Array) -> Array:
     """`leaf` in float32 or wider: in bfloat16 a decay of 0.999 is 1."""
-    narrow = jnp.finfo(leaf.dtype).bits < 32
-    return leaf.astype(jnp.float32 if narrow else leaf.dtype)
+    return leaf.astype(wide_type(leaf.dtype))
 
 
 def zeros(params: PyTree) -> PyTree:
@@ -139,7 +145,12 @@ def as_type(value, leaf: Array) -> Array:
     return jnp.asarray(value, leaf.dtype)
 
 
-def rate_at(learning_rate: optax.ScalarOrSchedule, count: Array):
+def next_count(count: Int[Array, ""]) -> Int[Array, ""]:
+    """One more, up to the largest there is: `optax.safe_increment`, of an array."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
+def rate_at(learning_rate: optax.ScalarOrSchedule, count: ArrayLike):
     return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
@@ -153,7 +164,7 @@ def as_rows(leaf: Array) -> Float[Array, "R C"]:
     return leaf.reshape(-1, leaf.shape[-1] if leaf.ndim else 1)
 
 
-def unit(x: Array, axis) -> tuple[Array, Array]:
+def direction_of(x: Array, axis) -> tuple[Array, Array]:
     """x in unit norm over `axis`, and that norm; zero stays zero, nothing overflows."""
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
     scaled = x / jnp.where(largest > 0, largest, 1.0)
@@ -166,14 +177,14 @@ def unit_rows(
 ) -> tuple[Float[Array, "R C"], Float[Array, "R 1"], Float[Array, " R"]]:
     """The rows of a leaf as directions, their norms, and the weight of each row in a
     mean over those that are not zero."""
-    rows, norm = unit(as_rows(leaf), -1)
+    rows, norm = direction_of(as_rows(leaf), -1)
     present = (norm[:, 0] > 0).astype(rows.dtype)
     return rows, norm, present / jnp.maximum(jnp.sum(present), 1.0)
 
 
 def check_fraction(name, value):
     """Refuses a retained fraction outside [0, 1]; a traced one cannot be looked at."""
-    if not isinstance(value, jax.core.Tracer) and not 0.0 <= value <= 1.0:
+    if not isinstance(value, Tracer) and not 0.0 <= value <= 1.0:
         raise ValueError(
             f"{name} is the part of the memory that is kept, in [0, 1]; got {value}."
         )

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.level import Level, Seen, begin, tick
-from hope_jax.optim.leaves import guarded, placed, taken, wide
+from hope_jax.optim.leaves import guarded, next_count, placed, taken, wide
 
 
 class Remembered(NamedTuple):
@@ -125,9 +125,9 @@ def from_level(
         if level.clock.parametric:
             return tick(level, standing, gradient)
         past, count = standing
-        count = optax.safe_increment(count)
+        count = next_count(count)
         past = jnp.concatenate([past[1:], gradient[None].astype(past.dtype)])
-        seen = Seen(past, jnp.arange(context) >= context - count)
+        seen = Seen(past, jnp.arange(len(past)) >= len(past) - count)
         return Remembered(past, count), level.read(seen, gradient)
 
     def update(updates, state, params=None, **extra):

@@ -101,8 +101,6 @@ def for_matrices(
         return groups.by_name(rules, lambda tree: labels)
 
     def cut(tree, known, structure):
-        if tree is None:
-            return None
         leaves = structure.flatten_up_to(tree)
         cuts = [_cut(*pair) for pair in zip(leaves, known, strict=True)]
         return structure.unflatten(cuts)
@@ -116,7 +114,7 @@ def for_matrices(
         moved, state = parts(known, structure).update(
             cut(updates, known, structure),
             state,
-            cut(params, known, structure),
+            None if params is None else cut(params, known, structure),
             **extra,
         )
         leaves = zip(

@@ -11,9 +11,10 @@ slow parameters, so that an optimizer learned on one tree will move any other.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,15 @@ from hope_jax.core.level import (
     unroll,
 )
 from hope_jax.core.transfer import attend, regress
-from hope_jax.optim.leaves import as_type, guarded, placed, rate_at, taken, wide
+from hope_jax.optim.leaves import (
+    as_type,
+    guarded,
+    next_count,
+    placed,
+    rate_at,
+    taken,
+    wide,
+)
 
 MEMORIES = ("recurrent", "attention")
 OBJECTIVES = ("log", "mean")
@@ -190,9 +199,11 @@ def memory_level(memory: Recurrent | Attention, config: LearnedConfig) -> Level:
     level, which keeps its context instead of compressing it.
     """
     if config.memory == "recurrent":
+        assert isinstance(memory, Recurrent)
+        gates = memory.gate
 
         def objective(m, item):
-            z = jax.nn.sigmoid(_linear(memory.gate, _even(item)))
+            z = jax.nn.sigmoid(_linear(gates, _even(item)))
             return 0.5 * jnp.sum(z * (m - item.unit) ** 2)
 
         return Level(
@@ -203,14 +214,17 @@ def memory_level(memory: Recurrent | Attention, config: LearnedConfig) -> Level:
             read_at="post",
         )
 
+    window = config.window
+    assert window is not None  # attention has one
+
     def head(lag, agree, similar):
-        def score(key, query):
+        def score(key: Any, query: Any):
             (past, then), (present, now) = key, query
-            age = jnp.clip(now - then, 0, config.window - 1)  # older ones are masked
+            age = jnp.clip(now - then, 0, window - 1)  # older ones are masked
             alike = _even(present) @ similar @ _even(past)
             return lag[age] + agree * past.unit * present.unit + alike
 
-        return regress(score, window=config.window)
+        return regress(score, window=window)
 
     def read(context, mask, item):
         # A loop, for `regress` maps over a context; there are few heads.
@@ -290,14 +304,18 @@ def learned(
     def update(updates, state, params=None, **extra):
         del params, extra
         rate = rate_at(learning_rate, state.count)
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         leaves, structure = jax.tree.flatten(updates)
         rest = [structure.flatten_up_to(tree) for tree in (state.root, state.peak)]
         rest.append(taken(updates, state.memory))
-        moved = [move(*leaf, count, rate) for leaf in zip(leaves, *rest, strict=True)]
-        steps, *rest = zip(*moved, strict=True) if moved else ((),) * 4
+        moved = [
+            move(*leaf, count=count, rate=rate)
+            for leaf in zip(leaves, *rest, strict=True)
+        ]
+        steps, *roots, memory = zip(*moved, strict=True) if moved else ((),) * 4
+        root, peak = map(structure.unflatten, roots)
         return structure.unflatten(steps), LearnedState(
-            count, *map(structure.unflatten, rest[:2]), placed(updates, rest[2])
+            count, root, peak, placed(updates, memory)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -513,14 +531,14 @@ def _push(new, window):
 def _attention(memory: Attention, window: Item, count) -> Float[Array, "*shape M"]:
     newest = jax.tree.map(lambda leaf: leaf[..., :1], window)
     even = _even(window)  # [*shape, N, 3]
-    query = jnp.einsum("...e,jef->...jf", even[..., 0, :], memory.similar, **_EXACT)
-    scores = jnp.einsum("...jf,...nf->...jn", query, even, **_EXACT)
+    query = _einsum("...e,jef->...jf", even[..., 0, :], memory.similar)
+    scores = _einsum("...jf,...nf->...jn", query, even)
     agree = (window.unit * newest.unit)[..., None, :]
     scores = scores + _like(memory.lag, scores)
     scores = scores + _like(memory.agree[:, None], scores) * agree
     there = jnp.arange(memory.lag.shape[1], dtype=jnp.int32) < count
     weights = jax.nn.softmax(jnp.where(_like(there, scores), scores, -jnp.inf))
-    return jnp.einsum("...jn,...n->...j", weights, window.unit, **_EXACT)
+    return _einsum("...jn,...n->...j", weights, window.unit)
 
 
 def _step(readout: Readout, item: Item, reads, span):
@@ -536,11 +554,11 @@ def _step(readout: Readout, item: Item, reads, span):
 
 
 # Matrices of a few numbers, on which a device's short-cuts are lost precision.
-_EXACT = {"precision": jax.lax.Precision.HIGHEST}
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _linear(w: Float[Array, "O I"], x: Float[Array, "*shape I"]):
-    return jnp.einsum("oi,...i->...o", w, x, **_EXACT)
+    return _einsum("oi,...i->...o", w, x)
 
 
 def _like(x, other):

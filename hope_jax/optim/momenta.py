@@ -23,10 +23,11 @@ from hope_jax.optim.leaves import (
     as_matrix,
     as_type,
     check_fraction,
+    direction_of,
     guarded,
     like,
+    next_count,
     rate_at,
-    unit,
     wide,
     zeros,
 )
@@ -169,7 +170,7 @@ def delta_momentum(
             kept, written = _proximal(m, g, rate)
             m = alpha * kept - _multiply(p, written)
         elif stability == "clip":
-            direction, size = unit(g, (-2, -1))
+            direction, size = direction_of(g, (-2, -1))
             forgotten = jnp.minimum((jnp.sqrt(rate) * size) ** 2, alpha)
             m = alpha * m - forgotten * (m @ direction.mT) @ direction
             m = m - rate * _multiply(p, g)
@@ -419,7 +420,7 @@ def _with_memory(
             factors = (structure.unflatten(leaves),)
         memory = jax.tree.map(move, updates, state.memory, *factors)
         updates = jax.tree.map(give, memory, updates)
-        return updates, MomentumState(memory, optax.safe_increment(state.count))
+        return updates, MomentumState(memory, next_count(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

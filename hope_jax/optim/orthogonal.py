@@ -60,7 +60,7 @@ def orthogonalise_tree(
     check_matrices(tree)
     on_cpu = jax.default_backend() == "cpu"
     if dtype is None and not on_cpu:
-        dtype = jnp.bfloat16
+        dtype = jnp.dtype(jnp.bfloat16)
 
     def factor_of(batch):
         return orthogonalise(batch, steps, dtype=dtype)

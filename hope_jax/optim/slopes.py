@@ -10,7 +10,7 @@ of first order needs of it. `hope_jax.optim.capture.value_and_slopes` finds it f
 matrix in the backward pass, exactly, token by token; here is the rule.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,14 @@ from hope_jax.optim.leaves import (
     as_type,
     check_fraction,
     guarded,
+    next_count,
     placed,
     rate_at,
     taken,
     wide,
 )
+
+_NONE: Any = ((), (), ())  # `Tokens` that are rates alone: no k, v and q
 
 
 class SlopesState(NamedTuple):
@@ -73,7 +76,7 @@ def descend_slopes(
         raise ValueError(
             f"input_axis must be -1 (y = W x) or -2 (y = x W), got {input_axis}."
         )
-    flow = compose.build_flow(config)
+    flow: Any = compose.build_flow(config)
 
     def turned(leaf):
         return wide(leaf.mT if input_axis == -2 else leaf)
@@ -97,7 +100,7 @@ def descend_slopes(
             return -as_type(rate, slope) * slope, state
         given = (rate, retention, inertia)
         eta, alpha, theta = (as_type(value, wide(slope)) for value in given)
-        rates = Tokens(k=(), v=(), q=(), eta=eta, alpha=alpha, theta=theta)
+        rates = Tokens(*_NONE, eta=eta, alpha=alpha, theta=theta)
 
         def one(slope, weight, state):
             moved, state = flow.update(
@@ -120,10 +123,10 @@ def descend_slopes(
         rate = rate_at(learning_rate, state.count)
         leaves, structure = jax.tree.flatten(updates)
         rest = [structure.flatten_up_to(params), taken(updates, state.flow)]
-        moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
+        moved = [move(*leaf, rate=rate) for leaf in zip(leaves, *rest, strict=True)]
         steps, flows = zip(*moved, strict=True) if moved else ((), ())
         return structure.unflatten(steps), SlopesState(
-            optax.safe_increment(state.count), placed(updates, flows)
+            next_count(state.count), placed(updates, flows)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -139,23 +142,27 @@ def objective(config: MemoryConfig):
 def check_config(config: MemoryConfig) -> None:
     """Refuses memories that are no matrix, or whose rule needs one key at a time."""
     wanted = {
-        "architecture": ("linear",),
-        "features": ("none",),
-        "norm": (False,),
-        "window": (1,),
-        "steps": (1,),
-        "dgd": ("none",),
-        "rate_law": ("token",),
+        "architecture": ("'linear'", config.chosen.architecture.matrix),
+        "features": ("'none'", config.chosen.features.plain),
+        "norm": ("False", not config.norm),
+        "window": ("1", config.window == 1),
+        "steps": ("1", config.steps == 1),
+        "dgd": ("'none'", config.dgd == "none"),
+        "rate_law": ("'token'", config.rate_law == "token"),
     }
-    for name, values in wanted.items():
-        if getattr(config, name) not in values:
+    for name, (value, so) in wanted.items():
+        if not so:
             raise ValueError(
-                f"{name} must be {values[0]!r} for the weights of a layer as the "
+                f"{name} must be {value} for the weights of a layer as the "
                 f"memory of a batch; got {getattr(config, name)!r}."
             )
-    single = {"rule": ("implicit", "newton"), "retention": ("oja", "channel")}
-    for name, values in single.items():
-        if getattr(config, name) in values:
+    kept = config.chosen.retention
+    single = {
+        "rule": config.chosen.rule.single_key,
+        "retention": kept.along_values or kept.channels,
+    }
+    for name, so in single.items():
+        if so:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} solves for one key at a time, and a "
                 "batch has many: optim.dgd is the implicit rule for l2."

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.data.tokenizer import Tokenizer
+from hope_jax.models import lm
 from hope_jax.stream.reader import Reader, check_tokenizer
 
 _WINDOW = 256  # tokens of a prompt read in parallel, at least
@@ -46,17 +47,22 @@ class Sampling:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][-1]
             logits = jnp.where(logits < least, -jnp.inf, logits)
+        assert key is not None  # only the likeliest token needs none
         return jax.random.categorical(key, logits / self.temperature).astype(jnp.int32)
 
 
 def prefill(
-    reader: Reader, params: PyTree, prompt: Int[np.ndarray, " T"], learn: bool = True
+    reader: Reader, params: PyTree, prompt: np.ndarray, learn: bool = True
 ) -> tuple[PyTree, Int[np.ndarray, " R"]]:
-    """Reads the whole windows of a prompt in parallel.
+    """Reads the whole windows of a prompt of T token ids in parallel.
 
     Returns:
       The state after them, for one row, and the R tokens that are left to read.
+
+    Raises:
+      ValueError: the prompt has an id that the model has no row for.
     """
+    lm.ids("prompt", prompt, reader.vocab)
     window = reader.window(_WINDOW)
     state = reader.start(params, 1)
     whole = len(prompt) // window
@@ -142,6 +148,7 @@ def generate(
     Raises:
       ValueError: `tokens` or `block` below 1, or a tokenizer with more ids than the
         model.
+      FloatingPointError: the model says NaN; raised where its first token would be.
     """
     # Checked here and not in the generator below, which runs at its first `next`.
     if tokens < 1:
@@ -178,6 +185,11 @@ def _generate(reader, params, tokenizer, read, tokens, key, sampling, learn, blo
             given,
             _fold_in(key, at),
         )
+        if not bool(jnp.isfinite(logits).all()):
+            raise FloatingPointError(
+                f"logits are not finite within {drawn + block} tokens: the model's "
+                "memory or its parameters hold NaN or inf, and no token can be drawn."
+            )
         for token in np.asarray(made)[max(0, -drawn) : tokens - drawn].tolist():
             if token == tokenizer.bos:
                 return

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from hope_jax.core import config as config_lib
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.models import lm
+from hope_jax.models.learning import Learning
 from hope_jax.train import checkpoint, loop
 from hope_jax.train.config import RunConfig
 
@@ -33,7 +34,9 @@ class Reader(NamedTuple):
       vocab: ids the model knows.
     """
 
-    apply: Callable[[PyTree, Array, PyTree, bool, bool], tuple[Array, PyTree]]
+    apply: Callable[
+        [PyTree, Array, PyTree, bool, bool | Learning], tuple[Array, PyTree]
+    ]
     initial_state: Callable[[PyTree, int], PyTree]
     span: int
     vocab: int
@@ -68,14 +71,15 @@ def reader_of(config: lm.ModelConfig) -> Reader:
 
     The parameters stay outside: every function of a reader takes them.
     """
-    graphdef = None
+    made = []
 
     def build():
-        nonlocal graphdef
         graphdef, params = lm.build(config, jax.random.key(0))
+        made.append(graphdef)
         return params
 
     jax.eval_shape(build)  # the structure alone; no parameter is made
+    (graphdef,) = made
 
     def apply(params, tokens, state, aligned, learn):
         return lm.apply(

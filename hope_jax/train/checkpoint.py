@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from jaxtyping import PyTree
 
 from hope_jax.core import config as config_lib
 from hope_jax.data import stream, tokenizer
+from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.optim.groups import path_names
 from hope_jax.train.config import RunConfig
@@ -319,7 +320,7 @@ class Checkpoints:
         grown: Mapping[str, jax.Array] | None = None,
     ) -> PyTree:
         """`grown` are vectors that may be saved shorter; they then go on as here."""
-        wanted = _targets(like, item)
+        wanted = _targets(like, item, meta[item])
         targets, rest = dict(wanted), {}
         for name, whole in (grown or {}).items():
             count = meta[item][name][1][0] if name in meta[item] else 0
@@ -462,7 +463,7 @@ def manifest(arrays: Mapping[str, Any]) -> dict[str, list]:
 
     def entry(array) -> list:
         host = np.ascontiguousarray(jax.device_get(array))
-        digest = hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()
+        digest = hashlib.sha256(host.reshape(-1).view(np.uint8).data).hexdigest()
         return [str(host.dtype), list(np.shape(array)), digest]
 
     with futures.ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
@@ -482,7 +483,11 @@ def _arrays(tree: PyTree, item: str) -> dict[str, jax.Array]:
     }
 
 
-def _targets(like: PyTree, item: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _targets(
+    like: PyTree, item: str, saved: Collection[str]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is wanted of each array, under the name by which it was saved."""
+
     def target(leaf):
         shape, dtype = leaf.shape, leaf.dtype
         if _is_key(leaf):
@@ -490,14 +495,53 @@ def _targets(like: PyTree, item: str) -> dict[str, jax.ShapeDtypeStruct]:
             shape, dtype = data.shape, data.dtype
         return jax.ShapeDtypeStruct(shape, dtype, sharding=leaf.sharding)
 
-    return {name: target(leaf) for name, leaf in _named(like, item).items()}
+    named = now = _named(like, item)
+    for places in _EARLIER:
+        if set(named) == set(saved):
+            break
+        named = _named(like, item, places)
+    if set(named) != set(saved):  # which a message then says of today's names
+        named = now
+    return {name: target(leaf) for name, leaf in named.items()}
 
 
-def _named(tree: PyTree, item: str) -> dict[str, Any]:
+# Before the parts of a memory's flow had names, they had places in a chain; where a
+# memory learned all rows of a gradient at once, its rule was a chain inside that.
+def _in_a_row(part: str, present: list[str]) -> str:
+    return f"{present.index(part)}"
+
+
+def _rule_apart(part: str, present: list[str]) -> str:
+    rule = [name for name in present if name in ("step", "momentum")]
+    if part in rule:
+        return f"0.{rule.index(part)}"
+    return f"{1 + present.index(part) - len(rule)}"
+
+
+_EARLIER = (_in_a_row, _rule_apart)
+
+
+def _paths(tree: PyTree, places: Callable[[str, list[str]], str] | None):
+    """The names on the way to each leaf; of the parts of flows their `places`."""
+    flatten = jax.tree_util.tree_flatten_with_path
+    is_flow = lambda node: isinstance(node, FlowState)  # noqa: E731
+    for path, node in flatten(tree, is_leaf=is_flow if places else None)[0]:
+        if places is None or not is_flow(node):
+            yield path_names(path), node
+            continue
+        present = [n for n, part in node._asdict().items() if part is not None]
+        for (first, *rest), leaf in flatten(node)[0]:
+            (part,) = path_names((first,))
+            place = places(part, present).split(".")
+            yield (*path_names(path), *place, *path_names(tuple(rest))), leaf
+
+
+def _named(
+    tree: PyTree, item: str, places: Callable[[str, list[str]], str] | None = None
+) -> dict[str, Any]:
     """Leaves by dotted name: independent of the containers, so of library versions."""
     named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        parts = path_names(path)
+    for parts, leaf in _paths(tree, places):
         for part in parts:
             if not _PART.fullmatch(part):
                 raise ValueError(
@@ -512,7 +556,7 @@ def _named(tree: PyTree, item: str) -> dict[str, Any]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -196,7 +196,7 @@ def check_rows(config: RunConfig) -> None:
                 "be the same: rows are what attention looks back over. Set "
                 f"{place}.context={seq_len}, or train.seq_len={mixer.context}."
             )
-    if model.fast and seq_len <= model.base_chunk:
+    if model.base_chunk is not None and seq_len <= model.base_chunk:
         raise ValueError(
             f"train.seq_len ({seq_len}) must be more than the fastest period of "
             f"model.cms.levels ({model.base_chunk}): no level would move inside a row, "

@@ -350,7 +350,8 @@ def _validation_rows(
 
 def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
     """`params -> metrics` over the validation rows, or None."""
-    if source.validation is None:
+    rows = source.validation
+    if rows is None:
         return None
     evaluate = sharding.jit_evaluation(
         step_lib.make_evaluation(graphdef, lm.apply), mesh
@@ -358,8 +359,7 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
 
     def mean(params) -> dict[str, float]:
         losses = [
-            evaluate(params, sharding.shard_batch(tokens, mesh))
-            for tokens in source.validation
+            evaluate(params, sharding.shard_batch(tokens, mesh)) for tokens in rows
         ]
         loss = float(np.mean([float(value) for value in losses]))
         bits = _bits(loss, source.validation_bytes_per_token)

@@ -80,7 +80,7 @@ def write_result(
             f"experiment must not be {experiment!r}: that folder holds benchmarks."
         )
     _check_result(result, "this result")
-    return _write(Path(directory) / experiment / f"{row}-s{seed}.json", result)
+    return write_json(Path(directory) / experiment / f"{row}-s{seed}.json", result)
 
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def write_benchmark(
     _check_benchmark(benchmark, "this benchmark")
     slug = re.sub(r"[^a-z0-9]+", "-", benchmark["device"].lower()).strip("-")
     path = Path(directory) / _BENCHMARKS / f"{name}-{slug}.json"
-    return _write(path, benchmark)
+    return write_json(path, benchmark)
 
 
 def read_benchmark(path: str | os.PathLike) -> dict[str, Any]:
@@ -356,15 +356,15 @@ def _read(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} is no JSON: {error}.") from None
 
 
-def _write(path: Path, data: Any) -> Path:
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+def write_json(path: str | os.PathLike, data: Any) -> Path:
+    """Writes beside, as `.NAME`, then renames: a reader never sees half a file."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, text)
+    _replace(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
     return path
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes beside, then renames: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

@@ -10,7 +10,9 @@ from jaxtyping import PyTree
 DATA = "data"
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] jax does not say that it is a class
+) -> Mesh:
     """All devices on one axis, `data`; one device is a mesh of one."""
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices), (DATA,), axis_types=(AxisType.Auto,))

@@ -46,4 +46,4 @@ def abstract(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
 
 def outer_level(tx: optax.GradientTransformation, objective=None) -> Level:
     """The level that pre-training moves: once a batch, by `tx`."""
-    return Level(init=None, read=None, objective=objective, flow=tx)
+    return Level(None, None, objective, tx)  # pyright: ignore[reportArgumentType] the loop begins it and does not read it

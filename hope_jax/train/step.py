@@ -9,13 +9,14 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.level import Differentiate, Fast, Slow, hope_update
+from hope_jax.models.lm import next_token_loss
 from hope_jax.train.state import TrainState, outer_level
 
 Metrics = dict[str, Array]
 Apply = Callable[..., tuple[Float[Array, "B T N"], PyTree]]
 
 
-def next_token_loss(
+def mean_loss(
     logits: Float[Array, "B T N"], tokens: Int[Array, "B T1"]
 ) -> Float[Array, ""]:
     """Mean cross-entropy of each next token, in nats, float32.
@@ -24,9 +25,7 @@ def next_token_loss(
       logits: `logits[:, t]` predicts `tokens[:, t + 1]`.
       tokens: one more a row than there are logits.
     """
-    return optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), tokens[:, 1:]
-    ).mean()
+    return next_token_loss(logits.astype(jnp.float32), tokens[:, 1:]).mean()
 
 
 def make_step(
@@ -58,7 +57,7 @@ def make_step(
 
     def objective(params, context):
         tokens, logits = context
-        return next_token_loss(logits, tokens)
+        return mean_loss(logits, tokens)
 
     level = outer_level(tx, objective)
 
@@ -89,6 +88,6 @@ def make_evaluation(
 
     def evaluate(params, tokens):
         logits, _ = apply_fn(graphdef, params, tokens[:, :-1], None)
-        return next_token_loss(logits, tokens)
+        return mean_loss(logits, tokens)
 
     return evaluate

@@ -17,13 +17,13 @@ from hope_jax.core.system import (
     as_level,
     by_frequency,
     describe,
-    draw,
     live,
     rows,
     start,
 )
 from hope_jax.core.transfer import attend
 from hope_jax.optim.rules.dgd import dgd
+from hope_jax.plot import draw
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):
@@ -486,10 +486,12 @@ def test_describe_says_what_is_there():
 
 
 def test_draw_keeps_boxes_apart_and_everything_in_the_picture(tmp_path):
-    figure = draw(hope(), tmp_path / "levels.png")
+    figure = draw(hope(), ylabel="pace", title="Hope")
+    figure.savefig(tmp_path / "levels.png")
     assert (tmp_path / "levels.png").stat().st_size > 10_000
     axes = figure.axes[0]
-    figure.canvas.draw()
+    assert (axes.get_ylabel(), axes.get_title("left")) == ("pace", "Hope")
+    figure.draw_without_rendering()
     patches = [p for p in axes.patches if type(p).__name__ == "FancyBboxPatch"]
     arrows = [p for p in axes.patches if type(p).__name__ == "FancyArrowPatch"]
     assert len(patches) == 10 and len(arrows) == len(hope().edges)

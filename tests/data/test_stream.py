@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from hope_jax.data import stream, text, tokenizer
+from hope_jax.data import reading, stream, text, tokenizer
 from hope_jax.data.stream import Rows, StreamConfig
 
 _BOS = 256
@@ -221,7 +221,7 @@ def test_batches_refuse_what_does_not_fit(monkeypatch):
         stream.batches(rows, config(), process_count=3)
     with pytest.raises(ValueError, match="seq_len must be at least 1, got 0"):
         Rows(some_documents(9), seq_len=0, vocab_size=257)
-    monkeypatch.setattr(stream.flags, "FLAGS", flags.FlagValues())
+    monkeypatch.setattr(reading.flags, "FLAGS", flags.FlagValues())
     with pytest.raises(ValueError, match="workers=1 needs parsed absl flags"):
         stream.batches(rows, config(workers=1))
 

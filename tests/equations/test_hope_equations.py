@@ -16,7 +16,7 @@ from flax import nnx
 
 from hope_jax.core.level import begin, unroll
 from hope_jax.memory.architecture import mlp
-from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level, with_choices
 from hope_jax.models.block import Block
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.config import ModelConfig
@@ -44,9 +44,11 @@ def unit(x):
 
 def configured(chunk=1, **memory):
     """The layer of the equations: no momentum, free values, read before each write."""
-    options = dict(rule="gd", read="pre", expansion=1, activation="tanh") | memory
+    options = MemoryConfig(
+        chunk=chunk, rule="gd", read="pre", expansion=1, activation="tanh"
+    )
     return SelfModifyingConfig(
-        memory=MemoryConfig(chunk=chunk, **options),
+        memory=with_choices(options, **memory),
         projection_chunk=chunk,
         conv=1,
         conv_activation="none",

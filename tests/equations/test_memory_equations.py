@@ -14,11 +14,11 @@ import pytest
 from flax import nnx
 
 from hope_jax.core.clock import Clock
-from hope_jax.core.level import Level, begin, unroll
+from hope_jax.core.level import Collected, Level, begin, unroll
 from hope_jax.core.transfer import backprop, initialise
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+from hope_jax.memory.state import begin_memory
 from hope_jax.models import cms, lm
 from hope_jax.models.block import Block
 from hope_jax.models.cms import CMSConfig, CMSLevel
@@ -157,7 +157,7 @@ def test_equation_71_a_level_moves_at_the_end_of_its_period():
     level = cms.begin_level(config, weights, axis=0)
     for g in gradients:
         total = {"w": level.learned.gradient["w"] + jnp.asarray(g, jnp.float32)}
-        level = level._replace(learned=cms.Learned(total, None))
+        level = level._replace(learned=Collected(total, None))
     rate = jnp.array(0.1)
     moved, level = cms.move(chain, config, rate, start, weights, level, axis=0)
     close(moved["w"], np.asarray(weights["w"]) - 0.1 * gradients.sum(axis=0))

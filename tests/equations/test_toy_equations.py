@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import fig4_toy, orthogonal_tasks
+from experiments import fig4_toy
+from hope_jax.data.synthetic import orthogonal
 from hope_jax.optim.momenta import delta_momentum, momentum
 
-SETTINGS = orthogonal_tasks.Settings(tasks=3, rank=2, width=7, outputs=3)
+SETTINGS = orthogonal.OrthogonalConfig(tasks=3, rank=2, width=7, outputs=3)
 
 
 def inside(change, subspace):
@@ -22,7 +23,7 @@ def test_equation_45_momentum_loses_the_subspaces_of_earlier_tasks(key):
 
     Implements: hope_jax.optim.momenta.momentum
     """
-    of = orthogonal_tasks.tasks(SETTINGS, key)
+    of = orthogonal.tasks(SETTINGS, key)
     columns = jnp.concatenate(list(of.subspaces), axis=1)
     np.testing.assert_allclose(columns.T @ columns, np.eye(6), atol=1e-5)
 
@@ -31,11 +32,11 @@ def test_equation_45_momentum_loses_the_subspaces_of_earlier_tasks(key):
     gradients = []
     for i in range(3):
         given = of.subspaces[i], of.targets[i]
-        x, y = orthogonal_tasks.draw_batch(*given, 0.0, 20_000, jax.random.key(2))
-        loss, gradient = jax.value_and_grad(orthogonal_tasks.loss)(w, x, y)
+        x, y = orthogonal.batch(*given, 0.0, 20_000, jax.random.key(2))
+        loss, gradient = jax.value_and_grad(orthogonal.loss)(w, x, y)
         by_hand = np.mean(np.sum((np.asarray(x) @ np.asarray(w).T - y) ** 2, 1))
         np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
-        exact = orthogonal_tasks.errors(w, of)[i] * jnp.sum(given[1] ** 2)
+        exact = orthogonal.errors(w, of)[i] * jnp.sum(given[1] ** 2)
         np.testing.assert_allclose(loss, exact, rtol=0.05)
         gradients.append(gradient)
         for j in range(3):

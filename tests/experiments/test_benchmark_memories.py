@@ -231,10 +231,19 @@ def test_a_worker_keeps_to_its_memory(tmp_path, monkeypatch):
     assert not worker.alive
 
 
-def test_an_unknown_part_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        memories.main(["--only=gated_delta,ttt"])
-    assert "--only must be some of gated_delta" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only=gated_delta,ttt"], "--only: no part 'ttt'; there are gated_delta,"),
+        (["--points=titan"], "--points: no memory 'titan'; .* Did you mean 'titans'"),
+        (["--lengths=4,x"], "--lengths must be whole numbers, got .*'x'"),
+        (["--rounds=0"], "--rounds=0: 0 is not a positive integer"),
+        (["--quik"], "flag 'quik'. Did you mean: quick"),
+    ],
+)
+def test_what_is_refused(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        memories.main(arguments)
 
 
 @pytest.mark.parametrize("package", ["titans-pytorch", "transformers"])

@@ -1,7 +1,5 @@
 """The race of optimizers: what a step is, what a period costs, what is written."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,10 +179,9 @@ def test_two_that_disagree_are_not_timed(tmp_path, capsys, monkeypatch):
     [
         (["--only=adamun"], "no rule 'adamun'.*Did you mean 'adamuon'"),
         (["--only=adamw"], "no rule 'adamw'"),
-        (["--rounds=0"], "--rounds must be at least 1, got 0"),
+        (["--rounds=0"], "--rounds=0: 0 is not a positive integer"),
     ],
 )
-def test_what_is_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit):
+def test_what_is_refused(arguments, message):
+    with pytest.raises(SystemExit, match=message):
         optimizers.main(arguments)
-    assert re.search(message, capsys.readouterr().err)

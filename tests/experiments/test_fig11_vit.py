@@ -5,18 +5,15 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
-import optax
 import pytest
 from PIL import Image
 
 from experiments import fig11_vit
-from experiments.fig11_vit import Lane
 from hope_jax import optim
 from hope_jax.models import vit
-from hope_jax.train.config import OptimizerConfig
+from hope_jax.train import images
 from hope_jax.train.metrics import read_result
 
 SMOKE = fig11_vit.SETTINGS["smoke"]
@@ -62,16 +59,16 @@ def test_every_optimizer_has_the_same_budget_and_tuning_sees_no_test(monkeypatch
     calls = []
     best = {"adamw": 0.1, "muon": 0.001}
 
-    def fake(name, lanes, reader, held, steps, settings):
+    def fake(model, name, lanes, reader, held, steps, divided):
         calls.append((name, lanes, held, steps))
         far = [
             abs(np.log(lane.rate / best[name])) + lane.weight_decay for lane in lanes
         ]
         points = np.tile(np.array(far)[:, None], steps // settings.every)
-        return fig11_vit.Curves(points, points, points)
+        return images.Curves(points, points, points)
 
     monkeypatch.setattr(fig11_vit, "program", lambda name, steps, settings: name)
-    monkeypatch.setattr(fig11_vit, "train", fake)
+    monkeypatch.setattr(images, "run", fake)
     monkeypatch.setattr(
         fig11_vit, "step_times", lambda found, *_: dict.fromkeys(found, 1.0)
     )
@@ -93,34 +90,6 @@ def test_every_optimizer_has_the_same_budget_and_tuning_sees_no_test(monkeypatch
     assert len(tried) == len(set(tried)) == 6
     ratios = [tried[2].rate / tried[0].rate, tried[4].rate / tried[2].rate]
     np.testing.assert_allclose(ratios, 10, rtol=1e-6)
-
-
-def test_traced_rates_build_what_the_trainer_builds():
-    """An optimizer of this experiment is that of `hope_jax.optim.build`."""
-    config = OptimizerConfig(
-        rule="adamw",
-        learning_rate=0.03,
-        warmup_steps=SMOKE.warmup,
-        final_fraction=SMOKE.final_fraction,
-        weight_decay=0.1,
-        clip_norm=SMOKE.clip_norm,
-    )
-    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones((2,))}
-    theirs = optim.build(config, total_steps=8, periods=optim.one_clock(params))
-
-    def moved(tx):
-        at, state = params, tx.init(params)
-        for i in range(4):
-            gradient = jax.tree.map(lambda a, i=i: jnp.cos(a + i), at)
-            updates, state = tx.update(gradient, state, at)
-            at = optax.apply_updates(at, updates)
-        return at
-
-    ours = jax.jit(
-        lambda rate, decay: moved(fig11_vit.optimizer("adamw", rate, decay, 8, SMOKE))
-    )(0.03, 0.1)
-    for key, value in moved(theirs).items():
-        np.testing.assert_allclose(ours[key], value, rtol=1e-5, err_msg=key)
 
 
 def test_a_folder_of_photographs_runs_the_large_scales_way(tmp_path):
@@ -154,35 +123,6 @@ def test_a_folder_of_photographs_runs_the_large_scales_way(tmp_path):
     assert outcome.curves.train.shape == (1, 2) and not outcome.edge
     assert np.isfinite(outcome.curves.held).all()
     assert 0 < outcome.curves.held[0, -1] < 2 * np.log(3)
-
-
-def test_a_lane_is_its_seed_and_rate():
-    data, settings = fig11_vit.load(SMOKE)
-    reader = fig11_vit.Reader(data, settings)
-    compiled = fig11_vit.program("momentum", SMOKE.steps, settings)
-    lanes = [Lane(0.1, 0.0, 0), Lane(0.1, 0.0, 1), Lane(0.01, 0.0, 0)]
-    args = (reader, data.test, SMOKE.steps, settings)
-    found = fig11_vit.train(compiled, lanes, *args)
-    again = fig11_vit.train(compiled, lanes[:1], *args)
-    np.testing.assert_array_equal(again.held[0], found.held[0])
-    assert len({*found.held[:, -1].tolist()}) == 3
-    assert compiled.advance._cache_size() == 1
-    # The held-out loss is that of every image once.
-    params, other, same = (compiled.begin(lane)[0] for lane in lanes)
-    kernels = [p["embed"]["kernel"][...] for p in (params, other, same)]
-    assert (kernels[0] == kernels[2]).all() and (kernels[0] != kernels[1]).any()
-    whole = [data.test[i] for i in range(len(data.test))]
-    labels = jnp.array([row["label"] for row in whole])
-    pixels = jnp.stack([row["image"] for row in whole])
-    both = jax.jit(fig11_vit.losses, static_argnums=0)
-    entropy, hits = both(settings.model, params, pixels, labels)
-    sums = np.zeros(2)
-    for batch in reader.held(data.test):
-        part = fig11_vit.score(
-            settings.model, params, batch["image"], batch["label"], batch["mask"]
-        )
-        sums += np.array(part, float)
-    np.testing.assert_allclose(sums, [entropy.sum(), hits.sum()], rtol=1e-5)
 
 
 def test_bad_settings_are_named():

@@ -97,6 +97,27 @@ def test_a_table_has_what_there_is_of_all_rows(made):
     assert "| wide | 0 |" in said and "| narrow | 7 |" in said
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renamed:
+    """Once there was a length that nothing read, and what is the length was a size."""
+
+    length: int = 2
+
+    @classmethod
+    def migrated(cls, data):
+        return {"length": data["size"]} if "size" in data else data
+
+
+@pytest.mark.parametrize("size, told", [(2, 0), (5, 1)])
+def test_what_says_the_same_in_other_words_is_of_no_other_settings(made, size, told):
+    made("--seeds=0")
+    file = made.folder / "wide-s0.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"config": {"size": size, "length": 9}}))
+    assert len(lab._differences(file, "full", Renamed())) == told
+    assert len(lab._differences(file, "smoke", Renamed())) == 1
+
+
 def test_kept_results_of_other_settings_are_told(made, capsys):
     made("--seeds=0")
     file = made.folder / "narrow-s0.json"

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
-import optax
 import pytest
 
 from experiments import fig4_toy, orthogonal_tasks
@@ -66,29 +65,3 @@ def test_a_search_finds_the_best_rate_of_each_rule():
         steps = [fig4_toy.arrival(values(r), settings.tolerance) for r in rates]
         assert found.steps[name][0] == min(steps) < np.inf
         assert found.rates[name][0] == rates[np.argmin(steps)]
-
-
-def test_measures_by_hand():
-    stream = orthogonal_tasks.Stream(
-        errors=jnp.array([[[0.1, 0.9], [0.5, 0.2]]]),  # after task 1, after task 2
-        old=jnp.array([[1.0, 4.0]]),
-        gradient=jnp.array([[0.0, 0.0]]),
-    )
-    found = orthogonal_tasks.measures(stream)
-    expected = dict(final=0.35, learned=0.15, forgotten=0.4, old=0.25, gradient=0.0)
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], [value], rtol=1e-6, err_msg=name)
-
-
-def test_without_a_leak_gradient_descent_forgets_nothing(key):
-    settings = orthogonal_tasks.Settings(tasks=2, rank=2, width=6, outputs=2, steps=60)
-    runs = {
-        leak: orthogonal_tasks.live(optax.sgd(0.1), settings, leak, key)
-        for leak in (0.0, 0.5)
-    }
-    after, old = runs[0.0].errors, runs[0.0].old
-    np.testing.assert_allclose(after[1, 0], after[0, 0], atol=1e-5)
-    assert after[0, 0] < 1e-3 and old[0] < 1e-6 * old[1] and old[1] > 0
-    leaking = runs[0.5]
-    assert leaking.errors[1, 0] > leaking.errors[0, 0] + 0.05
-    assert leaking.gradient[0] > 1e-3 * leaking.gradient[1]

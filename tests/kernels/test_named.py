@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import named
 from hope_jax.memory.compose import (
@@ -15,7 +14,9 @@ from hope_jax.memory.compose import (
     Tokens,
     build_architecture,
     key_width,
+    with_choices,
 )
+from hope_jax.memory.state import begin_memory
 
 WIDTH, CHUNK, LENGTH = 4, 4, 10
 
@@ -64,7 +65,7 @@ MEMORIES = POINTS | {
 
 def small(name):
     config = MEMORIES[name]
-    return dataclasses.replace(config, chunk=min(config.chunk, CHUNK), expansion=2)
+    return with_choices(config, chunk=min(config.chunk, CHUNK), expansion=2)
 
 
 def unit(x):
@@ -179,7 +180,7 @@ def bounded(config, tokens):
 @pytest.mark.parametrize("name", MEMORIES)
 def test_finite_after_100k_tokens_of_correlated_keys(name):
     """Keys at a mutual cosine of 0.9, at high rates, with a half-life of 700 tokens."""
-    config = dataclasses.replace(MEMORIES[name], expansion=2)
+    config = with_choices(MEMORIES[name], expansion=2)
     length, pieces = 25_600, 4
     some = some_tokens(config, length)
     k = unit(some.k + 3.0 * some.k[:1])
@@ -273,7 +274,7 @@ def test_orthogonal_pairs_are_recalled_exactly(name):
         theta=0 * ones,
         weights=None if config.window == 1 else jnp.eye(config.window)[:1].repeat(4, 0),
     )
-    config = dataclasses.replace(config, ridge=1e-6)
+    config = with_choices(config, ridge=1e-6)
     start = {"w": jnp.zeros((WIDTH, WIDTH))}
     state, _ = memory_scan(config, begin_memory(config, start), tokens)
     stored = state.weights["w"] @ jnp.eye(WIDTH)

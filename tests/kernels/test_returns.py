@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import begin_memory, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
+from hope_jax.memory.state import begin_memory
 from tests.kernels.test_select import assert_same, some_tokens
 
 WIDTH = 6

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import (
     MemoryConfig,
     Tokens,
     build_architecture,
+    with_choices,
 )
+from hope_jax.memory.state import MemoryState, begin_memory, commit
 
 WIDTH = 6
 
@@ -88,13 +90,13 @@ def memories():
             ("linear", "exact"),
             ("mlp", "anchored"),
         ]:
-            yield MemoryConfig(
+            yield with_choices(
+                MemoryConfig(expansion=2),
                 architecture=architecture,
                 bias=bias,
                 rule="momentum" if momentum else "gd",
                 dgd=dgd,
                 gradient=gradient,
-                expansion=2,
             )
 
 
@@ -129,7 +131,7 @@ def test_chunked_is_the_level(key, config, length, chunk):
     ids=str,
 )
 def test_every_flag_is_the_level(key, changes):
-    config = MemoryConfig(chunk=4, expansion=2, **changes)
+    config = with_choices(MemoryConfig(chunk=4, expansion=2), **changes)
     assert_is_the_level(
         config,
         some_state(key, config),

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,9 +163,67 @@ def test_programs_end_with_their_status(tmp_path):
         done = subprocess.run(
             [sys.executable, script, *arguments],
             cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )
         assert (done.returncode, done.stdout) == (status, out), done.stderr
         assert "Traceback" not in done.stderr
+
+
+_COMPILES = """
+import sys
+from launch import command
+flags = command.parse("Compiles.", lambda define: None, sys.argv[1:])
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_explain_cache_misses", True)
+print(jax.jit(lambda x: x * 2)(3.0), jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_compiled_programs_are_kept_where_the_user_says(tmp_path):
+    def run(*arguments, **variables):
+        unset = ("JAX_ENABLE_COMPILATION_CACHE", "XDG_CACHE_HOME")
+        env = {k: v for k, v in os.environ.items() if k not in unset}
+        done = subprocess.run(
+            [sys.executable, "-c", _COMPILES, *arguments],
+            cwd=ROOT,
+            env=env | {"HOME": str(tmp_path / "home")} | variables,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.split(), done.stderr
+
+    def programs(folder):
+        return sorted(folder.glob("*-cache"))
+
+    chosen = tmp_path / "chosen"
+    missed = "PERSISTENT COMPILATION CACHE MISS"
+    (value, folder), said = run(f"--compile_cache={chosen}")
+    assert value == "6.0" and folder == str(chosen) and missed in said
+    made = programs(chosen)
+    assert made
+    _, said = run(f"--compile_cache={chosen}")
+    assert programs(chosen) == made and missed not in said
+
+    (torn := made[0]).write_bytes(b"torn")  # by a process that was killed
+    torn.with_name(torn.name.replace("-cache", "-atime")).unlink()
+    (value, _), said = run(f"--compile_cache={chosen}")
+    assert value == "6.0" and "Error" not in said and programs(chosen) == made
+    assert torn.read_bytes() != b"torn"
+
+    (_, folder), _ = run()
+    assert programs(tmp_path / "home/.cache/hope_jax/programs") and "home" in folder
+    (_, folder), _ = run(XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    assert folder == str(tmp_path / "xdg/hope_jax/programs")
+    (_, folder), _ = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
+    assert folder == str(tmp_path / "own")
+    (_, folder), _ = run("--compile_cache=none")
+    assert folder == "None"
+    file = tmp_path / "file"
+    file.touch()
+    _, said = run(f"--compile_cache={file}")
+    assert f"error: compile_cache ({file}) is no folder" in said
+    (value, folder), _ = run(XDG_CACHE_HOME=str(file))  # nowhere to keep them: so be it
+    assert (value, folder) == ("6.0", "None")

@@ -143,6 +143,7 @@ def test_tests_install_their_extra_and_so_the_base(copy):
         f"pip {python} .[test]",
         f"run {python} -m ruff check .",
         f"run {python} -m ruff format --check .",
+        f"run {python} -m pyright --pythonpath {python}",
         f"run {python} -m pytest -n 2 --dist loadfile --durations=25"
         " tests/core -k clock",
     ]

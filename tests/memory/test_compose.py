@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from hope_jax.core.level import begin, unroll
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import architecture, bias, named, rule
 from hope_jax.memory.compose import (
@@ -17,7 +16,9 @@ from hope_jax.memory.compose import (
     delta_rates,
     half_life_to_retention,
     memory_level,
+    with_choices,
 )
+from hope_jax.memory.state import begin_memory
 
 PLAIN = dict(
     architecture="linear",
@@ -185,7 +186,8 @@ def test_two_layers_read():
     [("linear", {"w": (6, 6)}), ("mlp", {"w1": (6, 18), "w2": (18, 6)})],
 )
 def test_shapes(kind, shapes, key):
-    made = build_architecture(MemoryConfig(architecture=kind, expansion=3), 6)
+    config = with_choices(MemoryConfig(expansion=3), architecture=kind)
+    made = build_architecture(config, 6)
     weights = made.init(key)
     assert {name: w.shape for name, w in weights.items()} == shapes
     assert {w.dtype for w in weights.values()} == {jnp.dtype("float32")}

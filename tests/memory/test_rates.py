@@ -8,10 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import rates
-from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
+from hope_jax.memory.compose import (
+    MemoryConfig,
+    Tokens,
+    build_architecture,
+    with_choices,
+)
+from hope_jax.memory.state import begin_memory
 
 WIDTH, CHUNK, ETA, ALPHA, THETA = 4, 8, 0.6, 0.9, 0.25
 
@@ -41,8 +46,10 @@ def by_hand(weights, k, v):
 
 
 def configured(**choices):
-    plain = dict(rule="gd", dgd="none", activation="tanh", expansion=2, chunk=CHUNK)
-    return MemoryConfig(**plain | choices)
+    plain = MemoryConfig(
+        rule="gd", dgd="none", activation="tanh", expansion=2, chunk=CHUNK
+    )
+    return with_choices(plain, **choices)
 
 
 def test_what_a_token_meets():

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import begin_memory
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import named
 from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
 from hope_jax.memory.features import coefficients, features
+from hope_jax.memory.state import begin_memory
 
 T, WIDTH = 7, 4
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.kernels.chunk import begin_memory, commit, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import named
 from hope_jax.memory.compose import (
@@ -20,6 +20,7 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
+from hope_jax.memory.state import begin_memory, commit
 from hope_jax.models.mixers.self_modifying import MATRIX, MLP
 
 WIDTH = 16

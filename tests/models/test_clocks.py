@@ -16,6 +16,7 @@ from flax import nnx
 
 import hope_jax
 from hope_jax import optim
+from hope_jax.core.level import Collected
 from hope_jax.data.text import Document
 from hope_jax.data.tokenizer import ByteTokenizer
 from hope_jax.evaluate import language_model
@@ -364,7 +365,7 @@ def test_a_pull_keeps_weights_near_their_start(pull):
 
     def step(carry, _):
         weights, state = carry
-        state = state._replace(learned=cms.Learned(ones, None))
+        state = state._replace(learned=Collected(ones, None))
         moved = cms.move(config, level, 0.5, START, weights, state, axis=1)
         return moved, None
 

@@ -101,6 +101,27 @@ def test_models_saved_before_are_read(mixer, layers, expected):
     assert config_lib.differences(data, made) == []
 
 
+def test_options_that_nothing_read_are_of_earlier_versions_alone():
+    """Saved with a run they are what they meant, nothing; asked for, refused."""
+    data = config_lib.to_json(ModelConfig(mixer="memory"))
+    data["mixer"]["memory"] |= {"degree": 3, "power": 2.0, "expansion": 2}
+    wide = dataclasses.replace(MIXERS.get("memory").memory, expansion=2)
+    made = config_lib.from_json(ModelConfig, data)
+    assert made == ModelConfig(mixer=MemoryMixerConfig(memory=wide))
+    assert config_lib.differences(data, made) == []
+    with pytest.raises(ValueError, match="degree=3 is read by nothing: features="):
+        config_lib.override(made, ["mixer.memory.degree=3"])
+    again = config_lib.override(
+        made, ["mixer.memory.degree=3", "mixer.memory.features=polynomial"]
+    )
+    assert again.mixer.memory.degree == 3
+    both = config_lib.override(
+        ModelConfig(mixer=("memory", "delta_net")),
+        ["mixer.0.memory.degree=3", "mixer.0.memory.features=polynomial"],
+    )
+    assert both.mixer[0].memory.degree == 3
+
+
 def test_the_chunk_of_named_points_was_the_models():
     data = BEFORE | {"mixer": "titans,retnet", "chunk": 16}
     points = tuple(NamedConfig(kind=kind, chunk=16) for kind in ("titans", "retnet"))

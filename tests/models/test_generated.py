@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.models import convert, lm
+from hope_jax.models import convert, lm, systems
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.learning import Learning
 from tests.models import small, test_promises
@@ -151,10 +151,10 @@ def test_stacked_levels_open_afresh():
 
 
 def test_the_picture_shows_who_rules():
-    made = [
-        e for e in lm.system(generated(small.HOPE), 64).edges if e.kind == "generate"
-    ]
-    plain = [e for e in lm.system(small.HOPE, 64).edges if e.kind == "generate"]
+    def generates(config):
+        return [e for e in systems.system(config, 64).edges if e.kind == "generate"]
+
+    made, plain = generates(generated(small.HOPE)), generates(small.HOPE)
     more = [(e.source, e.target) for e in made if e not in plain]
     assert more == [("main memory", "CMS 1"), ("main memory", "CMS 2")]
 

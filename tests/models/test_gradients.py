@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hope_jax.core.level import Collected
 from hope_jax.models import cms, lm
 from tests.models import small
 
@@ -157,7 +158,7 @@ def first_order_by_definition(config, params, tokens):
     for n in range((LENGTH - 2) // chunk):
         gradient, mixers = slopes(params, mixers, fast, *part(n))
         for i, g in enumerate(gradient):
-            more = jax.tree.map(jnp.add, levels[i].learned, cms.Learned(g, None))
+            more = jax.tree.map(jnp.add, levels[i].learned, Collected(g, None))
             levels[i] = levels[i]._replace(learned=more)
         for i, period in enumerate(config.fast_periods):
             if (n + 1) * chunk % period == 0:

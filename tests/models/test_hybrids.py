@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import hope_jax
-from hope_jax.models import cms, convert, lm
+from hope_jax.models import cms, convert, lm, systems
 from hope_jax.models.block import Block, BlockState, Group
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers.attention import SlidingWindowConfig
@@ -183,13 +183,13 @@ def test_described_levels_are_those_of_every_mixer(mixer, shown):
         return dataclasses.replace(small.TRANSFORMER, mixer=pattern, layers=layers)
 
     config = model(pattern, 6)
-    picture = lm.system(config, 64)
+    picture = systems.system(config, 64)
     assert sum(b.parameters for b in picture.boxes) == lm.count_parameters(config)
     clocks = {box.name: box.clock.period for box in picture.boxes}
     assert shown.items() <= clocks.items()
     for mixer in set(config.pattern):  # as many as in a model of these layers alone
         layers = 6 * config.pattern.count(mixer) // len(config.pattern)
-        alone = lm.system(model(mixer, layers), 64)
+        alone = systems.system(model(mixer, layers), 64)
         for part in mixer.parts:
             assert picture[part.name].parameters == alone[part.name].parameters
 
@@ -198,7 +198,7 @@ def test_mixers_of_one_kind_are_told_apart():
     """Two windows are two levels of the picture, each with its own parameters."""
     windows = (SlidingWindowConfig(window=3), SlidingWindowConfig(window=9))
     config = dataclasses.replace(small.TRANSFORMER, mixer=windows)
-    picture = lm.system(config, 64)
+    picture = systems.system(config, 64)
     assert picture["sliding window"].clock == picture["sliding window 2"].clock
     assert sum(b.parameters for b in picture.boxes) == lm.count_parameters(config)
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from hope_jax.memory import features
-from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.compose import MemoryConfig, with_choices
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models.layers import rotary
 from hope_jax.models.mixers.memory import MemoryMixer, MemoryMixerConfig
@@ -19,9 +19,9 @@ D, HEADS, ROWS, LENGTH, CHUNK = 8, 2, 2, 10, 4
 
 
 def configured(gates=None, conv=3, rank=2, **memory):
-    memory = {"chunk": CHUNK, "expansion": 2, "rule": "gd", "dgd": "none"} | memory
+    plain = MemoryConfig(chunk=CHUNK, expansion=2, rule="gd", dgd="none")
     return MemoryMixerConfig(
-        memory=MemoryConfig(**memory),
+        memory=with_choices(plain, **memory),
         gates=GateConfig(**(gates or {})),
         conv=conv,
         rank=rank,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hope_jax.memory.compose import MemoryConfig, build_architecture
+from hope_jax.core import config as config_lib
+from hope_jax.memory.compose import MemoryConfig, build_architecture, with_choices
 from hope_jax.models.mixers.self_modifying import (
     MATRIX,
     MLP,
@@ -36,7 +37,7 @@ LITERAL = dict(
 def configured(chunk=2, projection_chunk=4, memory=None, **layer):
     """A small layer: the equations to the letter, but for what is given."""
     return SelfModifyingConfig(
-        memory=MemoryConfig(chunk=chunk, expansion=2, **memory or {}),
+        memory=with_choices(MemoryConfig(chunk=chunk, expansion=2), **memory or {}),
         projection_chunk=projection_chunk,
         **LITERAL | dict(conv=3) | layer,
     )
@@ -44,10 +45,17 @@ def configured(chunk=2, projection_chunk=4, memory=None, **layer):
 
 def remembering(chunk=2, projection_chunk=4, memory=None, **layer):
     """A small layer with the defaults that remember, all targets its own."""
-    choices = dict(rule="gd", dgd="none", toward="start", rate_law="output")
+    choices = MemoryConfig(
+        chunk=chunk,
+        expansion=2,
+        rule="gd",
+        dgd="none",
+        toward="start",
+        rate_law="output",
+    )
     layer = dict(targets="all") | layer
     return SelfModifyingConfig(
-        memory=MemoryConfig(chunk=chunk, expansion=2, **choices | (memory or {})),
+        memory=with_choices(choices, **memory or {}),
         projection_chunk=projection_chunk,
         **dict(conv=3) | layer,
     )
@@ -419,3 +427,39 @@ def test_parallel_pieces_carry_every_convolution(adaptive_q):
     whole, end = jax.jit(lambda x: call(graphdef, params, x))(x)
     close(jnp.concatenate([head, tail], axis=1), whole)
     close(state, end)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(momentum_start=0.9), "momentum_start=0.9 .*rule='gd' .* or 'nesterov'"),
+        (
+            dict(half_life_start=16.0, memory=dict(retention="none")),
+            "half_life_start=16.0 .*retention='none' .* 'decay' would",
+        ),
+        (
+            dict(memory=dict(features="elu")),
+            "memory.features must be 'none', got 'elu'",
+        ),
+    ],
+)
+def test_what_no_memory_reads_is_refused_but_of_earlier_versions(options, message):
+    memory = MemoryConfig(rule="gd", dgd="none") if "memory" in options else MLP
+    memory = dataclasses.replace(memory, **options.get("memory", {}))
+    with pytest.raises(ValueError, match=message):
+        SelfModifyingConfig(**options | dict(memory=memory))
+    saved = config_lib.to_json(SelfModifyingConfig(memory=MLP))
+    saved |= options | dict(memory=config_lib.to_json(memory))
+    found = config_lib.from_json(SelfModifyingConfig, saved)
+    plain = dataclasses.replace(memory, features="none")
+    assert found == SelfModifyingConfig(memory=plain)
+
+
+def test_what_a_memory_reads_is_set():
+    memory = MemoryConfig(rule="nesterov")
+    config = SelfModifyingConfig(
+        memory=memory, momentum_start=0.9, half_life_start=512.0
+    )
+    assert config_lib.from_json(SelfModifyingConfig, config_lib.to_json(config)) == (
+        config
+    )

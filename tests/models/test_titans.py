@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.compose import MemoryConfig, with_choices
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models.layers import rotary
 from hope_jax.models.mixers.titans import (
@@ -25,8 +25,9 @@ VARIANTS = {"context": MemoryAsContext, "gate": MemoryAsGate, "layer": MemoryAsL
 
 
 def configured(variant, persistent=3, segment=4, window=3, conv=3, **memory):
-    options = dict(chunk=2, expansion=2, rule="momentum", dgd="none") | memory
-    shared = dict(memory=MemoryConfig(**options), persistent=persistent, conv=conv)
+    options = MemoryConfig(chunk=2, expansion=2, rule="momentum", dgd="none")
+    memory = with_choices(options, **memory)
+    shared = dict(memory=memory, persistent=persistent, conv=conv)
     if variant == "context":
         return TitansContextConfig(segment=segment, **shared)
     kind = {"gate": "titans_mag", "layer": "titans_mal"}[variant]

@@ -10,17 +10,17 @@ import pytest
 from flax import nnx
 
 from hope_jax.core.level import begin, tick
-from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level
+from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level, with_choices
 from hope_jax.models.mixers.tnt import TNT, TNTConfig, stage2
 
 D, HEADS, ROWS = 8, 2, 2
 
 
 def configured(global_chunk=8, local_chunks=(2, 4), shard=4, conv=3, **options):
-    memory = dict(expansion=2, rule="gd", dgd="none", retention="none")
-    memory |= options.pop("memory", {})
+    memory = MemoryConfig(expansion=2, rule="gd", dgd="none", retention="none")
+    memory = with_choices(memory, **options.pop("memory", {}))
     return TNTConfig(
-        memory=MemoryConfig(**memory),
+        memory=memory,
         global_chunk=global_chunk,
         local_chunks=local_chunks,
         shard=shard,

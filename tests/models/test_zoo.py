@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from hope_jax.core import system
-from hope_jax.models import lm, zoo
+from hope_jax.models import lm, systems, zoo
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers import MIXERS
@@ -58,7 +58,7 @@ def test_every_mixer_has_a_tiny_model_of_one_size(name):
     for field in {f.name for f in dataclasses.fields(config)} - fields:
         assert getattr(config, field) == getattr(twin, field)
     assert config.heads == (8 if name in SECOND_DEGREE else 4)
-    assert sum(box.parameters for box in lm.system(config, 256).boxes) == count
+    assert sum(box.parameters for box in systems.system(config, 256).boxes) == count
 
 
 SECOND_DEGREE = {"deep_transformer", "omega_net", "dot", "atlas"}
@@ -130,9 +130,9 @@ def test_matched_refuses_what_no_width_reaches(count, tolerance, message):
 )
 def test_described_parameters_add_up(name):
     config = zoo.get(name)
-    boxes = lm.system(config, 256).boxes
+    boxes = systems.system(config, 256).boxes
     assert sum(box.parameters for box in boxes) == lm.count_parameters(config)
-    assert "next-token loss" in str(system.describe(lm.system(config, 256)))
+    assert "next-token loss" in str(system.describe(systems.system(config, 256)))
 
 
 def test_slow_levels_wait_for_their_period():

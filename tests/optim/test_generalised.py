@@ -437,7 +437,9 @@ def grid(name):
     """Every bias with a retention; `channel` and `oja` are defined for the linear."""
     fits = {"channel": ("dot", "l2"), "oja": ("dot",)}.get(name, bias.BIASES)
     return {
-        one: matrix(bias=one, threshold=0.5, retention=name, **RETENTIONS[name])
+        one: compose.with_choices(
+            matrix(), bias=one, threshold=0.5, retention=name, **RETENTIONS[name]
+        )
         for one in fits
     }
 
@@ -450,12 +452,13 @@ def explicit(config, w, x, u, eta):
         return w - eta * slope
     if config.retention == "oja":
         return ALPHA * w - eta * (slope + jnp.outer(u, u @ w))
-    if config.retention in compose.MIRRORS:
-        link = compose.link(config)
+    kept = config.chosen.retention
+    if kept.mirrors:
+        link = kept.link(config)
         return link.primal(ALPHA * link.dual(w) - eta * slope)
     moved = ALPHA * w - eta * slope
-    if config.retention in compose.PROJECTIONS:
-        return compose.projection(config)(moved)
+    if kept.landing is not None:
+        return kept.landing(config)(moved)
     return moved
 
 

@@ -16,10 +16,15 @@ import pytest
 from hope_jax.core import config as config_lib
 from hope_jax.data import stream
 from hope_jax.data.tokenizer import ByteTokenizer
+from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.models.capture import dense_kernels
 from hope_jax.models.cms import CMSLevel
 from hope_jax.optim import groups
+from hope_jax.optim.rule import Settings
+from hope_jax.optim.rules.ggd import GGD
+from hope_jax.optim.rules.gradient_memory import GradientMemory
 from hope_jax.train import checkpoint, sharding
 from hope_jax.train import state as state_lib
 from tests.train import tiny
@@ -392,3 +397,44 @@ def test_what_a_crash_left_unfinished_is_cleared(tmp_path):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == []
     assert not list(tmp_path.iterdir())
+
+
+MEMORY = MemoryConfig(
+    architecture="linear", rule="momentum", retention="bregman", dgd="none", chunk=1
+)
+
+
+def in_a_row(flow):
+    return tuple(part for part in flow if part is not None)
+
+
+def rule_apart(flow):
+    return (in_a_row(flow[:2]), *in_a_row(flow[2:]))
+
+
+@pytest.mark.parametrize(
+    "rule, before",
+    [(GGD(memory=MEMORY), in_a_row), (GradientMemory(memory=MEMORY), rule_apart)],
+    ids=["ggd", "gradient_memory"],
+)
+def test_a_flow_saved_by_places_is_restored_by_names(tmp_path, rule, before):
+    """Momentum and dual weights have one shape: by the wrong places each would come
+    back as the other."""
+    params = {"first": {"kernel": jnp.ones((2, 3))}, "second": {"kernel": jnp.ones(3)}}
+    rate = Settings(rate=lambda count: 0.1, weight_decay=0.0)
+    state = state_lib.create(params, rule.make(rate), jax.random.key(7))
+    numbers = iter(range(10_000))
+    opt = jax.tree.map(lambda x: x + next(numbers), state.level.opt)
+    state = state._replace(level=state.level._replace(opt=opt))
+    is_flow = lambda node: isinstance(node, FlowState)  # noqa: E731
+    old = jax.tree.map(
+        lambda node: before(node) if is_flow(node) else node, opt, is_leaf=is_flow
+    )
+    assert jax.tree.structure(old) != jax.tree.structure(opt)
+    folder, iterator = tmp_path / checkpoint.FOLDER, some_iterator()
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        saved = state._replace(level=state.level._replace(opt=old))
+        save(checkpoints, 20, saved, iterator)
+    state = sharding.replicate(state, sharding.make_mesh())
+    restored, _ = restore(folder, spec(state))
+    assert_same(restored, state)

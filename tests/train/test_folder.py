@@ -38,7 +38,7 @@ PROGRAMS = {
     "quickstart": lambda folder: quickstart.run(
         str(folder), scale="smoke", data=None, console=Console(quiet=True)
     ),
-    "sweep": lambda folder: sweep.run(folder, sweep.SweepConfig(), [], [0]),
+    "sweep": lambda folder: sweep.run(folder, sweep.GridConfig(), [], [0]),
 }
 programs = pytest.mark.parametrize("start", PROGRAMS.values(), ids=PROGRAMS)
 

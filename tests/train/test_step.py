@@ -38,12 +38,10 @@ def tokens():
 
 def test_loss_by_hand():
     logits = jnp.log(jnp.array([[[0.25, 0.75], [0.5, 0.5]]]))
-    loss = step_lib.next_token_loss(logits, jnp.array([[0, 1, 0]]))
+    loss = step_lib.mean_loss(logits, jnp.array([[0, 1, 0]]))
     np.testing.assert_allclose(loss, -(np.log(0.75) + np.log(0.5)) / 2, rtol=1e-6)
     assert (
-        step_lib.next_token_loss(
-            logits.astype(jnp.bfloat16), jnp.array([[0, 1, 0]])
-        ).dtype
+        step_lib.mean_loss(logits.astype(jnp.bfloat16), jnp.array([[0, 1, 0]])).dtype
         == jnp.float32
     )
 

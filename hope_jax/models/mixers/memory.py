@@ -14,7 +14,7 @@ memory then does is `memory_level(config.memory, width)`, token by token.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core.config import at_least, one_of
-from hope_jax.kernels.chunk import MemoryState, begin_memory, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import Implementation, memory_scan
 from hope_jax.memory import features, named
+from hope_jax.memory.bias import BIASES
 from hope_jax.memory.compose import (
     MemoryConfig,
     Tokens,
@@ -33,22 +34,22 @@ from hope_jax.memory.compose import (
     key_width,
 )
 from hope_jax.memory.gates import GateConfig
+from hope_jax.memory.state import MemoryState, begin_memory
 from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
     Tails,
     dense,
     first_half_lives,
-    full_precision,
     rotary,
     unit,
     where_rows,
 )
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, recalling, scaled
+from hope_jax.optim.leaves import wide
 
 _STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
-_ROBUST = ("huber", "huber_norm", "huber_switched", "value_shift")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class MemoryMixerConfig(MixerConfig):
             return 1.0
         if memory.gradient == "anchored":
             return 1.0 / (memory.chunk * memory.window)
-        twice = memory.bias != "dot" and memory.dgd != "none"
+        twice = memory.chosen.bias.recalls and memory.dgd != "none"
         return 0.5 if twice else 1.0
 
     def build(self, d_model, heads, dtype, *, rngs) -> "MemoryMixer":
@@ -153,6 +154,7 @@ class NamedConfig(MixerConfig):
     def layer(self) -> MemoryMixerConfig:
         """The same as four choices."""
         point = named.get(self.kind, self.chunk)
+        assert point.memory is not None  # attention has been refused
         return MemoryMixerConfig(memory=point.memory, gates=point.gates)
 
     def build(self, d_model, heads, dtype, *, rngs) -> "MemoryMixer":
@@ -178,9 +180,10 @@ class NamedConfig(MixerConfig):
 
 def _conflicts(memory: MemoryConfig, gates: GateConfig):
     """Pairs of whether a combination is asked for and why it is refused."""
-    recalls = memory.bias != "dot" or memory.dgd != "none"
+    shape, mapped, bias, kept, rule = memory.chosen
+    recalls = bias.recalls or memory.dgd != "none"
     yield (
-        gates.rate == "step" and recalls and memory.rule not in ("implicit", "newton"),
+        gates.rate == "step" and recalls and not rule.bounded,
         "gates.rate='step' has no bound, so the memory must not descend what it "
         "recalls: it needs memory.bias='dot' and memory.dgd='none', or rule "
         f"'implicit' or 'newton', got {memory.bias!r}, {memory.dgd!r}, "
@@ -197,9 +200,7 @@ def _conflicts(memory: MemoryConfig, gates: GateConfig):
         f"{gates.rate!r}: leave it None.",
     )
     yield (
-        memory.retention == "channel"
-        and gates.rate != "step"
-        and gates.retention != "token",
+        kept.channels and gates.rate != "step" and gates.retention != "token",
         "memory.retention='channel' needs gates.retention='token' or "
         f"gates.rate='step', got {gates.retention!r}: use memory.retention='decay'.",
     )
@@ -209,20 +210,19 @@ def _conflicts(memory: MemoryConfig, gates: GateConfig):
         f"needs memory.dgd 'both' or 'input' and steps=1, got {memory.dgd!r} and "
         f"{memory.steps}.",
     )
-    single = ("linear", "exact", "none", "dot")
+    single = shape.matrix and mapped.plain and not bias.recalls and rule.immediate
     erased = (memory.architecture, memory.gradient, memory.features, memory.bias)
     yield (
-        gates.erase == "channel"
-        and (erased != single or memory.rule not in ("gd", "implicit")),
+        gates.erase == "channel" and not (single and memory.gradient == "exact"),
         "gates.erase='channel' erases key channels of a matrix: it needs "
         "memory.architecture='linear', gradient='exact', features='none', bias='dot' "
         f"and rule 'gd' or 'implicit', got {', '.join(map(repr, erased))}, "
         f"{memory.rule!r}.",
     )
+    robust = BIASES.which(lambda bias: bias.robust)
     yield (
-        gates.threshold == "token"
-        and (memory.bias not in _ROBUST or memory.window > 1),
-        f"gates.threshold='token' needs memory.bias {', '.join(_ROBUST)} and "
+        gates.threshold == "token" and (not bias.robust or memory.window > 1),
+        f"gates.threshold='token' needs memory.bias {', '.join(robust)} and "
         f"window=1, got {memory.bias!r} and {memory.window}.",
     )
 
@@ -266,6 +266,15 @@ class Gate(nnx.Module):
         return made.reshape(*x.shape[:2], *self.shape)
 
 
+T = TypeVar("T")
+
+
+def _there(part: T | None) -> T:
+    """A part that the config says there is."""
+    assert part is not None
+    return part
+
+
 class MemoryMixer(nnx.Module):
     """The layer: `y, state = mixer(x, state)`.
 
@@ -287,6 +296,7 @@ class MemoryMixer(nnx.Module):
                 f"d_model ({d_model}) must be a multiple of heads ({heads})."
             )
         memory, gates = config.memory, config.gates
+        kept = memory.chosen.retention
         self.config, self.heads, self.width = config, heads, d_model // heads
         self.d_model, self.dtype = d_model, dtype
         if gates.rotary and self.width % 2:
@@ -320,8 +330,8 @@ class MemoryMixer(nnx.Module):
         self.coefficients = param(learned, learned and jnp.tile(taylor, (heads, 1)))
 
         writes = () if memory.steps == 1 else (memory.steps,)
-        channels = (wide,) if memory.retention == "channel" else ()
-        retains, steps = memory.retention != "none", gates.rate == "step"
+        channels = (wide,) if kept.channels else ()
+        retains, steps = kept.decays, gates.rate == "step"
         rate = _softplus_inverse(_STEP_START) if steps else 0.0
         self.eta = gate(gates.rate != "one", level(rate, *writes))
         half_life = first_half_lives(2 * memory.chunk, heads)
@@ -426,7 +436,7 @@ class MemoryMixer(nnx.Module):
         position = jnp.arange(length, dtype=jnp.int32)[None] + state.position[:, None]
 
         def project(into, conv, tail):
-            made, tail = conv(full_precision(into(x)), tail)
+            made, tail = conv(wide(into(x)), tail)
             return jax.nn.silu(made).reshape(rows, length, -1, self.width), tail
 
         k, tail_k = project(self.k, self.conv_k, state.tails.k)
@@ -443,8 +453,8 @@ class MemoryMixer(nnx.Module):
             k, v = k[:, :, :, 0], v[:, :, :, 0]
         k, q = self._features(k), self._features(q)
 
-        rates = self._rates(full_precision(x), k, v)
-        k, q, erase = self._erase(full_precision(x), k, q, rates["eta"])
+        rates = self._rates(wide(x), k, v)
+        k, q, erase = self._erase(wide(x), k, q, rates["eta"])
         tokens = Tokens(k, v, q, **rates, **erase)
         time_inside = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 1), tokens)
         return time_inside, Tails(tail_k, tail_v, tail_q)
@@ -472,15 +482,16 @@ class MemoryMixer(nnx.Module):
         if gates.rate == "one":
             eta = one
         elif gates.rate == "step":
-            eta = jax.nn.softplus(self.eta(x))
+            eta = jax.nn.softplus(_there(self.eta)(x))
             if self.log_decay is not None:
                 decay = jnp.exp(self.log_decay[...])[None, None]
                 step = eta.reshape(*eta.shape, *[1] * (decay.ndim - eta.ndim))
                 alpha = jnp.exp(-decay * step)
         else:
-            eta = self.config.rate_bound * jax.nn.sigmoid(self.eta(x))
+            eta = self.config.rate_bound * jax.nn.sigmoid(_there(self.eta)(x))
             # An average, not a sum; a rate law sees to that itself.
-            if config.rule in ("momentum", "nesterov") and config.rate_law == "token":
+            rule = config.chosen.rule
+            if rule.explicit and rule.inertia and config.rate_law == "token":
                 still = (1.0 - theta).reshape(
                     *theta.shape, *[1] * (eta.ndim - theta.ndim)
                 )
@@ -503,24 +514,24 @@ class MemoryMixer(nnx.Module):
         """What an explicit step erases along, where that can be longer than one: the
         rate then fits it. None where nothing is."""
         memory, gates = self.config.memory, self.config.gates
-        if memory.retention == "oja":
+        found = memory.chosen
+        if found.retention.along_values:
             return None if gates.unit_values else v
         delta = memory.dgd != "none" and gates.erase != "channel"
-        explicit = memory.rule in ("gd", "momentum", "nesterov")
-        any_norm = memory.features != "none" or not gates.unit_keys
-        recalls = memory.bias != "dot" or delta
-        return k if explicit and any_norm and recalls else None
+        any_norm = not (found.features.plain and gates.unit_keys)
+        recalls = found.bias.recalls or delta
+        return k if found.rule.explicit and any_norm and recalls else None
 
     def _erase(self, x, k, q, eta):
         """Write keys, queries, and what the delta term erases."""
         if self.config.gates.erase == "channel":
-            rate = jax.nn.sigmoid(self.erase(x))
-            gone = unit(k * self.removal[...][None, None])
-            kept = 1.0 + (rate - 1.0) * self.replacement[...][None, None]
+            rate = jax.nn.sigmoid(_there(self.erase)(x))
+            gone = unit(k * _there(self.removal)[...][None, None])
+            kept = 1.0 + (rate - 1.0) * _there(self.replacement)[...][None, None]
             return k * kept, q, {"erase_key": gone, "erase_rate": rate}
         if self.config.gates.erase == "feedback":
-            rate = eta * jax.nn.sigmoid(self.feedback[...])[None, None]
-            q = q - self.correction[...][None, None, :, None] * k
+            rate = eta * jax.nn.sigmoid(_there(self.feedback)[...])[None, None]
+            q = q - _there(self.correction)[...][None, None, :, None] * k
             return k, q, {"erase_rate": rate}
         return k, q, {}
 

@@ -18,16 +18,23 @@ sees of a token, how long values are and how fast each memory moves; the default
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hope_jax.core.config import at_least, one_of
+from hope_jax.core.config import (
+    at_least,
+    default_of,
+    one_of,
+    refuse_unread,
+    to_json,
+)
 from hope_jax.core.system import Edge
-from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, form, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
@@ -36,18 +43,21 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
+from hope_jax.memory.retention import RETENTIONS
+from hope_jax.memory.rule import RULES
+from hope_jax.memory.state import MemoryState, begin_memory, commit, form
 from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
     Tails,
     dense,
     first_half_lives,
-    full_precision,
     unit,
 )
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, scaled
 from hope_jax.models.mixers.memory import commit_where
+from hope_jax.optim.leaves import wide
 
 MLP = MemoryConfig(rule="gd", dgd="none", toward="start", rate_law="output")
 MATRIX = MemoryConfig(
@@ -115,13 +125,14 @@ class SelfModifyingConfig(MixerConfig):
 
     def __post_init__(self):
         memory = self.memory
-        if memory.gradient != "anchored" and memory.architecture != "linear":
+        found = memory.chosen
+        if memory.gradient != "anchored" and not found.architecture.matrix:
             raise ValueError(
                 f"memory.gradient must be 'anchored' for {memory.architecture!r}, got "
                 f"{memory.gradient!r}: only a matrix has an exact form here."
             )
-        plain = memory.retention in ("none", "decay")
-        if form(memory) != "rank_one" or not plain or memory.window > 1:
+        starts = found.architecture.matrix or found.architecture.residual
+        if form(memory) != "rank_one" or not starts or memory.window > 1:
             raise ValueError(
                 "memory must be a matrix or an mlp with rule 'gd', 'momentum', "
                 "'nesterov' or 'implicit', retention 'none' or 'decay' and window 1, "
@@ -148,6 +159,28 @@ class SelfModifyingConfig(MixerConfig):
                 f"{self.half_life_start}; retention 'none' forgets nothing."
             )
         one_of(self, **_CHOICES)
+        if not found.features.plain:
+            raise ValueError(
+                f"memory.features must be 'none', got {memory.features!r}: keys are "
+                "generated, and go into the memories as they are."
+            )
+        for option, choice, kinds in _readers():
+            chosen = getattr(memory, choice)
+            refuse_unread(self, option, f"memory.{choice}", chosen, kinds)
+
+    @classmethod
+    def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options that nothing read could once be set; they meant nothing."""
+        memory = data.get("memory", to_json(MLP))
+        said = lambda name: memory.get(name, default_of(MemoryConfig, name))  # noqa: E731
+        unread = {
+            option for option, name, kinds in _readers() if said(name) not in kinds
+        }
+        rest = {name: value for name, value in data.items() if name not in unread}
+        if said("dgd") == "none":  # the delta term alone asks for the features
+            plain = {"features": default_of(MemoryConfig, "features")}
+            rest["memory"] = {**memory, **plain}
+        return rest
 
     @property
     def rate_bound(self) -> float:
@@ -157,7 +190,8 @@ class SelfModifyingConfig(MixerConfig):
             return 1.0
         if self.memory.gradient == "anchored":
             return 1.0 / self.projection_chunk
-        return 0.5 if (self.memory.bias, self.memory.dgd) == ("l2", "both") else 1.0
+        twice = self.memory.chosen.bias.recalls and self.memory.dgd == "both"
+        return 0.5 if twice else 1.0
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -175,11 +209,12 @@ class SelfModifyingConfig(MixerConfig):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        recall = "recall of {}" if self.memory.bias == "l2" else "dot with {}"
+        chosen = self.memory.chosen
+        recall = "recall of {}" if chosen.bias.recalls else "dot with {}"
         own = recall.format("values" if self.targets == "none" else "own values")
         stored = recall.format("own values" if self.targets == "all" else "values")
         rule = "DGD" if self.memory.dgd != "none" else "GD"
-        rule += f" + {self.memory.rule}" if self.memory.rule != "gd" else ""
+        rule += "" if chosen.rule.plain else f" + {self.memory.rule}"
         made = [
             Part(
                 f"{_WORDS[projection]} memory",
@@ -222,6 +257,15 @@ _CHOICES = {
 }
 _WORDS = {"k": "key", "v": "value", "q": "query", "eta": "rate", "alpha": "retention"}
 _LONGEST_HALF_LIFE = 1024  # tokens at least, of the head that forgets most slowly
+
+
+def _readers() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Options of the layer that not all memories read, on which choice of the memory
+    that depends, and by which they are read."""
+    carried = RULES.which(lambda rule: rule.explicit and rule.inertia)
+    yield "momentum_start", "rule", carried
+    decays = RETENTIONS.which(lambda kept: kept.uniform and kept.decays)
+    yield "half_life_start", "retention", decays
 
 
 class SelfModifyingState(NamedTuple):
@@ -331,23 +375,24 @@ class SelfModifyingTitans(nnx.Module):
         """
         memory = self.config.memory
         start = build_architecture(memory, self.width).init(key)
-        if memory.architecture == "linear":
+        if memory.chosen.architecture.linear:
             return {"w": jnp.eye(*start["w"].shape, dtype=jnp.float32)}
         return start | {"w1": jnp.zeros_like(start["w1"])}
 
     def _scale(self, weights: Array) -> float:
         """What a learned start of one is, as a weight."""
-        if self.config.memory.architecture == "linear":
+        if self.config.memory.chosen.architecture.linear:
             return 1.0
         return weights.shape[-1] ** -0.5
 
     def starts(self) -> tuple[Weights, Weights]:
         """The weights at which projections `[H, P, ...]` and main memory `[H, ...]`
         start, and to which they return."""
-        return tuple(
-            {n: w[...] * self._scale(w) for n, w in learned.items()}
-            for learned in (self.projection_start, self.main_start)
-        )
+
+        def weights(learned):
+            return {n: w[...] * self._scale(w[...]) for n, w in learned.items()}
+
+        return weights(self.projection_start), weights(self.main_start)
 
     def initial_state(self, rows: int) -> SelfModifyingState:
         """Every row at the learned initial states."""
@@ -421,7 +466,7 @@ class SelfModifyingTitans(nnx.Module):
         """What does not depend on the memories; `Seen`, and the output's gate."""
         config = self.config
         split = (*x.shape[:2], self.heads, self.width)
-        heads = lambda a: full_precision(a).reshape(split)  # noqa: E731
+        heads = lambda a: wide(a).reshape(split)  # noqa: E731
         if config.inputs == "dense":
             k, v, gates = heads(self.k(x)), heads(self.v(x)), heads(self.gates(x))
         else:
@@ -431,7 +476,7 @@ class SelfModifyingTitans(nnx.Module):
             + self.bias_theta[...][None, None]
         )
         if not config.adaptive_q:
-            q, tail = self.conv_q(full_precision(self.q(x)), tail)
+            q, tail = self.conv_q(wide(self.q(x)), tail)
             q = unit(self._activate(q).reshape(split))
         else:  # the memory's input
             q = heads(self.q(x)) if config.inputs == "dense" else heads(x)
@@ -539,7 +584,8 @@ class SelfModifyingTitans(nnx.Module):
     def _recall(self, weights, x):
         """What a memory answers to vectors of any length, to generate from it."""
         function = build_architecture(self.config.memory, self.width)
-        if not self.config.scale_free or self.config.memory.architecture == "linear":
+        linear = self.config.memory.chosen.architecture.linear
+        if linear or not self.config.scale_free:
             return function.apply(weights, x)
         size = _length(x)
         return size * function.apply(weights, x / size)
@@ -569,7 +615,7 @@ class SelfModifyingTitans(nnx.Module):
         start, _ = self.starts()
         return over_rows(memory, generated.tokens, generated.targets, start, shares)
 
-    def _live_main(self, memory, tokens, commits, steps=1):
+    def _live_main(self, memory, tokens, commits, steps=1) -> tuple[MemoryState, Any]:
         """The main memory lives through the tokens, in its own smaller chunks."""
         config = self.config.memory
 
@@ -616,7 +662,8 @@ def _retention_start(config: SelfModifyingConfig, heads: int) -> Array:
     """
     shortest = max(config.half_life_start, 2 * config.projection_chunk)
     half_life = first_half_lives(shortest, heads, _LONGEST_HALF_LIFE)
-    if config.memory.architecture == "mlp" and config.memory.toward == "zero":
+    two_layers = config.memory.chosen.architecture.two_layers
+    if two_layers and config.memory.toward == "zero":
         half_life = 2.0 * half_life
     alpha = half_life_to_retention(half_life)
     return jnp.log(alpha) - jnp.log1p(-alpha)

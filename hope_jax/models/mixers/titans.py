@@ -28,15 +28,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core.config import at_least
 from hope_jax.core.system import Edge
-from hope_jax.kernels.chunk import commit
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
+from hope_jax.memory.state import commit
 from hope_jax.models.layers import (
     Tails,
     dense,
-    full_precision,
     rotary,
     where_rows,
 )
@@ -47,6 +46,7 @@ from hope_jax.models.mixers.memory import (
     MemoryMixerConfig,
     MemoryMixerState,
 )
+from hope_jax.optim.leaves import wide
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +217,7 @@ def attend(
     """
 
     def score(q, k):
-        product = full_precision(jnp.einsum("bthk,bshk->bhts", q, k))
+        product = wide(jnp.einsum("bthk,bshk->bhts", q, k))
         return q.shape[-1] ** -0.5 * product
 
     close = jnp.where(visible[:, None], score(rotary(q, position), near.k), -jnp.inf)

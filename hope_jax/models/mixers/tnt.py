@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hope_jax.core.config import at_least, one_of
-from hope_jax.kernels.chunk import MemoryState, begin_memory, commit, piece
+from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -38,19 +38,20 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
+from hope_jax.memory.state import MemoryState, begin_memory, commit
 from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
     Tails,
     dense,
     first_half_lives,
-    full_precision,
     unit,
     where_rows,
 )
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, recalling
 from hope_jax.models.mixers.memory import Gate
+from hope_jax.optim.leaves import wide
 
 _KEY_SPACE = MemoryConfig(  # Π: a Hebbian matrix, for which the chunk is a speed knob
     architecture="linear",
@@ -134,8 +135,8 @@ class TNTConfig(MixerConfig):
                 f"memory.gradient must be 'anchored', got {memory.gradient!r}: the "
                 "global memory is read where its chunk began."
             )
-        plain = memory.retention in ("none", "decay")
-        if memory.features != "none" or not plain:
+        found = memory.chosen
+        if not (found.features.plain and found.retention.uniform):
             raise ValueError(
                 "memory needs features='none' and retention 'none' or 'decay', got "
                 f"{memory.features!r} and {memory.retention!r}."
@@ -189,7 +190,7 @@ class TNTConfig(MixerConfig):
     def gates(self) -> tuple[str, ...]:
         """The data-dependent numbers that each memory takes from a token."""
         gates = ("eta",)
-        gates += ("alpha",) * (self.memory.retention == "decay")
+        gates += ("alpha",) * self.memory.chosen.retention.decays
         return gates + ("theta",) * self.memory.inertia
 
 
@@ -318,7 +319,7 @@ class TNT(nnx.Module):
         rows, length, _ = x.shape
 
         def made(project, conv, tail):
-            a, tail = conv(full_precision(project(x)), tail)
+            a, tail = conv(wide(project(x)), tail)
             a = jax.nn.silu(a).reshape(rows, length, self.heads, self.width)
             return jnp.moveaxis(a, 2, 1), tail
 
@@ -328,9 +329,7 @@ class TNT(nnx.Module):
         k, q = unit(k), unit(q)
         v = unit(v) if self.config.unit_values else v
 
-        rates = jnp.einsum(
-            "btgmh->gmbht", jax.nn.sigmoid(self.rates(full_precision(x)))
-        )
+        rates = jnp.einsum("btgmh->gmbht", jax.nn.sigmoid(self.rates(wide(x))))
         gates = dict(zip(self.config.gates, rates, strict=True))
         one, zero = jnp.ones_like(gates["eta"]), jnp.zeros_like(gates["eta"])
         alpha, theta = gates.get("alpha", one), gates.get("theta", zero)
@@ -410,7 +409,7 @@ class TNT(nnx.Module):
                     reads.append(apply(memory.weights, asked))
                 anchor = where_rows(moved[:, -1], memory.weights, memory.anchor)
                 memories.append(memory._replace(anchor=anchor))
-        return tuple(memories), state.key_space, sum(reads)
+        return tuple(memories), state.key_space, functools.reduce(jnp.add, reads)
 
 
 def _live_shards(
@@ -474,7 +473,7 @@ def _live_local(config, memories, key_space, streams, scan):
         end, y = scan(memory, state, tokens._replace(q=q))
         ends.append(end)
         reads.append(y)
-    return tuple(ends), key_space, sum(reads)
+    return tuple(ends), key_space, functools.reduce(jnp.add, reads)
 
 
 def _project(config, key_space, tokens, scan):

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.memory import bias
@@ -14,6 +15,7 @@ from hope_jax.optim.leaves import (
     as_type,
     check_fraction,
     guarded,
+    next_count,
     placed,
     rate_at,
     taken,
@@ -140,7 +142,7 @@ def deep_momentum(
     """
     check_fraction("decay", decay)
     for name, value in (("inner_rate", inner_rate), ("hidden", hidden)):
-        if not isinstance(value, jax.core.Tracer) and not value > 0:
+        if not isinstance(value, Tracer) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}.")
     if isinstance(target, str) and target != "ones":
         raise ValueError(
@@ -204,9 +206,9 @@ def deep_momentum(
         leaves, structure = jax.tree.flatten(updates)
         rest = [structure.flatten_up_to(images)]
         rest += [taken(updates, tree) for tree in (state.memory, state.start)]
-        moved = [move(*leaf, rate) for leaf in zip(leaves, *rest, strict=True)]
+        moved = [move(*leaf, rate=rate) for leaf in zip(leaves, *rest, strict=True)]
         return structure.unflatten([step for step, _ in moved]), DeepState(
-            optax.safe_increment(state.count),
+            next_count(state.count),
             placed(updates, [memory for _, memory in moved]),
             state.start,
             inner,

@@ -10,8 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels import positive
-from hope_jax.optim.capture import full_precision
-from hope_jax.optim.leaves import guarded
+from hope_jax.optim.leaves import guarded, next_count, wide_type
 from hope_jax.optim.rule import Rule, Settings, stepping
 
 
@@ -122,7 +121,7 @@ def dgd(
     def move(gradient, weight, x, rate):
         if isinstance(gradient, optax.MaskedNode):
             return gradient
-        dtype = full_precision(gradient.dtype)
+        dtype = wide_type(gradient.dtype)
         rate = jnp.asarray(rate, dtype)
         g = gradient.astype(dtype)
         if x is None:
@@ -179,7 +178,7 @@ def dgd(
             move(g, w, x, rate)
             for g, w, x in zip(leaves, weights, vectors, strict=True)
         ]
-        return structure.unflatten(moved), DGDState(optax.safe_increment(state.count))
+        return structure.unflatten(moved), DGDState(next_count(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

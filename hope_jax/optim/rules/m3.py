@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
 from hope_jax.optim import orthogonal
-from hope_jax.optim.leaves import guarded, like, wide, zeros
+from hope_jax.optim.leaves import guarded, like, next_count, wide, zeros
 from hope_jax.optim.rule import Rule, Settings, check_decays, decayed
 
 Variant = Literal["adamuon", "two_scale", "literal"]
@@ -243,7 +243,7 @@ def scale_by_m3(
     def update(updates, state, params=None, **extra):
         del params, extra
         gradient = jax.tree.map(wide, updates)
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         scales, factors = [], []
         for old, period, decay in zip(state.scales, periods, decays, strict=True):
             if period == 1:

@@ -1,0 +1,170 @@
+"""A small language model trained on recall: what its memory learns to do."""
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax import optim
+from hope_jax.core.level import Fast, Slow, hope_update
+from hope_jax.data.synthetic.recall import RecallConfig, batch
+from hope_jax.evaluate import recall
+from hope_jax.models import lm
+from hope_jax.models.cms import CMSConfig
+from hope_jax.models.config import ModelConfig, with_context
+from hope_jax.models.learning import Learning
+from hope_jax.models.mixers import MIXERS
+from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.stream.reader import reader_of
+from hope_jax.train import state as state_lib
+from hope_jax.train.config import OptimizerConfig
+
+DONE, NOT_FINITE = "done", "not finite"
+STRIDE = 20  # steps of one call of the device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What all models that are compared share.
+
+    Attributes:
+      task: what is learned.
+      d_model, layers, heads, hidden: sizes of the model and of its MLPs.
+      optimizer: of the outermost level.
+      batch: rows of a step.
+      steps: most steps, over which the learning rate falls.
+      seconds: most seconds, its compilation apart.
+      evaluation: batches, never trained on, that a model is scored on.
+
+    Raises:
+      ValueError: a field out of range.
+    """
+
+    task: RecallConfig = RecallConfig(vocab=64, pairs=6, length=32)
+    d_model: int = 32
+    layers: int = 2
+    heads: int = 2
+    hidden: int = 32
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-2, warmup_steps=20, weight_decay=0.0
+    )
+    batch: int = 32
+    steps: int = 400
+    seconds: float = math.inf
+    evaluation: int = 16
+
+    def __post_init__(self):
+        for name in ("batch", "steps", "evaluation"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}.")
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds steps "
+                f"({self.steps}); --set a shorter warm-up."
+            )
+
+
+def model_for(config: ProbeConfig, mixer: MixerConfig | str) -> ModelConfig:
+    """The language model around a mixer, or its kind.
+
+    Raises:
+      ValueError: sizes or choices that do not go together.
+    """
+    made = ModelConfig(
+        name="probe",
+        vocab=config.task.vocab,
+        d_model=config.d_model,
+        layers=config.layers,
+        heads=config.heads,
+        mixer=MIXERS.of(mixer, "mixer"),
+        cms=CMSConfig(hidden=config.hidden),
+    )
+    return with_context(made, config.task.length)
+
+
+def train(
+    config: ProbeConfig, model: ModelConfig, seed: int, learn: bool | Learning = True
+) -> dict[str, Any]:
+    """Trains and scores one model.
+
+    The parameters, the rows read and the rows scored depend on `seed` alone. Steps are
+    compiled once and called several at a time; the rows are drawn in the step.
+
+    Args:
+      config: how.
+      model: what, as of `model_for`.
+      seed: of all that is drawn.
+      learn: parts that do not learn while they read, in training and scoring.
+
+    Returns:
+      `status` (`DONE`, or what stopped it), `accuracy` and `loss` (None if it was not
+      finite), `steps` that were taken, `tokens_per_second` and `seconds`.
+    """
+    init_key, train_key, test_key = jax.random.split(jax.random.key(seed), 3)
+    params = jax.jit(lambda key: lm.build(model, key)[1])(init_key)
+    reader = reader_of(model)
+    tx = optim.build(
+        config.optimizer, total_steps=config.steps, periods=optim.one_clock(params)
+    )
+
+    def live(params, fast, asked):
+        return reader.apply(params, asked.tokens, fast, True, learn)
+
+    def objective(params, context):
+        asked, logits = context
+        return recall.score_batch(logits, asked).loss
+
+    level = state_lib.outer_level(tx, objective)
+
+    def step(i, carry):
+        state, worst = carry
+        key = jax.random.fold_in(state.key, state.step)
+        asked = batch(config.task, key, config.batch)
+        after = hope_update(asked, Slow(level, state.level), Fast(live))
+        return state._replace(level=after.slow.state), jnp.maximum(worst, after.loss)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(state, count):
+        """`count` steps, and the largest of their losses."""
+        return jax.lax.fori_loop(0, count, step, (state, jnp.float32(-jnp.inf)))
+
+    @jax.jit
+    def score(params):
+        return recall.score(
+            lambda p, tokens: reader.apply(p, tokens, None, True, learn)[0],
+            params,
+            config.task,
+            test_key,
+            rows=config.batch,
+            batches=config.evaluation,
+        )
+
+    state = state_lib.create(params, tx, train_key)
+    compiled = advance.lower(state, 0).compile()
+    steps, status, start = 0, DONE, time.perf_counter()
+    seconds = 0.0
+    while status == DONE and steps < config.steps and seconds < config.seconds:
+        count = min(STRIDE, config.steps - steps)
+        state, worst = compiled(state, count)
+        steps += count
+        if not math.isfinite(worst):
+            status = f"{NOT_FINITE} by step {steps}"
+        seconds = time.perf_counter() - start
+    made = {"status": status, "accuracy": None, "loss": None, "steps": steps}
+    made["tokens_per_second"] = steps * config.batch * config.task.length / seconds
+    made["seconds"] = seconds
+    if status == DONE:
+        accuracy, loss = (float(value) for value in score(state.params))
+        if math.isfinite(loss):
+            made |= {"accuracy": accuracy, "loss": loss}
+        else:
+            made["status"] = f"{NOT_FINITE} by step {steps}"
+    return made

@@ -1,0 +1,72 @@
+"""What `memory_scan` cannot read is refused, and types are reconciled at its door."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.kernels.select import memory_scan
+from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.state import commit
+from tests.kernels.test_select import some_state, some_tokens
+
+CONFIG = MemoryConfig(chunk=4, expansion=2)
+MESA = MemoryConfig(
+    architecture="linear", gradient="exact", rule="newton", dgd="none", chunk=4
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MESA], ids=["mlp", "mesa"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_tokens_are_read_in_the_type_of_the_weights(key, config, dtype):
+    state, tokens = some_state(key, config), some_tokens(key, 6)
+    narrow = tokens._replace(
+        **{name: getattr(tokens, name).astype(dtype) for name in "kvq"}
+    )
+    same = narrow._replace(
+        **{name: getattr(narrow, name).astype(jnp.float32) for name in "kvq"}
+    )
+    run = jax.jit(lambda tokens: memory_scan(config, state, tokens))
+    (end, y), (expected, y_expected) = run(narrow), run(same)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, y_expected)
+    jax.tree.map(np.testing.assert_array_equal, end, expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MESA], ids=["mlp", "mesa"])
+def test_wide_tokens_too(key, config):
+    state, tokens = some_state(key, config), some_tokens(key, 6)
+    expected = memory_scan(config, state, tokens)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tokens)
+        found = memory_scan(config, state, wide)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: jax.tree.map(lambda a: a[:0], t), "T >= 1, .* k \\(0,\\)"),
+        (lambda t: t._replace(v=t.v[:3]), "one time T >= 1"),
+        (lambda t: t._replace(eta=jnp.float32(0.1)), "one time T >= 1"),
+        (lambda t: t._replace(k=t.k[:, 0]), "k must be"),
+        (lambda t: t._replace(alpha=t.alpha.at[2].set(1.5)), r"\[0, 1\], got 1.5"),
+        (lambda t: t._replace(alpha=t.alpha.at[2].set(-0.5)), r"\[0, 1\], got -0.5"),
+        (lambda t: t._replace(alpha=t.alpha.at[2].set(jnp.nan)), "got nan"),
+    ],
+)
+def test_tokens_that_make_no_sense(key, change, message):
+    with pytest.raises(ValueError, match=message):
+        memory_scan(CONFIG, some_state(key, CONFIG), change(some_tokens(key, 6)))
+
+
+def test_a_state_in_the_middle_of_a_chunk_is_refused(key):
+    state, _ = memory_scan(CONFIG, some_state(key, CONFIG), some_tokens(key, 6))
+    with pytest.raises(ValueError, match="state is in the middle of a chunk"):
+        memory_scan(CONFIG, state, some_tokens(key, 6))
+    _, y = memory_scan(CONFIG, commit(state), some_tokens(key, 6))
+    assert np.isfinite(y).all()
