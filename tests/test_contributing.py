@@ -55,6 +55,7 @@ def copied(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_works_as_it_is_written(name, copied):
     apply(RECIPES[name], copied)

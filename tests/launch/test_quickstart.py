@@ -1,11 +1,10 @@
 """The quickstart, end to end at its smallest scale, and a second start of it."""
 
+import functools
 import json
 import math
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,9 +18,8 @@ from hope_jax.evaluate import language_model
 from hope_jax.models import lm
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train import loop
-from launch import evaluate, generate, quickstart
+from launch import evaluate, generate, quickstart, train
 
-ROOT = Path(__file__).parents[2]
 KEYS = {
     "hope_bpb",
     "hope_bpb_frozen",
@@ -103,9 +101,10 @@ def test_bits_per_byte_of_a_trained_model_by_hand(workdir):
         mode="reset",
         window=64,
     )
-    graphdef, _ = lm.build(opened.config.model, jax.random.key(0))
+    graphdef, _ = lm.abstract_model(opened.config.model)
     ids = np.concatenate([[256], np.frombuffer(document.data, np.uint8)])
-    logits, _ = lm.apply(graphdef, opened.params, jnp.asarray(ids[None, :-1]))
+    read = jax.jit(functools.partial(lm.apply, graphdef))
+    logits, _ = read(opened.params, jnp.asarray(ids[None, :-1]))
     log_p = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
     nats = -log_p[np.arange(len(ids) - 1), ids[1:]].sum()
     by_hand = nats / math.log(2) / len(document.data)
@@ -155,14 +154,9 @@ def test_the_commands_it_names_work(said, capsys, tmp_path):
             mine.write_text("some text of mine\n" * 20)
             evaluate.main([given[0], f"--data={mine}"])
         else:
-            described = subprocess.run(
-                [sys.executable, "-m", module, *given, "--describe"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-            )
-            assert described.returncode == 0, described.stderr
-            assert '"row": "hope"' in described.stdout
+            capsys.readouterr()
+            assert train.main([*given, "--describe"]) == 0
+            assert '"row": "hope"' in capsys.readouterr().out
 
 
 def test_a_stopped_training_goes_on(arguments, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
-"""The command line, in processes of its own; killed and resumed for real."""
+"""The command line; in processes of its own killed and resumed for real."""
 
+import functools
 import hashlib
 import importlib
 import json
@@ -21,7 +22,6 @@ TINY = ["--experiment=tests.train.tiny", "--row=tiny"]
 
 def start(*arguments):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
         [sys.executable, "-m", "launch.train", *arguments],
         cwd=ROOT,
@@ -58,10 +58,12 @@ def final_state(workdir):
     return step, meta["params"], meta["state"], meta["data"]
 
 
+@pytest.mark.slow
 def test_killed_four_times_equals_unbroken(tmp_path):
     """Before the first step and later, asked to stop and not asked: no byte differs."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    finish(start(*TINY, f"--workdir={unbroken}"))
+    launch = functools.partial(start, *TINY)
+    finish(launch(f"--workdir={unbroken}"))
 
     moments = [
         (lambda: (broken / "config.json").exists(), signal.SIGTERM),
@@ -70,7 +72,7 @@ def test_killed_four_times_equals_unbroken(tmp_path):
         (lambda: lines(broken) >= 41, signal.SIGKILL),
     ]
     for i, (ready, number) in enumerate(moments):
-        process = start(*TINY, f"--workdir={broken}", *(["--resume"] if i else []))
+        process = launch(f"--workdir={broken}", *(["--resume"] if i else []))
         stop_when(process, ready, number)
         if number == signal.SIGKILL:
             finish(process, code=-number)
@@ -83,7 +85,7 @@ def test_killed_four_times_equals_unbroken(tmp_path):
 
     saved = checkpoint.latest_verified_step(broken)
     assert saved >= lines(broken) - 2 * 9 and saved < 90  # two intervals: one in flight
-    out, _ = finish(start(*TINY, f"--workdir={broken}", "--resume"))
+    out, _ = finish(launch(f"--workdir={broken}", "--resume"))
     assert f"resumed at step {saved} of 90" in out
 
     assert final_state(broken) == final_state(unbroken)
@@ -103,8 +105,11 @@ def test_help_is_fast():
         assert f"--{flag}" in out or f"--[no]{flag}" in out
 
 
-def test_describe_prints_and_exits(tmp_path):
-    out, _ = finish(start(*TINY, "--describe", "--set=model.d_model=32"))
+def test_describe_prints_and_exits(capsys):
+    from launch import train
+
+    assert train.main([*TINY, "--describe", "--set=model.d_model=32"]) == 0
+    out = capsys.readouterr().out
     config = json.loads(out[: out.index("\n}") + 2])
     assert config["model"]["d_model"] == 32
     assert " parameters\n" in out
@@ -143,23 +148,25 @@ def test_experiments_are_those_with_rows_to_train():
     assert not {"lab", "sweep", "memory", "fig4_toy"} & set(found)
 
 
-def test_a_mistake_is_one_line_not_a_traceback(tmp_path):
+def test_a_mistake_is_one_line_not_a_traceback():
     _, err = finish(start(*TINY, "--workdir=x", "--set=optimizer.rule.b1=2"), code=1)
     assert err.strip().splitlines()[-1].startswith("ValueError: b1 must be at least 0")
     assert "Traceback" not in err
 
 
-def test_data_flag_sets_the_path(tmp_path):
+@pytest.mark.slow
+def test_data_flag_sets_the_path(tmp_path, capsys):
+    from launch import train
+
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question\n" * 200)
     workdir = tmp_path / "run"
-    out, _ = finish(
-        start(*TINY, f"--workdir={workdir}", f"--data={text}", "--set=train.steps=2")
-    )
-    assert "text.txt" in out
+    arguments = [*TINY, f"--workdir={workdir}", "--set=train.steps=2"]
+    assert train.main([*arguments, f"--data={text}"]) == 0
+    assert "text.txt" in capsys.readouterr().out
     assert len(metrics.read_log(workdir / "metrics.jsonl")) == 2
     digest = hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest()
-    _, err = finish(start(*TINY, f"--workdir={workdir}", "--set=train.steps=2"), code=1)
-    assert "pass --resume" in err
+    assert train.main(arguments) == 1
+    assert "pass --resume" in capsys.readouterr().err
     after = hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest()
     assert digest == after

@@ -80,6 +80,7 @@ def moves(state):
     return [count(level.opt) for level in state.levels]
 
 
+@pytest.mark.slow
 def test_every_level_moves_when_its_tokens_have_come():
     """In one call, token by token, in pieces of 3 and 7, and in parallel pieces."""
     tokens = some_tokens()
@@ -94,6 +95,7 @@ def test_every_level_moves_when_its_tokens_have_come():
         assert moves(state) == moves(end)
 
 
+@pytest.mark.slow
 def test_the_slowest_level_changes_what_is_read_after_its_move_and_only_that():
     tokens = some_tokens()
     _, params = small.built(THREE)
@@ -110,6 +112,7 @@ def test_the_slowest_level_changes_what_is_read_after_its_move_and_only_that():
     assert change[:32].max() < 1e-5 < 1e-3 < change[32:].max()
 
 
+@pytest.mark.slow
 def test_no_future_and_no_other_row_at_any_clock():
     hope_jax.check_causality(
         lambda t: small.read(THREE, t)[0],
@@ -119,6 +122,7 @@ def test_no_future_and_no_other_row_at_any_clock():
     )
 
 
+@pytest.mark.slow
 def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
     """Summed up chunk by chunk by the definition, while the faster levels move."""
     tokens = some_tokens(length=72)
@@ -191,6 +195,7 @@ def test_rows_at_different_multiples_of_the_span_are_read_in_parallel():
     assert moves(state) == [[63 // 4, 35 // 4], [63 // 8, 35 // 8], [63 // 32, 1]]
 
 
+@pytest.mark.slow
 def test_evaluation_and_generation_move_every_level():
     reader = reader_of(THREE)
     assert reader.span == 4
@@ -232,6 +237,7 @@ def test_evaluation_and_generation_move_every_level():
     assert moves(state) == moves(end) == [[72 // 4], [72 // 8], [2]]
 
 
+@pytest.mark.slow
 def test_a_horizon_spares_slow_levels_and_changes_nothing():
     """Levels that cannot move inside the row are read as the parameters they are."""
     tokens = some_tokens(length=33)
@@ -274,6 +280,7 @@ def test_a_level_is_within_a_horizon_that_is_longer_than_its_period():
     assert {h: len(THREE.within(h)) for h in expected} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["dgd", "m3"])
 def test_fast_levels_stay_in_float32_in_a_bfloat16_model(rule):
     config = dataclasses.replace(chain(RULES["dgd"], RULES["m3"]), dtype="bfloat16")
@@ -461,6 +468,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_a_level_has_a_rule_of_its_own_while_reading(name):
     config = chain(RULES[name], CMSLevel(period=8, rate=0.3, rule="adam"))
@@ -475,6 +483,7 @@ def test_a_level_has_a_rule_of_its_own_while_reading(name):
     assert np.abs(whole - frozen)[:, 5:].max() > 1e-4
 
 
+@pytest.mark.slow
 def test_dgd_inside_takes_the_inputs_of_its_own_tokens():
     """One move by equation 56 of what every matrix of the MLP was given."""
     config = chain(RULES["dgd"], pull=0.0, clip=1e9)
@@ -508,6 +517,7 @@ def test_dgd_inside_takes_the_inputs_of_its_own_tokens():
             assert np.abs(got - w).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["dgd", "delta_momentum"])
 def test_the_outer_gradient_goes_through_any_rule(float64, rule):
     """`exact`, moves and pulls included, in where the level starts and its rate."""

@@ -39,6 +39,7 @@ def ruled(request):
     return generated(MODELS[request.param])
 
 
+@pytest.mark.slow
 def test_factors_are_those_of_a_moves_own_tokens(ruled):
     """Factors of 1 are the plain model; of 0, one whose levels stand still; of 2,
     neither; all alike before the first move."""
@@ -77,6 +78,7 @@ def _no_cms(config):
     return Learning(levels=levels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["first_order", "exact"])
 def test_what_opens_a_move_has_a_gradient(gradient):
     """Equal to finite differences of the bias, whether moves are constants or not: a
@@ -103,6 +105,7 @@ def test_what_opens_a_move_has_a_gradient(gradient):
         np.testing.assert_allclose(slope[at], numeric, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_pieces_and_single_tokens_open_the_same_moves(ruled):
     tokens = small.some_tokens()
     whole, after = small.read(ruled, tokens)
@@ -125,6 +128,7 @@ def test_factors_leak_neither_from_the_future_nor_between_rows(ruled):
     assert np.ptp(opened) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("promise", ["test_1_in_bfloat16", "test_3_rows_in_bfloat16"])
 def test_promises_in_bfloat16(promise):
     config = test_promises.half_precision(generated(small.HOPE))
@@ -132,6 +136,7 @@ def test_promises_in_bfloat16(promise):
         getattr(test_promises, promise)(config)
 
 
+@pytest.mark.slow
 def test_stacked_levels_open_afresh():
     """Weights of one moving level into two: factors of 1 for both, and their count."""
     level = CMSLevel(period=4, rate=0.5)

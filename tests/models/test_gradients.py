@@ -97,6 +97,7 @@ def chosen(name, path, leaf):
     return np.full(leaf.shape, float(mine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_every_initial_state_learns_by_finite_differences(float64, name):
     loss, grad, params, tokens = in_float64()
@@ -179,6 +180,7 @@ def first_order_by_definition(config, params, tokens):
     return jax.grad(loss)(params)
 
 
+@pytest.mark.slow
 def test_first_order_is_its_definition():
     config = with_gradient("first_order")
     params, tokens = start(), small.some_tokens(length=LENGTH)
@@ -195,6 +197,7 @@ def test_first_order_is_its_definition():
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_none_gives_the_fast_levels_nothing():
     config = with_gradient("none")
     grad = jax.jit(jax.grad(loss_of(config)))

@@ -19,6 +19,7 @@ from tests.models import small
 TWO_LAYERS = dataclasses.replace(small.HYBRID, layers=2)
 
 
+@pytest.mark.slow
 def test_reads_no_future_and_no_other_row():
     hope_jax.check_causality(
         lambda t: small.read(TWO_LAYERS, t)[0],
@@ -28,6 +29,7 @@ def test_reads_no_future_and_no_other_row():
     )
 
 
+@pytest.mark.slow
 def test_streamed_in_pieces_of_1_3_and_7_through_bytes():
     tokens = small.some_tokens()
     whole, end = small.read(TWO_LAYERS, tokens)
@@ -52,6 +54,7 @@ def test_streamed_in_pieces_of_1_3_and_7_through_bytes():
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_step_of_training_moves_every_parameter_downhill():
     graphdef, params = small.built(TWO_LAYERS)
     tokens = small.some_tokens(length=17)
@@ -73,6 +76,7 @@ def test_one_step_of_training_moves_every_parameter_downhill():
     assert after < before - 1e-3
 
 
+@pytest.mark.slow
 def test_layers_repeat_the_pattern_in_its_order():
     """Four layers, read without learning, against the four blocks one by one."""
     config = small.HYBRID
@@ -199,6 +203,7 @@ def test_mixers_of_one_kind_are_told_apart():
     assert sum(b.parameters for b in picture.boxes) == lm.count_parameters(config)
 
 
+@pytest.mark.slow
 def test_stacked_levels_keep_the_logits_of_a_hybrid():
     """Layers 0 to 3 keep their MLPs as levels 1, 0, 0, 1 of a chain of two."""
     config = dataclasses.replace(small.HYBRID, cms=cms.CMSConfig(hidden=12))

@@ -71,6 +71,7 @@ def test_with_everything_on_it_is_true(config):
     assert learning.resolve(config, Learning()) == learning.resolve(config, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)
 def test_with_everything_off_every_bit_is_that_of_false(config):
     off = read(config, learning.off(config))
@@ -80,6 +81,7 @@ def test_with_everything_off_every_bit_is_that_of_false(config):
         assert all(same(before[part], after[part]) for part in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, learn, aligned",
     [
@@ -131,6 +133,7 @@ def test_controls_of_tokens_by_hand():
     assert Controls().on(tokens) is tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "controls", [Controls(flip=True), Controls(q_is_k=True), Controls(steps=2)], ids=str
 )

@@ -122,6 +122,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pieces_make_the_whole(name):
     """Of 1, 3 and 7 tokens, with a save between them, each length compiled once."""
@@ -152,6 +153,7 @@ def test_outputs_see_neither_the_future_nor_other_rows(name):
             equal(*(jax.tree.map(lambda a: a[0], s) for s in ((z, other), (y, state))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_learns(name):
     graphdef, params = build(name)

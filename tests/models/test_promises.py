@@ -2,6 +2,7 @@
 cut."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +69,12 @@ def test_3_parallel_pieces_at_the_span(config):
     tokens = small.some_tokens()
     whole, end = small.read(config, tokens)
     assert config.span == 4  # the fastest clock's; slower ones need not stand there
-    for cut in (4, 8):
-        head, state = small.read(config, tokens[:, :cut])
-        tail, state = small.read(config, tokens[:, cut:], state, aligned=True)
-        np.testing.assert_allclose(jnp.concatenate([head, tail], 1), whole, atol=1e-5)
-        assert_same_state(state, end)
+    logits, state = [], None
+    for part in (tokens[:, :4], tokens[:, 4:8], tokens[:, 8:]):
+        y, state = small.read(config, part, state, aligned=True)
+        logits.append(y)
+    np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, atol=1e-5)
+    assert_same_state(state, end)
 
 
 @LEARNERS
@@ -190,17 +192,18 @@ def test_4_reading_without_labels_changes_the_memory():
 
 
 def test_4_what_is_read_first_changes_what_is_learned_next():
-    tokens = small.some_tokens(length=16)
-    graphdef, params = small.built(small.HOPE)
-    start = lm.initial_state(graphdef, params, 2)
+    tokens = small.some_tokens()
+    start = lm.initial_state(*small.built(small.HOPE), 2)
 
-    def change(tokens):
-        _, after = small.read(small.HOPE, tokens, start, aligned=False)
+    def change(*parts):
+        state = start
+        for part in parts:
+            _, state = small.read(small.HOPE, part, state, aligned=False)
         weights = lambda s: s.blocks.mixer.main.weights["w1"]  # noqa: E731
-        return weights(after) - weights(start)
+        return weights(state) - weights(start)
 
-    both = change(tokens)
-    apart = change(tokens[:, :8]) + change(tokens[:, 8:])
+    first, second = tokens[:, :7], tokens[:, 7:14]
+    both, apart = change(first, second), change(first) + change(second)
     assert np.max(np.abs(both - apart)) > 1e-4
 
 
@@ -232,20 +235,27 @@ def test_5_a_slow_level_receives_the_sum_of_its_own_tokens_gradients(config):
 
 def gradient_of_chunk(config, state, tokens, labels):
     """By the definition: the loss of four tokens in the slower level's weights."""
-    graphdef, params = small.built(config)
-    model = nnx.merge(graphdef, params)
-    inside = lm._layers_first(state)
-
-    def loss(slow):
-        fast = (inside.blocks.fast[0], slow, inside.blocks.fast[2])
-        logits, *_ = lm._read(
-            model, tokens, inside.held.mixers, fast, aligned=True, learn=True
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.sum()
-
-    gradient = jax.jit(jax.grad(loss))(inside.blocks.fast[1])
+    gradient = _slope(config)(small.built(config)[1], state, tokens, labels)
     return jax.tree.map(lambda g: jnp.swapaxes(g, 0, 1), gradient)
+
+
+@functools.cache
+def _slope(config):
+    def slope(params, state, tokens, labels):
+        model = nnx.merge(small.graph(config), params)
+        inside = lm._layers_first(state)
+
+        def loss(slow):
+            fast = (inside.blocks.fast[0], slow, inside.blocks.fast[2])
+            logits, *_ = lm._read(
+                model, tokens, inside.held.mixers, fast, aligned=True, learn=True
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.sum()
+
+        return jax.grad(loss)(inside.blocks.fast[1])
+
+    return jax.jit(slope)
 
 
 def assert_moved_by(config, before, after, gradient, level):

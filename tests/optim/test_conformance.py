@@ -877,6 +877,7 @@ def sharded(tmp_path_factory):
     return np.load(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CUT)
 def test_cut_over_eight_devices_it_is_the_same(name, sharded):
     assert f"failed {name}" not in sharded, sharded[f"failed {name}"]

@@ -258,6 +258,7 @@ def layer_inputs(graphdef, params, tokens):
     return {".".join(where): jnp.stack(layers) for where, layers in seen.items()}
 
 
+@pytest.mark.slow
 def test_every_dense_layer_of_a_transformer(key):
     graphdef, params = small.built(small.TRANSFORMER)
     tokens = small.some_tokens(length=6)
@@ -292,6 +293,7 @@ def test_every_dense_layer_of_a_transformer(key):
     assert len(jax.tree.leaves(inputs)) == 5  # norms and the embedding have none
 
 
+@pytest.mark.slow
 def test_a_model_that_learns_while_it_reads(key):
     """Through scans and gradients of its own; levels that move in a row have none."""
     levels = (CMSLevel(period=4, rate=0.5), CMSLevel(period=128))

@@ -230,6 +230,7 @@ def test_rows_that_are_zero_are_no_rows(key):
 MUON = dict(architecture="linear", rule="muon", dgd="none", window=2, chunk=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at, config",
     [(2, named.ojanet().memory), (0, MemoryConfig(features="polynomial", **MUON))],
@@ -243,6 +244,7 @@ def test_a_gradient_of_zero_teaches_nothing(key, at, config):
     close(out, jnp.insert(updates(rule, g), at, 0.0, axis=0))
 
 
+@pytest.mark.slow
 def test_attention_over_rows_by_hand(key):
     g = stream(key, (2, 3)).at[1, 0].set(0.0)
     every = updates(from_level(attention_level(ETA), context=9), g)

@@ -212,6 +212,7 @@ def test_muon_takes_stacked_kernels_and_only_those(key):
     assert spread(updates[0]["conv_q"]["kernel"]) > 5
 
 
+@pytest.mark.slow
 def test_each_kind_has_the_rule_that_is_named_for_it(key):
     """Beside M3: signs for the embedding, gradients for the convolution, Adam else."""
     params = {
@@ -249,6 +250,7 @@ def test_each_kind_has_the_rule_that_is_named_for_it(key):
     ]
 
 
+@pytest.mark.slow
 def test_inputs_are_reduced_like_gradients(key):
     """Two steps on halves of a batch are one on all of it, in every period; saved and
     loaded in between. Matrices without inputs move like all that is no matrix."""

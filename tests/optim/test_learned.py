@@ -183,6 +183,7 @@ def test_without_gates_that_move_the_recurrence_is_momentum(key):
 # What they see -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 def test_an_update_sees_all_gradients_before_it_and_none_after(key, name):
     g = stream(key, ())
@@ -261,6 +262,7 @@ def ravine(key):
     return Task(start, loss)
 
 
+@pytest.mark.slow
 @both
 def test_the_slow_gradient_is_that_of_finite_differences(key, float64, name):
     config = CONFIGS[name]
@@ -295,6 +297,7 @@ def steps(rounds=1, outer=None, **changes):
     return meta_train(ravine, config, outer, jax.random.key(3), **settings)
 
 
+@pytest.mark.slow
 def test_one_move_of_the_outer_level_by_hand():
     """Its gradient is the mean's over tasks, and goes through every inner step."""
     config, meta = CONFIGS["recurrent"], some_meta(CONFIGS["recurrent"], 0.2)
@@ -321,6 +324,7 @@ def test_one_move_of_the_outer_level_by_hand():
         close(moved, gradient, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_life_cut_in_pieces_goes_on_where_it_was():
     """With slow parameters that stand still, pieces make the whole."""
     still = optax.set_to_zero()
@@ -338,6 +342,7 @@ def test_a_longer_life_begins_like_a_shorter_one(key):
     close(long[1][:3], short[1])
 
 
+@pytest.mark.slow
 @both
 def test_it_learns_to_solve_tasks_that_it_has_not_seen(key, name):
     config = CONFIGS[name]

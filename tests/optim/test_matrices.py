@@ -109,6 +109,7 @@ def test_convolutions_and_attentions_of_flax_are_the_maps_they_are(biased):
     }
 
 
+@pytest.mark.slow
 def test_our_own_models_are_grouped_as_in_training():
     names = [name for name in zoo.names() if name.endswith("_tiny")]
     trees = [lm.abstract(zoo.get(name)) for name in names]

@@ -17,6 +17,7 @@ from tests.versions import FORMER_EMITTERS
 SHAPES = {"a": (2, 32, 96), "b": (2, 128, 32), "c": (32, 10)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [("adamuon", "m3"), ("shampoo", "soap")], ids="+".join
 )
