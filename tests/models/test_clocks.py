@@ -348,7 +348,7 @@ def moved_by(config, level, gradients, rate=0.5):
 
         def step(carry, gradient):
             weights, state = carry
-            state = state._replace(learned=cms.Learned(gradient, seen))
+            state = state._replace(learned=Collected(gradient, seen))
             carry = cms.move(config, level, rate, START, weights, state, axis=1)
             return carry, None
 
