@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -125,9 +126,9 @@ def wide_type(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
 
 
-def wide(leaf: Array) -> Array:
+def wide(leaf: Array | np.ndarray) -> Array:
     """`leaf` in float32 or wider: in bfloat16 a decay of 0.999 is 1."""
-    return leaf.astype(wide_type(leaf.dtype))
+    return jnp.asarray(leaf.astype(wide_type(leaf.dtype)))
 
 
 def zeros(params: PyTree) -> PyTree:
