@@ -245,9 +245,9 @@ def test_equation_87_the_objective_is_the_squared_error():
     rng = np.random.default_rng(0)
     memory = {n: rng.normal(size=(D, D)).astype("f") for n in ("w1", "w2")}
     k, v = rng.normal(size=(2, D)).astype("f")
-    token = Tokens(k, v, k, 0.1, 1.0, 0.0)
-    close(level.objective(memory, token), np.sum((recall(memory, k) - v) ** 2) / 2)
-    slope = jax.grad(level.objective)(memory, token)
+    given = jax.tree.map(jnp.asarray, (memory, Tokens(k, v, k, 0.1, 1.0, 0.0)))
+    close(level.objective(*given), np.sum((recall(memory, k) - v) ** 2) / 2)
+    slope = jax.grad(level.objective)(*given)
     for n, expected in gradient(memory, k, v).items():
         close(slope[n], expected)
 
@@ -277,7 +277,8 @@ def test_equation_89_a_residual_memory_of_two_layers():
     rng = np.random.default_rng(0)
     w1, w2 = rng.normal(size=(3, 5)).astype("f"), rng.normal(size=(5, 3)).astype("f")
     x = rng.normal(size=3).astype("f")
-    made = mlp(3, 5, "tanh").apply({"w1": w1, "w2": w2}, x)
+    weights = {"w1": jnp.asarray(w1), "w2": jnp.asarray(w2)}
+    made = mlp(3, 5, "tanh").apply(weights, jnp.asarray(x))
     close(made, x + w1 @ np.tanh(w2 @ x))
 
 
