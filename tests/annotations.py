@@ -29,8 +29,8 @@ def install(package: str) -> None:
 def check(function):
     """`function`, which raises where an array is not what its annotation says.
 
-    The fields of a dataclass are not looked at: JAX makes one anew around what stands for
-    its arrays while a tree is taken apart.
+    The fields of a dataclass are not looked at: JAX makes one anew around what stands
+    for its arrays while a tree is taken apart.
     """
     if getattr(function, "__name__", "") == "__init__":
         return function
