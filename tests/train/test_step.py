@@ -185,6 +185,6 @@ def test_evaluation_is_the_loss_of_the_step(params, tokens, key):
     loss = evaluate(params, sharding.shard_batch(tokens, mesh))
     tx = optax.sgd(0.0)
     _, metrics = step_lib.make_step("static", apply_fn, tx)(
-        state_lib.create(params, tx, key), tokens
+        state_lib.create(params, tx, key), jnp.asarray(tokens)
     )
     np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-6)

@@ -65,8 +65,8 @@ def batch(subspace, target, leak, count: int, key: Array) -> tuple[Array, Array]
     return a @ subspace.T + leak * z, a @ target.T
 
 
-def loss(w: Float[Array, "outputs width"], x: Array, y: Array) -> Float[Array, ""]:
-    """Equation 45 on a batch."""
+def loss(w, x: Array, y: Array) -> Float[Array, ""]:
+    """Equation 45 on a batch, of a matrix `[outputs, width]`, captured or plain."""
     return jnp.mean(jnp.sum(((w @ x.T).T - y) ** 2, axis=-1))
 
 
