@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with fail_in_words():
         if options.rows < 1:
             raise ValueError(f"rows must be at least 1, got {options.rows}.")
-        opened = open_checkpoint(options.checkpoint, options.set)
+        opened = open_checkpoint(options.checkpoint, options.set, options.rechunk)
         config = opened.config
         corpus = config.data.load(options.data)
     documents = corpus.validation
@@ -283,6 +283,12 @@ def define_checkpoint(define) -> None:
         [],
         "field=value that the checkpoint's config must have, or it is refused; "
         "repeatable",
+    )
+    define.float(
+        "rechunk",
+        1.0,
+        "read with chunks of the memories so many times as long as in training; they "
+        "then answer otherwise, and a warning says so",
     )
 
 

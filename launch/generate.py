@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.quiet_libraries()
     with fail_in_words():
         sampling = Sampling(temperature=options.temperature, top_k=options.top_k)
-        opened = open_checkpoint(options.checkpoint, options.set)
+        opened = open_checkpoint(options.checkpoint, options.set, options.rechunk)
         ids = generate(
             opened.reader,
             opened.params,

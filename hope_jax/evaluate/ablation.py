@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.models import learning
-from hope_jax.models.config import ModelConfig
+from hope_jax.models.config import ModelConfig, rechunked
 from hope_jax.models.learning import Controls, Learning
 from hope_jax.stream.reader import Reader, reader_of
 
@@ -141,21 +141,6 @@ def rows(config: ModelConfig) -> list[Row]:
         except ValueError as error:
             found.append(made(f"control: {name}", None, str(error)))
     return found
-
-
-def rechunked(config: ModelConfig, factor: float) -> ModelConfig:
-    """The model with other chunks of its memories, its parameters as they are.
-
-    Inner rates stay what they were, though their bound may come from the chunk.
-
-    Raises:
-      ValueError: the model has no chunk that is part of its function, or none so long.
-    """
-
-    mixer, *others = config.pattern
-    if others:
-        raise ValueError(f"{config.kinds} has no chunk of a memory alone")
-    return dataclasses.replace(config, mixer=mixer.rechunked(factor))
 
 
 def texts(

@@ -59,13 +59,19 @@ def piece(
         )
     start = start if config.returns else None
     with jax.default_matmul_precision("float32"):
-        tokens = plain_tokens(config, tokens)
-        if state.left is not None:
-            shares, left = rates.ration(tokens.eta, state.left)
-            tokens, state = tokens._replace(eta=shares), state._replace(left=left)
+        tokens, state = _prepared(config, state, tokens)
         if config.steps > 1:
             return _several_steps(config, state, tokens, reads, start)
         return _FORMS[_form_of(config, tokens)](config, state, tokens, reads, start)
+
+
+def _prepared(config, state, tokens):
+    """Plain tokens, with no more to write than the chunk has left."""
+    tokens = plain_tokens(config, tokens)
+    if state.left is not None:
+        shares, left = rates.ration(tokens.eta, state.left)
+        tokens, state = tokens._replace(eta=shares), state._replace(left=left)
+    return tokens, state
 
 
 def _form_of(config: MemoryConfig, tokens: Tokens) -> Form:
@@ -103,7 +109,53 @@ def _several_steps(config, state, tokens, reads, start):
     return piece(single, state, last, reads, start)
 
 
+class Written(NamedTuple):
+    """A chunk of a rank-one memory with all that its tokens wrote, to be read from.
+
+    Attributes:
+      state: before the chunk.
+      inputs: what each matrix meets at the keys, `[P, K]`.
+      rows: what it writes there.
+      gates: how these decay and coast.
+      start: the weights it returns to, or None.
+    """
+
+    state: MemoryState
+    inputs: dict[str, Array]
+    rows: dict[str, delta.Rows]
+    gates: dict[str, delta.Transitions]
+    start: Weights | None
+
+
+def write(
+    config: MemoryConfig,
+    state: MemoryState,
+    tokens: Tokens,
+    start: Weights | None = None,
+) -> tuple[MemoryState, Written]:
+    """Of a memory whose `form` is rank one, the part of `piece` that no read needs.
+
+    Memories of one shape may so be written as a batch, and one of them be read.
+    """
+    with jax.default_matmul_precision("float32"):
+        tokens, state = _prepared(config, state, tokens)
+        return _write(config, state, tokens, start if config.returns else None)
+
+
+def read(
+    config: MemoryConfig, written: Written, q: Float[Array, "C K"]
+) -> Float[Array, "C V"]:
+    """What a query of every token gets from a chunk that `write` wrote."""
+    with jax.default_matmul_precision("float32"):
+        return _read(config, written, q)
+
+
 def _rank_one(config, state, tokens, reads, start):
+    after, written = _write(config, state, tokens, start)
+    return after, _read(config, written, tokens.q) if reads else None
+
+
+def _write(config, state, tokens, start):
     function = build_architecture(config, tokens.v.shape[-1])
     theta = tokens.theta if config.inertia else None
     gates = delta.transitions(tokens.alpha, theta, config.chosen.rule.lookahead)
@@ -112,7 +164,6 @@ def _rank_one(config, state, tokens, reads, start):
     gates = dict.fromkeys(inputs, gates)
     if config.rate_law == "output":  # its output layer has no momentum
         gates["w1"] = delta.transitions(tokens.alpha, None)
-    before = config.read == "pre"
 
     ends = {
         name: layer(name).finish(x, rows[name], gates[name])
@@ -127,15 +178,27 @@ def _rank_one(config, state, tokens, reads, start):
         momentum=momentum,
         recent=next_recent(config, state.recent, tokens),
     )
-    if not reads:
-        return after, None
+    return after, Written(state, inputs, rows, gates, start)
+
+
+def _read(config, written, q):
+    weights = written.state.weights
+    function = build_architecture(
+        config, weights["w1" if "w1" in weights else "w"].shape[0]
+    )
     if config.read == "anchor":
-        return after, function.apply(state.anchor, tokens.q)
+        return function.apply(written.state.anchor, q)
 
     def multiply(name, x):
-        return layer(name).read(inputs[name], rows[name], gates[name], x, before)
+        return _layer(config, written.state, written.start, name).read(
+            written.inputs[name],
+            written.rows[name],
+            written.gates[name],
+            x,
+            config.read == "pre",
+        )
 
-    return after, function.forward(multiply, tokens.q)
+    return function.forward(multiply, q)
 
 
 class _Matrix(NamedTuple):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from hope_jax.kernels.triangular import unit_lower_inverse
 
 _SMALLEST = 1e-12  # a gate below it is 0 in float32 arithmetic of these products
+_EXACT = 256.0  # float32 sums of 2,048 such logarithms in parts of 1 / 256 are exact
 
 
 class Transitions(NamedTuple):
@@ -59,6 +60,8 @@ def transitions(
 
     With `nesterov` the memory moves by `θₜ Sₜ + eₜ` rather than by Sₜ.
     """
+    if alpha.shape[0] == 1:
+        return _one_token(alpha, theta, nesterov)
     products = cumulative_products(alpha)
     decay = products[1:, 1:]
     if theta is None:
@@ -81,17 +84,34 @@ def transitions(
     )
 
 
+def _one_token(alpha, theta, nesterov):
+    """`transitions` where nothing is before the token: its gates themselves."""
+    one, none = jnp.ones_like(alpha), jnp.zeros_like(alpha)
+    kept, whole = jnp.concatenate([one, alpha]), one[:, None]
+    if theta is None:
+        lag = jnp.concatenate([none, none])
+        return Transitions(kept, whole, whole, lag, none, none[0])
+    moves, lag = (1.0 + theta, theta * theta) if nesterov else (one, theta)
+    lag = jnp.concatenate([none, lag])
+    return Transitions(kept, whole, moves[:, None], lag, one, theta[0])
+
+
 @jax.custom_jvp
 def cumulative_products(gate: Float[Array, " C"]) -> Float[Array, "C+1 C+1"]:
     """`P[t, i] = gate[i] ... gate[t − 1]` for i <= t, else 0; index 0 is the start.
 
-    Differences of log-sums give the values. Their derivative would cancel badly where a
-    gate is small, so it is written as the sum over the factor that varies.
+    Differences of log-sums give the values. The sums are taken in two parts, one of
+    which is exact, or a gate that is nearly 0 would cost the digits of all after it.
+    Their derivative would cancel badly where a gate is small, so it is written as the
+    sum over the factor that varies.
     """
     logs = jnp.log(jnp.maximum(gate, _SMALLEST))
-    total = jnp.concatenate([jnp.zeros((1,), gate.dtype), jnp.cumsum(logs)])
-    past = jnp.tril(jnp.ones((total.shape[0],) * 2, bool))
-    return jnp.exp(jnp.where(past, total[:, None] - total[None, :], -jnp.inf))
+    coarse = jnp.round(logs * _EXACT) / _EXACT
+    parts = jnp.cumsum(jnp.stack([coarse, logs - coarse]), axis=1)
+    parts = jnp.pad(parts, ((0, 0), (1, 0)))
+    coarse, fine = parts[:, :, None] - parts[:, None, :]
+    past = jnp.tril(jnp.ones(coarse.shape, bool))
+    return jnp.exp(jnp.where(past, coarse + fine, -jnp.inf))
 
 
 @cumulative_products.defjvp
@@ -100,6 +120,17 @@ def _cumulative_products_jvp(primals, tangents):
     products = cumulative_products(gate)
     factor = dgate[:, None] * products[:-1]
     return products, products[:, 1:] @ factor
+
+
+def _earlier(
+    matrix: Float[Array, "C P"],
+    overlap: Float[Array, "C P"],
+    writes: Float[Array, "P V"],
+) -> Float[Array, "C V"] | float:
+    """What the writes of earlier tokens answer: 0 to a chunk of one."""
+    if matrix.shape == (1, 1):
+        return 0.0
+    return (_before(matrix) * overlap) @ writes
 
 
 def _before(matrix: Float[Array, "C P"]) -> Float[Array, "C P"]:
@@ -125,12 +156,15 @@ def anchored_rows(
     if b is None:
         return Rows(None, e)
     overlap = k @ k.T
-    inverse = unit_lower_inverse(b[:, None] * _before(gates.decay) * overlap)
     recalled = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
-    recalled = recalled + (_before(gates.spread) * overlap) @ e
+    recalled = recalled + _earlier(gates.spread, overlap, e)
     if origin is not None:
         recalled = recalled + k @ origin.T
-    return Rows(inverse @ (-b[:, None] * recalled), e)
+    u = -b[:, None] * recalled
+    if gates.decay.shape == (1, 1) == overlap.shape:  # nothing to solve
+        return Rows(u, e)
+    inverse = unit_lower_inverse(b[:, None] * _before(gates.decay) * overlap)
+    return Rows(inverse @ u, e)
 
 
 def exact_rows(
@@ -151,20 +185,21 @@ def exact_rows(
     too where `erases_origin`.
     """
     overlap = k @ k.T
-    system = _before(gates.spread) * overlap * eta[None, :]
-    if b is not None:
-        system = system + _before(gates.decay) * overlap * b[None, :]
     base = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
     started = None
     if origin is not None:
         started = k @ origin.T
         v = v - started
-    base = base + (_before(gates.spread) * overlap) @ (eta[:, None] * v)
+    base = base + _earlier(gates.spread, overlap, eta[:, None] * v)
     if b is not None and started is not None and erases_origin:
         # Erasing M₀ as well is one more known write of the delta rows.
-        gone = (_before(gates.decay) * overlap) @ (b[:, None] * started)
-        base = base - gone
-    recalled = unit_lower_inverse(system) @ base
+        base = base - _earlier(gates.decay, overlap, b[:, None] * started)
+    recalled = base
+    if overlap.shape != (1, 1):
+        system = _before(gates.spread) * overlap * eta[None, :]
+        if b is not None:
+            system = system + _before(gates.decay) * overlap * b[None, :]
+        recalled = unit_lower_inverse(system) @ base
     u = None
     if b is not None:
         u = -b[:, None] * recalled

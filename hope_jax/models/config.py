@@ -142,6 +142,20 @@ def with_context(config: ModelConfig, context: int) -> ModelConfig:
     return dataclasses.replace(config, mixer=pattern)
 
 
+def rechunked(config: ModelConfig, factor: float) -> ModelConfig:
+    """The model with other chunks of its memories, its parameters as they are.
+
+    Inner rates stay what they were, though their bound may come from the chunk.
+
+    Raises:
+      ValueError: the model has no chunk that is part of its function, or none so long.
+    """
+    mixer, *others = config.pattern
+    if others:
+        raise ValueError(f"{config.kinds} has no chunk of a memory alone")
+    return dataclasses.replace(config, mixer=mixer.rechunked(factor))
+
+
 def _mixers(given: Any) -> MixerConfig | tuple[MixerConfig, ...]:
     """`given` with names replaced by what they stand for; a pattern of one is that."""
     if isinstance(given, str) and "," in given:

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax.optim import capture
+from hope_jax.optim.leaves import wide_type
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
 _SPREAD = 16  # of half-lives over the heads, at the start
@@ -109,10 +111,21 @@ def where_rows(rows: Bool[Array, " B"], new: PyTree, old: PyTree) -> PyTree:
 def rotary(
     x: Float[Array, "B T H K"], position: Int[Array, "B T"], base: float = 10_000.0
 ) -> Float[Array, "B T H K"]:
-    """Rotary position embedding (arXiv:2104.09864): relative under the dot product."""
+    """Rotary position embedding (arXiv:2104.09864): relative under the dot product.
+
+    Phases are counted in whole parts of a turn, 2^32 of them, which wrap round as the
+    integers do: two tokens meet at the same angle however far into a text they are.
+    """
     half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    whole = np.uint64 if x.dtype == jnp.float64 else np.uint32
+    parts = 2.0 ** np.iinfo(whole).bits
+    turns = base ** (-np.arange(half) / half) / (2.0 * np.pi)
+    a_token = jnp.asarray(np.rint(turns * parts).astype(whole))
+    phase = position[:, :, None, None].astype(whole) * a_token[None, None, None]
+    signed = jax.lax.bitcast_convert_type(
+        phase, np.int64 if whole is np.uint64 else np.int32
+    )
+    angle = signed.astype(wide_type(x.dtype)) * (2.0 * np.pi / parts)
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

@@ -29,7 +29,7 @@ from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES
 from hope_jax.models.learning import Learning
-from hope_jax.optim.leaves import path_names, wide
+from hope_jax.optim.leaves import path_names, wide_type
 
 __all__ = [
     "LMState",
@@ -109,6 +109,15 @@ class LanguageModel(nnx.Module):
     def inner_rates(self) -> Float[Array, " F"]:
         """The learned rates of the fast CMS levels, in (0, rate_bound)."""
         return self.config.cms.rate_bound * jax.nn.sigmoid(self.rates[...])
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N"]:
+        """Of the next token, from the last block: products of the model's type that are
+        summed in float32 or wider."""
+        x = self.norm(x)
+        table = self.embed.embedding[...].astype(x.dtype)
+        return jnp.einsum(
+            "btd,nd->btn", x, table, preferred_element_type=wide_type(x.dtype)
+        )
 
 
 def first_rates(config: ModelConfig) -> Float[Array, " F"]:
@@ -393,7 +402,7 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
         return x, (state.mixer, state.opened)
 
     x, (mixers, opened) = jax.lax.scan(layer, x, (params, mixers, fast))
-    return _Read(wide(model.embed.attend(model.norm(x))), mixers, opened)
+    return _Read(model.logits(x), mixers, opened)
 
 
 def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read"]:

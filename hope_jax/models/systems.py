@@ -17,7 +17,7 @@ from hope_jax.memory.flow import Transformation, transformation
 from hope_jax.models import cms, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers.base import MixerConfig
-from hope_jax.optim.leaves import path_names, wide
+from hope_jax.optim.leaves import path_names
 
 SLOW = "slow weights"
 
@@ -221,7 +221,7 @@ def head(
 ) -> Float[Array, " N"]:
     """Logits of what the last level answers."""
     model = nnx.merge(graphdef, params)
-    return wide(model.embed.attend(model.norm(x)))
+    return model.logits(x)
 
 
 def _started(key):

@@ -1,5 +1,6 @@
 """A language model as its readers see it: functions of its parameters, and a state."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,11 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, PyTree
 
 from hope_jax.core import config as config_lib
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.models import lm
+from hope_jax.models.config import rechunked
 from hope_jax.models.learning import Learning
 from hope_jax.train import checkpoint, loop
 from hope_jax.train.config import RunConfig
@@ -103,7 +106,7 @@ class Opened(NamedTuple):
 
 
 def open_checkpoint(
-    directory: str | os.PathLike, settings: Sequence[str] = ()
+    directory: str | os.PathLike, settings: Sequence[str] = (), rechunk: float = 1.0
 ) -> Opened:
     """The newest intact model of a run.
 
@@ -113,6 +116,9 @@ def open_checkpoint(
         nothing, for a model is what it was trained to be, but for the `context` of
         attention (`model.mixer.context`): no parameter has its shape, so it may look
         back over more than in training.
+      rechunk: reads with chunks of the memories so many times as long as in training. A
+        memory then takes its gradients elsewhere and answers otherwise, so a warning
+        is logged.
 
     Raises:
       FileNotFoundError: no checkpoint there.
@@ -136,6 +142,21 @@ def open_checkpoint(
             + "\nLeave these settings out, or train a model with them."
         )
     tokenizer = checkpoint.restore_tokenizer(directory)
+    if rechunk != 1.0:
+        config = dataclasses.replace(config, model=_rechunked(config.model, rechunk))
     reader = reader_of(config.model)
     check_tokenizer(reader, tokenizer)
     return Opened(config, reader, params, tokenizer, step)
+
+
+def _rechunked(config: lm.ModelConfig, factor: float) -> lm.ModelConfig:
+    try:
+        changed = rechunked(config, factor)
+    except ValueError as error:
+        raise ValueError(f"rechunk ({factor:g}) does not fit: {error}") from None
+    logging.warning(
+        "Reading with chunks %g times as long as in training: memories answer "
+        "otherwise than they learned to.",
+        factor,
+    )
+    return changed

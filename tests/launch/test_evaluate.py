@@ -174,3 +174,9 @@ def test_ablation_prints_every_row_and_saves_the_numbers(trained, tmp_path, caps
 def test_ablation_refuses_one_fact(trained):
     said = refusal(evaluate, f"--checkpoint={trained}", "--ablate", "--ablate-facts=1")
     assert "ablate-facts must be at least 2, got 1" in said
+
+
+@pytest.mark.parametrize("program", [evaluate, generate])
+def test_a_model_without_chunks_is_not_read_with_others(program, trained):
+    said = refusal(program, f"--checkpoint={trained}", "--rechunk=2")
+    assert "rechunk (2) does not fit: attention has no chunk" in said

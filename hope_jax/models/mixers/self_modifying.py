@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.config import (
     at_least,
@@ -34,6 +34,7 @@ from hope_jax.core.config import (
     to_json,
 )
 from hope_jax.core.system import Edge
+from hope_jax.kernels import chunk as kernel
 from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
@@ -90,7 +91,9 @@ class SelfModifyingConfig(MixerConfig):
       rate: bound on the inner rate η. None is 1 where `memory.rate_law` or an exact
         gradient bounds the step (½ where L2 and a delta term both erase), and else
         `1 / projection_chunk`, which bounds the sum of the rates of one chunk by 1:
-        anchored gradients diverge beyond 2.
+        anchored gradients diverge beyond 2. An exact gradient takes up to 2: a token
+        may then turn what is stored along its key round, the eigenvalue `α − η` (`α (1
+        − η)` with `memory.recall="after"`) of its transition going down to -1.
       rate_start: where η starts, as a fraction of its bound.
       projection_rate: where the share of η that each projection memory takes starts; it
         is learned, in (0, 1). None is all of it, to the letter of the equations.
@@ -145,8 +148,10 @@ class SelfModifyingConfig(MixerConfig):
                 f"memory.chunk ({memory.chunk})."
             )
         at_least(self, conv=1)
-        if self.rate is not None and not 0 < self.rate <= 1:
-            raise ValueError(f"rate must lie in (0, 1], got {self.rate}.")
+        exact = memory.gradient == "exact" and memory.rate_law == "token"
+        most = 2 if exact else 1
+        if self.rate is not None and not 0 < self.rate <= most:
+            raise ValueError(f"rate must lie in (0, {most}], got {self.rate}.")
         for name in ("rate_start", "momentum_start", "projection_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -272,16 +277,41 @@ class SelfModifyingState(NamedTuple):
     """Where a layer stands; its size does not depend on the tokens read.
 
     Attributes:
-      projection: memories of the projections, leaves `[B, H, P, ...]`.
-      main: the main memory, leaves `[B, H, ...]`.
+      memories: those of the projections and then the main one, as one batch: leaves
+        `[B, H, P + 1, ...]`.
       tails: the convolutions' last inputs.
       position: tokens read, int32.
     """
 
-    projection: MemoryState
-    main: MemoryState
+    memories: MemoryState
     tails: Tails
     position: Int[Array, " B"]
+
+    @property
+    def projection(self) -> MemoryState:
+        """The memories of the projections, leaves `[..., P, V, K]`."""
+        return _some(self.memories, slice(-1))
+
+    @property
+    def main(self) -> MemoryState:
+        """The main memory, leaves `[..., V, K]`."""
+        return _some(self.memories, -1)
+
+
+def _some(memories: MemoryState, which: int | slice) -> MemoryState:
+    matrices = lambda tree: tree and {n: w[..., which, :, :] for n, w in tree.items()}  # noqa: E731
+    left = None if memories.left is None else memories.left[..., which]
+    weights, momentum, anchor = map(matrices, memories[:3])
+    return MemoryState(weights, momentum, anchor, left=left)
+
+
+def _joined(projection: PyTree, main: PyTree, axis: int) -> PyTree:
+    """One batch of the memories of the projections and the main one."""
+    return jax.tree.map(
+        lambda p, m: jnp.concatenate([p, jnp.expand_dims(m, axis)], axis),
+        projection,
+        main,
+    )
 
 
 class Seen(NamedTuple):
@@ -396,25 +426,18 @@ class SelfModifyingTitans(nnx.Module):
 
     def initial_state(self, rows: int) -> SelfModifyingState:
         """Every row at the learned initial states."""
+        spread = {
+            n: jnp.broadcast_to(w[None], (rows, *w.shape))
+            for n, w in self._start().items()
+        }
+        # What a chunk generates comes from its start, for exact memories as well.
+        memories = begin_memory(self.config.memory, spread)._replace(anchor=spread)
+        tails = Tails(*(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q)))
+        return SelfModifyingState(memories, tails, jnp.zeros((rows,), jnp.int32))
 
-        projection, main = self.starts()
-
-        def start(weights):
-            spread = {
-                n: jnp.broadcast_to(w[None], (rows, *w.shape))
-                for n, w in weights.items()
-            }
-            # What a chunk generates comes from its start, for exact memories as well.
-            return begin_memory(self.config.memory, spread)._replace(anchor=spread)
-
-        return SelfModifyingState(
-            projection=start(projection),
-            main=start(main),
-            tails=Tails(
-                *(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q))
-            ),
-            position=jnp.zeros((rows,), jnp.int32),
-        )
+    def _start(self) -> Weights:
+        """`starts` as one batch, `[H, P + 1, ...]`."""
+        return _joined(*self.starts(), axis=1)
 
     def __call__(
         self,
@@ -510,34 +533,80 @@ class SelfModifyingTitans(nnx.Module):
         seen = Seen(*(jnp.moveaxis(jnp.moveaxis(a, 0, 1), 2, 1) for a in chunk))
         length = seen.k.shape[2]
         if whole:  # says that anchor and weights are one, so their products are shared
-            state = state._replace(projection=commit(state.projection))
+            state = state._replace(memories=commit(state.memories))
         generated, tails = self._generate(state, seen)
-        tokens = learn.controls.on(generated.tokens)
-        written = tokens if learn.projections else learning.still(tokens)
+        generated = generated._replace(tokens=learn.controls.on(generated.tokens))
         position = state.position + length
+        live = self._live_as_one if self._is_one(learn) else self._live_apart
+        memories, y = live(state.memories, generated, learn, position, whole)
+        state = SelfModifyingState(memories, tails, position)
+        return state, jnp.moveaxis(y, 2, 0)
 
+    def _is_one(self, learn):
+        """Whether all memories of a chunk can be written as one batch."""
+        memory = self.config.memory
+        return (
+            self.config.projection_chunk == memory.chunk
+            and learn.projections == learn.main
+            and learn.controls.steps == memory.steps == 1
+        )
+
+    def _live_as_one(self, memories, generated, learn, position, whole):
+        """Every memory learns its own targets at the shared keys; the main is read."""
+        config = self.config.memory
+        own = self._main_value(_some(memories, -1).anchor, generated.tokens.v)
+        targets = _joined(generated.targets, own, axis=2)
+        tokens = generated.tokens if learn.main else learning.still(generated.tokens)
+        main_share = jnp.ones((self.heads,), jnp.float32)
+        shares = _joined(self._shares(), main_share, axis=1)
+
+        def write(state, tokens, target, start, share):
+            tokens = tokens._replace(v=target, eta=tokens.eta * share)
+            return kernel.write(config, state, tokens, start)
+
+        def live(memories, tokens, targets, start, shares):
+            after, written = jax.vmap(write, (0, None, 0, 0, 0))(
+                memories, tokens, targets, start, shares
+            )
+            main = jax.tree.map(lambda a: a[-1], written)
+            return after, kernel.read(config, main, tokens.q)
+
+        over_rows = jax.vmap(jax.vmap(live), (0, 0, 0, None, None))
+        after, y = over_rows(memories, tokens, targets, self._start(), shares)
+        if not learn.main:
+            after = after._replace(momentum=memories.momentum)
+        if whole is None:
+            after = commit_where(position % config.chunk == 0, after)
+        elif whole:
+            after = commit(after)
+        return after, y
+
+    def _live_apart(self, memories, generated, learn, position, whole):
+        """The same where the main memory has smaller chunks, or learns otherwise."""
+        config, tokens = self.config, generated.tokens
+        still = learning.still(tokens)
+        before, before_main = _some(memories, slice(-1)), _some(memories, -1)
         projection = self._write_projections(
-            state.projection, generated._replace(tokens=written)
+            before, generated._replace(tokens=tokens if learn.projections else still)
         )
         main, y = self._live_main(
-            state.main,
-            tokens if learn.main else learning.still(tokens),
+            before_main,
+            tokens if learn.main else still,
             whole is not None,
             learn.controls.steps if learn.main else 1,
         )
         if not learn.projections:
-            projection = projection._replace(momentum=state.projection.momentum)
+            projection = projection._replace(momentum=before.momentum)
         if not learn.main:
-            main = main._replace(momentum=state.main.momentum)
+            main = main._replace(momentum=before_main.momentum)
         if whole is None:
             projection = commit_where(
-                position % self.config.projection_chunk == 0, projection
+                position % config.projection_chunk == 0, projection
             )
-            main = commit_where(position % self.config.memory.chunk == 0, main)
+            main = commit_where(position % config.memory.chunk == 0, main)
         elif whole:
             projection = commit(projection)
-        state = SelfModifyingState(projection, main, tails, position)
-        return state, jnp.moveaxis(y, 2, 0)
+        return _joined(projection, main, axis=2), y
 
     def _generate(self, state, seen):
         """Keys, values, gates and targets from the projections at the chunk's start."""
@@ -550,7 +619,7 @@ class SelfModifyingTitans(nnx.Module):
         )
         flat = lambda a: jnp.moveaxis(a, 1, 2).reshape(rows, length, -1)  # noqa: E731
 
-        anchor = state.projection.anchor
+        anchor = _some(state.memories, slice(-1)).anchor
         inputs = (seen.k, seen.v, seen.gates, seen.gates)
         inputs += (seen.q,) * config.adaptive_q
         made = every(over_memories)(anchor, jnp.stack(inputs, axis=2))
@@ -597,13 +666,23 @@ class SelfModifyingTitans(nnx.Module):
             return target
         return target * jnp.minimum(1.0, _length(value) / _length(target))
 
+    def _shares(self) -> Float[Array, "H P"]:
+        """Of the main memory's rate, what each projection memory takes."""
+        if self.config.projection_rate is None:
+            shape = (self.heads, len(self.config.projections))
+            return jnp.ones(shape, jnp.float32)
+        return jax.nn.sigmoid(self.shares[...])
+
+    def _main_value(self, anchor, v):
+        """What the main memory stores for values `[B, H, T, K]`."""
+        if self.config.targets != "all":
+            return v
+        return self._bounded(jax.vmap(jax.vmap(self._recall))(anchor, v), v)
+
     def _write_projections(self, memory, generated):
         """Each projection memory learns its own targets at the shared keys."""
         config = self.config
         own_chunk = dataclasses.replace(config.memory, chunk=config.projection_chunk)
-        shares = jnp.ones((self.heads, len(config.projections)), jnp.float32)
-        if config.projection_rate is not None:
-            shares = jax.nn.sigmoid(self.shares[...])
 
         def write(state, tokens, target, start, share):
             tokens = tokens._replace(v=target, eta=tokens.eta * share)
@@ -613,6 +692,7 @@ class SelfModifyingTitans(nnx.Module):
         over_heads = jax.vmap(over_memories)
         over_rows = jax.vmap(over_heads, (0, 0, 0, None, None))
         start, _ = self.starts()
+        shares = self._shares()
         return over_rows(memory, generated.tokens, generated.targets, start, shares)
 
     def _live_main(self, memory, tokens, commits, steps=1) -> tuple[MemoryState, Any]:

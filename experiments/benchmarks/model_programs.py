@@ -1,0 +1,127 @@
+"""What a worker of `experiments.benchmarks.models` times: programs of whole models.
+
+It uses what every version of `hope_jax` has had, so that an older checkout can be timed
+beside this one. A program is asked for by a spec:
+
+    model     a name of the zoo
+    task      compile, training, forward, prefill or decode
+    rows, T   of the tokens; of decode, as many are read one after another
+    set       {name: value} of the model's config
+"""
+
+import functools
+import importlib.metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hope_jax.core.config import override
+from hope_jax.models import lm, zoo
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def reset() -> None:
+    jax.clear_caches()
+
+
+def build(spec: dict[str, Any], arrays: dict[str, np.ndarray]):
+    """`(program, collect)` of a spec."""
+    del arrays
+    config = zoo.get(spec["model"])
+    if spec.get("set"):
+        config = override(config, [f"{k}={v}" for k, v in spec["set"].items()])
+    return _TASKS[spec["task"]](config, spec["rows"], spec["T"])
+
+
+def _parts(config, rows, length):
+    graphdef, params = lm.build(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocab)
+    return graphdef, params, tokens
+
+
+def _training_step(config, rows, length):
+    graphdef, params, tokens = _parts(config, rows, length)
+    tx = optax.adam(1e-3, eps=np.float32(1e-8))
+
+    def loss(params, tokens):
+        logits, _ = lm.apply(
+            graphdef, params, tokens[:, :-1], labels=tokens[:, 1:], horizon=length
+        )
+        return lm.next_token_loss(logits, tokens[:, 1:]).mean()
+
+    def step(params, opt, tokens):
+        value, gradient = jax.value_and_grad(loss)(params, tokens)
+        updates, opt = tx.update(gradient, opt, params)
+        return optax.apply_updates(params, updates), opt, value
+
+    return step, (params, tx.init(params), tokens)
+
+
+def _compile(config, rows, length):
+    """Tracing, lowering and compiling a training step, from nothing."""
+    step, arguments = _training_step(config, rows, length)
+
+    def program():
+        jax.clear_caches()
+        lowered = jax.jit(step).lower(*arguments)
+        lowered.compile()
+        return lowered
+
+    def collect(lowered):
+        text = lowered.as_text()
+        return {
+            "lines": np.asarray(len(text.splitlines())),
+            "products": np.asarray(text.count("stablehlo.dot_general")),
+        }
+
+    return program, collect
+
+
+def _called(function, *arguments):
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def _training(config, rows, length):
+    step, arguments = _training_step(config, rows, length)
+    return _called(step, *arguments), lambda out: {"loss": np.asarray(out[2])}
+
+
+def _forward(config, rows, length):
+    graphdef, params, tokens = _parts(config, rows, length)
+    read = functools.partial(lm.apply, graphdef)
+    run = _called(lambda params, tokens: read(params, tokens)[0], params, tokens)
+    return run, lambda out: {"logits": np.asarray(out[:, -1])}
+
+
+def _decode(config, rows, length):
+    """The model's own choices, one token after another, in one program."""
+    graphdef, params, tokens = _parts(config, rows, length)
+
+    def read(params, state, token):
+        def step(carry, _):
+            state, token = carry
+            logits, state = lm.apply(graphdef, params, token[:, None], state)
+            token = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
+            return (state, token), token
+
+        return jax.lax.scan(step, (state, token), None, length)[1]
+
+    state = jax.jit(lambda p: lm.initial_state(graphdef, p, rows))(params)
+    run = _called(read, params, state, tokens[:, 0])
+    return run, lambda out: {"tokens": np.asarray(out)}
+
+
+_TASKS = {
+    "compile": _compile,
+    "training": _training,
+    "forward": _forward,
+    "decode": _decode,
+}
