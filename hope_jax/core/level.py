@@ -290,10 +290,7 @@ class HopeUpdate(NamedTuple):
     gradient: PyTree
 
 
-Differentiate = Callable[
-    [Callable[[PyTree], tuple[Array, PyTree]], PyTree],
-    tuple[tuple[Array, PyTree], PyTree, PyTree],
-]
+Differentiate = Callable[..., tuple[tuple[Array, PyTree], PyTree, PyTree]]
 
 
 def hope_update(
@@ -309,8 +306,9 @@ def hope_update(
       x: one item of the slow level's context, for example a batch of sequences.
       slow: the slow level and where it stands.
       fast: the faster levels, started from the slow parameters or carried on.
-      differentiate: `(f, params) -> (f(params), gradient, inputs)` for an `f` that
-        gives the loss and what else there is. By default `jax.value_and_grad` and the
+      differentiate: `(f, params, *given) -> (f(params, *given), gradient, inputs)` for
+        an `f` that gives the loss and what else there is of parameters, the fast
+        levels' state and `x`. By default `jax.value_and_grad` and the
         slow level's own `inputs`, if it has them; those of a whole network are found
         in one backward pass (`hope_jax.optim.capture.value_and_dgd_gradients`).
 
@@ -318,15 +316,18 @@ def hope_update(
       Both levels after the item, the loss, the reads and the slow gradient.
     """
 
-    def outer(params):
-        read, moved = fast.live(params, fast.state, x)
+    def outer(params, state, x):
+        read, moved = fast.live(params, state, x)
         return slow.level.objective(params, (x, read)), (read, moved)
 
     point = slow.state.params if slow.state.anchor is None else slow.state.anchor
     if differentiate is not None:
-        (loss, (read, moved)), gradient, inputs = differentiate(outer, point)
+        (loss, (read, moved)), gradient, inputs = differentiate(
+            outer, point, fast.state, x
+        )
     else:
-        (loss, (read, moved)), gradient = jax.value_and_grad(outer, has_aux=True)(point)
+        of = jax.value_and_grad(outer, has_aux=True)
+        (loss, (read, moved)), gradient = of(point, fast.state, x)
         inputs = None
         if slow.level.inputs is not None:
             inputs = slow.level.inputs(point, (x, read))

@@ -113,10 +113,11 @@ def differentiation(
         )
     objective = slopes.objective(config.rule.memory)
 
-    def differentiate(loss, params):
+    def differentiate(loss, params, *given):
         value, found = capture.value_and_slopes(
             loss,
             params,
+            *given,
             objective=objective,
             tokens=tokens,
             layers=layers,

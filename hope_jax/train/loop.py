@@ -183,6 +183,7 @@ def train(
             functools.partial(lm.apply, horizon=config.train.seq_len),
             tx,
             functools.partial(optim.differentiation, config.optimizer, layers),
+            mesh,
         )
         step = sharding.jit_step(step, mesh)
         validate = _validation(graphdef, config, source, mesh)

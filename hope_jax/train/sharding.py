@@ -7,6 +7,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from hope_jax.core.level import Differentiate
+
 DATA = "data"
 
 
@@ -49,6 +51,42 @@ def shard_batch(tokens: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, replicated(mesh))
+
+
+def of_rows(differentiate: Differentiate | None, mesh: Mesh) -> Differentiate:
+    """How `hope_jax.core.level.hope_update` differentiates a mean over rows which the
+    devices of `mesh` share.
+
+    Each device takes the gradient of its own rows, which nothing interrupts, and one
+    mean over all of them follows. Left to itself the compiler would sum the gradient of
+    a parameter over the devices wherever a loop uses it: at every chunk of tokens.
+
+    Args:
+      differentiate: of one device's rows; None is `jax.value_and_grad`.
+    """
+
+    def plain(f, params, *given):
+        value, gradient = jax.value_and_grad(f, has_aux=True)(params, *given)
+        return value, gradient, None
+
+    own = plain if differentiate is None else differentiate
+
+    def differentiate_rows(f, params, *given):
+        def local(params, *given):
+            (loss, rest), gradient, inputs = own(f, params, *given)
+            loss, gradient, inputs = jax.lax.pmean((loss, gradient, inputs), DATA)
+            return (loss, rest), gradient, inputs
+
+        whole, rows = PartitionSpec(), PartitionSpec(DATA)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(whole, *[rows] * len(given)),
+            out_specs=((whole, rows), whole, whole),
+            check_vma=False,  # else the means would be taken at every use again
+        )(params, *given)
+
+    return differentiate_rows
 
 
 def jit_step(step: Callable, mesh: Mesh) -> Callable:

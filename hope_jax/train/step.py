@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.level import Differentiate, Fast, Slow, hope_update
 from hope_jax.models.lm import next_token_loss
+from hope_jax.train import sharding
 from hope_jax.train.state import TrainState, outer_level
 
 Metrics = dict[str, Array]
@@ -33,6 +35,7 @@ def make_step(
     apply_fn: Apply,
     tx: optax.GradientTransformation,
     differentiation: Callable[[int], Differentiate | None] = lambda tokens: None,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Int[Array, "B T1"]], tuple[TrainState, Metrics]]:
     """The step of a language model: `(state, tokens) -> (state, metrics)`.
 
@@ -46,6 +49,7 @@ def make_step(
       tx: the slow level's optimizer.
       differentiation: `tokens -> differentiate` of `hope_update`, for an optimizer that
         needs more than gradients (`hope_jax.optim.differentiation`).
+      mesh: whose devices share the rows of a batch (`hope_jax.train.sharding`).
 
     Returns:
       A pure function. Metrics are float32 scalars: `loss` in nats, `grad_norm`,
@@ -61,12 +65,18 @@ def make_step(
 
     level = outer_level(tx, objective)
 
+    def differentiate(tokens):
+        if mesh is None or mesh.size == 1:
+            return differentiation(tokens[:, 1:].size)
+        own = differentiation(tokens[:, 1:].size // mesh.size)
+        return sharding.of_rows(own, mesh)
+
     def step(state: TrainState, tokens: Int[Array, "B T1"]):
         after = hope_update(
             tokens,
             Slow(level, state.level),
             Fast(live),
-            differentiate=differentiation(tokens[:, 1:].size),
+            differentiate=differentiate(tokens),
         )
         moved = after.slow.state
         change = jax.tree.map(jnp.subtract, moved.params, state.params)

@@ -1,5 +1,9 @@
 """The pure step: its loss, its update, and the same on one device or four."""
 
+import dataclasses
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +11,17 @@ import optax
 import pytest
 
 from hope_jax import optim
+from hope_jax.models import lm
+from hope_jax.models.capture import dense_kernels
+from hope_jax.optim.rules.dgd import DGD
+from hope_jax.optim.rules.ggd import GGD
 from hope_jax.optim.rules.m3 import M3
 from hope_jax.train import sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
 from hope_jax.train.config import OptimizerConfig
+from tests.models import small
+from tests.train import tiny
 
 VOCAB = 5
 
@@ -83,7 +93,8 @@ def run(devices, params, tokens, key, steps=5):
         traces.append(arguments)
         return apply_fn(*arguments)
 
-    step = sharding.jit_step(step_lib.make_step("static", counted, tx), mesh)
+    step = step_lib.make_step("static", counted, tx, mesh=mesh)
+    step = sharding.jit_step(step, mesh)
     params, key = jax.tree.map(jnp.copy, (params, key))  # the step donates them
     with jax.numpy_dtype_promotion("standard"):  # optax raises to an integer power
         state = sharding.replicate(state_lib.create(params, tx, key), mesh)
@@ -109,6 +120,87 @@ def test_four_devices_equal_one(params, tokens, key):
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert jax.tree.leaves(four.params)[0].sharding.is_fully_replicated
+
+
+def looped(program: str) -> set[str]:
+    """The computations of a compiled program that a loop runs again and again."""
+    calls, current, inside = {}, "", set()
+    for line in program.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            current = head[1]
+            calls[current] = set()
+        named = re.findall(r"(body|condition|to_apply|calls)=%?([\w.\-]+)", line)
+        calls.get(current, set()).update(name for _, name in named)
+        inside |= {name for kind, name in named if kind in ("body", "condition")}
+        branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+        if branches:
+            calls[current] |= set(re.findall(r"[\w.\-]+", branches[1]))
+    grown = None
+    while grown != inside:
+        grown, inside = inside, inside.union(*(calls.get(name, ()) for name in inside))
+    return inside
+
+
+def collectives(program: str) -> dict[str, list[str]]:
+    """Where a compiled program has its devices wait for each other, by computation."""
+    found, current = {}, ""
+    for line in program.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            current = head[1]
+        kind = re.search(r" (all-\w+|reduce-scatter|collective-\w+)(-start)?\(", line)
+        if kind:
+            found.setdefault(current, []).append(kind[1])
+    return found
+
+
+def test_devices_wait_for_each_other_once_a_step():
+    """And not at every chunk of tokens, in every layer."""
+    config = dataclasses.replace(small.HOPE, layers=2)
+    graphdef, params = small.built(config)
+    mesh, tx = sharding.make_mesh(), optax.sgd(0.1)
+    tokens = jnp.zeros((4, 17), jnp.int32)
+    state = state_lib.create(params, tx, jax.random.key(0))
+
+    def program(mesh_of_step):
+        apply = functools.partial(lm.apply, horizon=16)
+        step = step_lib.make_step(graphdef, apply, tx, mesh=mesh_of_step)
+        lowered = sharding.jit_step(step, mesh).lower(state, tokens)
+        return lowered.compile().as_text()
+
+    shared = program(mesh)
+    assert set(sum(collectives(shared).values(), [])) == {"all-reduce"}
+    assert not looped(shared) & collectives(shared).keys()
+    left_to_the_compiler = program(None)
+    assert looped(left_to_the_compiler) & collectives(left_to_the_compiler).keys()
+
+
+@pytest.mark.parametrize("rule", [DGD(), GGD()], ids=lambda rule: rule.kind)
+def test_what_rules_take_of_rows_is_the_same_on_four_devices(rule):
+    """Outer products of inputs, and slopes of another loss, are means as gradients."""
+    graphdef, params = lm.build(tiny.MODEL, jax.random.key(0))
+    config = OptimizerConfig(rule=rule, learning_rate=0.05, warmup_steps=0)
+    layers = dense_kernels(graphdef, params, 16)
+    periods = optim.one_clock(params)
+    tokens = np.random.default_rng(0).integers(0, 257, (4, 17)).astype(np.int32)
+    ends = []
+    for devices in (1, 4):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        tx = optim.build(config, total_steps=9, periods=periods, layers=layers)
+        step = step_lib.make_step(
+            graphdef,
+            lm.apply,
+            tx,
+            functools.partial(optim.differentiation, config, layers),
+            mesh,
+        )
+        start = jax.tree.map(jnp.copy, params)  # the step donates them
+        state = sharding.replicate(state_lib.create(start, tx, jax.random.key(3)), mesh)
+        state, _ = sharding.jit_step(step, mesh)(
+            state, sharding.shard_batch(tokens, mesh)
+        )
+        ends.append(state.params)
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_devices_that_share_the_orthogonalisations_equal_one(tokens, key):
