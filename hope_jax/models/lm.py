@@ -11,6 +11,7 @@ it should not.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ __all__ = [
     "ids",
     "initial_state",
     "periods",
+    "write",
 ]
 
 
@@ -182,6 +184,7 @@ def apply(
     *,
     labels: Array | np.ndarray | None = None,
     aligned: bool | None = None,
+    count: Int[Array, ""] | None = None,
     learn: bool | Learning = True,
     horizon: int | None = None,
 ) -> tuple[Float[Array, "B T N"], LMState]:
@@ -194,11 +197,16 @@ def apply(
       labels: the next token of every position, where the text after `tokens` is known,
         as in training. They complete a last chunk that is full, which is then not held
         back. Logits are the same with and without. Needs `aligned`.
-      aligned: static; promises that every row has read a multiple of `config.span`
-        tokens, and reads chunks in parallel. By default true for a fresh state only;
-        else the tokens are read one by one, wherever each row stands. A promise that
-        is not kept is refused, or inside `jit`, where it cannot be looked at, the
-        logits of that row are NaN.
+      aligned: static; True promises that every row has read a multiple of
+        `config.span` tokens, and reads chunks in parallel. A promise that is not kept
+        is refused, or inside `jit`, where it cannot be looked at, the logits of that
+        row are NaN. False reads one token after another, wherever each row stands.
+        None does either, as the state says: fresh rows in parallel; others one by one
+        to the next boundary and from there, where all rows stand at one, in parallel.
+        Gradients of a state that was given need True or False.
+      count: how many of the tokens are there, the same in every row; what follows is
+        padding, so that texts of any length share a program, and its logits are 0. For
+        a state that is given, with `aligned` None.
       learn: static; False leaves every fast level at its state: nothing is learned
         while reading. A `Learning` says so part by part.
       horizon: static, for fresh rows; promises that none of them reads more tokens than
@@ -217,6 +225,9 @@ def apply(
         raise ValueError(
             f"tokens must be [B, T] with B >= 1 and T >= 1, got {tokens.shape}."
         )
+    anywhere = state is not None and aligned is None
+    if count is not None and not anywhere:
+        raise ValueError("count needs a state, and aligned=None.")
     aligned = state is None if aligned is None else aligned
     model = nnx.merge(graphdef, params)
     tokens = ids("tokens", tokens, model.config.vocab)
@@ -240,6 +251,9 @@ def apply(
         _check_state(model, state, tokens.shape[0], aligned)
         position, state = state.position, _layers_first(state)
     if not aligned:
+        if anywhere and (tokens.shape[1] > 1 or count is not None):
+            logits, state = _read_anywhere(model, tokens, state, count, learn)
+            return logits, _rows_first(state)
         step = functools.partial(_step, model, learn=learn)
         if tokens.shape[1] == 1:
             state, logits = step(state, tokens[:, 0])
@@ -251,6 +265,52 @@ def apply(
         kept = position % model.config.span == 0
         logits = jnp.where(kept[:, None, None], logits, jnp.nan)
     return logits, _rows_first(state)
+
+
+def write(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    state: LMState,
+    logits: Float[Array, "B N"],
+    choose: Callable[[Array, PyTree], Int[Array, " B"]],
+    xs: PyTree,
+    *,
+    learn: bool | Learning = True,
+) -> tuple[Int[Array, "B T"], Float[Array, "B N"], LMState]:
+    """T tokens a row, each read before the next one is chosen; rows stand anywhere.
+
+    What `apply` does token by token, without a copy of the state at each: levels move
+    between blocks of tokens, which end where a row's base chunk does.
+
+    Args:
+      graphdef, params: of `build`.
+      state: where each row stands.
+      logits: what the model said after the token before.
+      choose: `(logits[B, N], x) -> tokens[B]`; called once more than once a token, so
+        it must be pure.
+      xs: what it is given, leaves that lead with T.
+      learn: static; as of `apply`.
+
+    Returns:
+      The tokens, the logits after the last of them and the state.
+    """
+    model = nnx.merge(graphdef, params)
+    model.learning = learn = learning.resolve(model.config, learn)
+    _check_state(model, state, logits.shape[0], False)
+    steps = jax.tree.leaves(xs)[0].shape[0]
+
+    def chosen(logits, i):
+        return choose(logits, jax.tree.map(lambda a: a[i], xs))
+
+    def put(tokens, i, token, logits):
+        del logits
+        return tokens.at[i].set(token)
+
+    tokens = jnp.zeros((steps, logits.shape[0]), jnp.int32)
+    walk = _Walk(jnp.zeros((), jnp.int32), logits, _layers_first(state), tokens)
+    body = functools.partial(_block, model, chosen, put, steps, learn=learn)
+    walk = jax.lax.while_loop(lambda walk: walk.at < steps, body, walk)
+    return walk.made.T, walk.logits, _rows_first(walk.state)
 
 
 def ids(name: str, tokens: Array | np.ndarray, vocab: int) -> Int[Array, "..."]:
@@ -499,7 +559,7 @@ class _Life(NamedTuple):
     position: Int[Array, "*B"]
 
 
-def _read_aligned(model, tokens, labels, state, fresh, learn):
+def _read_aligned(model, tokens, labels, state, fresh, learn, settled=False):
     length = tokens.shape[1]
     position = state.position + length
     if not state.levels or not learn.cms:
@@ -511,7 +571,7 @@ def _read_aligned(model, tokens, labels, state, fresh, learn):
         return logits, LMState(blocks, state.levels, held, position)
 
     chunk = model.config.base_chunk
-    if not fresh:
+    if not (fresh or settled):
         state = _settle(model, state, tokens[:, 0])
     start = jnp.zeros((), jnp.int32) if fresh else state.position
     life = _Life(state.blocks.mixer, state.blocks.fast, state.levels, start)
@@ -620,7 +680,7 @@ def _step(model, state, token, *, learn):
     """One token a row, wherever each row stands."""
     config = model.config
     if state.levels and learn.cms:
-        state = _settle(model, state, token)
+        state = _settled(model, state, token, learn)
         held = _hold(state, token, config.base_chunk)
     else:
         held = _let_go(state.held)
@@ -632,9 +692,106 @@ def _step(model, state, token, *, learn):
     return state, logits[:, 0]
 
 
-def _hold(state, token, chunk):
-    """Adds a token to each row's held chunk, which begins where the row's does."""
-    slot = state.position % chunk
+class _Walk(NamedTuple):
+    """What a loop over tokens carries.
+
+    Attributes:
+      at: how many were read.
+      logits: after the last of them.
+      state: leaves of the blocks lead with layers.
+      made: what the loop is for.
+    """
+
+    at: Int[Array, ""]
+    logits: Array
+    state: LMState
+    made: Array
+
+
+def _read_anywhere(model, tokens, state, count, learn):
+    """Blocks of tokens to the next boundary, and whole chunks from there."""
+    rows, length = tokens.shape
+    span = model.config.span
+    steps = jnp.asarray(length if count is None else count, jnp.int32)
+    by_time = tokens.T
+
+    def chosen(logits, i):
+        del logits
+        return by_time[i]
+
+    def put(made, i, token, logits):
+        del token
+        return made.at[i].set(logits)
+
+    def chunk(walk):
+        here = jax.lax.dynamic_slice_in_dim(tokens, walk.at, span, axis=1)
+        logits, state = _read_aligned(
+            model, here, None, walk.state, False, learn, settled=True
+        )
+        logits = jnp.moveaxis(logits, 1, 0)
+        made = jax.lax.dynamic_update_slice_in_dim(walk.made, logits, walk.at, axis=0)
+        return _Walk(walk.at + span, logits[-1], state, made)
+
+    block = functools.partial(_block, model, chosen, put, steps, learn=learn)
+
+    def body(walk):
+        walk = walk._replace(state=_settled(model, walk.state, by_time[walk.at], learn))
+        if length < span:
+            return block(walk, settled=True)
+        whole = jnp.all(walk.state.position % span == 0) & (walk.at + span <= steps)
+        return jax.lax.cond(whole, chunk, functools.partial(block, settled=True), walk)
+
+    dtype = wide_type(DTYPES[model.config.dtype])
+    logits = jnp.zeros((rows, model.config.vocab), dtype)
+    made = jnp.zeros((length, *logits.shape), dtype)
+    walk = _Walk(jnp.zeros((), jnp.int32), logits, state, made)
+    walk = jax.lax.while_loop(lambda walk: walk.at < steps, body, walk)
+    return jnp.moveaxis(walk.made, 0, 1), walk.state
+
+
+def _block(model, chosen, put, steps, walk, *, learn, settled=False):
+    """Tokens up to the end of the base chunk of the first row that reaches one."""
+    config, state = model.config, walk.state
+    if not settled:
+        first = chosen(walk.logits, walk.at)
+        state = _settled(model, state, first, learn)
+    left = steps - walk.at
+    holds = state.levels and learn.cms
+    held, count = _let_go(state.held), left
+    if holds:
+        slot = state.position % config.base_chunk
+        count = jnp.minimum(left, config.base_chunk - jnp.max(slot))
+        held = _begin_chunk(state, slot)
+        follows = held.count == slot
+        held = held._replace(count=held.count + jnp.where(follows, count, 0))
+    fast = state.blocks.fast
+
+    def step(i, carry):
+        logits, mixers, tokens, made = carry
+        token = chosen(logits, walk.at + i)
+        read = _read(model, token[:, None], mixers, fast, aligned=False, learn=learn)
+        if holds:
+            tokens = _put(tokens, token, slot + i, follows)
+        logits = read.logits[:, 0]
+        return logits, read.mixers, tokens, put(made, walk.at + i, token, logits)
+
+    carry = walk.logits, state.blocks.mixer, held and held.tokens, walk.made
+    logits, mixers, tokens, made = jax.lax.fori_loop(0, count, step, carry)
+    state = LMState(
+        BlockState(mixers, fast),
+        state.levels,
+        held and held._replace(tokens=tokens),
+        state.position + count,
+    )
+    return _Walk(walk.at + count, logits, state, made)
+
+
+def _settled(model, state, token, learn):
+    return _settle(model, state, token) if state.levels and learn.cms else state
+
+
+def _begin_chunk(state, slot):
+    """What is held once the rows that stand at a chunk's start begin to hold it."""
     begins = slot == 0
 
     def begin():
@@ -642,12 +799,23 @@ def _hold(state, token, chunk):
         count = jnp.where(begins, 0, state.held.count)
         return state.held._replace(mixers=mixers, count=count)
 
-    held = jax.lax.cond(jnp.any(begins), begin, lambda: state.held)
+    return jax.lax.cond(jnp.any(begins), begin, lambda: state.held)
+
+
+def _put(tokens, token, slot, rows):
+    """A token a row at its slot of what is held; of the rows that are chosen."""
+    slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    here = (slots[None] == slot[:, None]) & rows[:, None]
+    return jnp.where(here, token[:, None], tokens)
+
+
+def _hold(state, token, chunk):
+    """Adds a token to each row's held chunk, which begins where the row's does."""
+    slot = state.position % chunk
+    held = _begin_chunk(state, slot)
     follows = held.count == slot
-    slots = jnp.arange(chunk, dtype=jnp.int32)
-    here = (slots[None] == slot[:, None]) & follows[:, None]
     return held._replace(
-        tokens=jnp.where(here, token[:, None], held.tokens),
+        tokens=_put(held.tokens, token, slot, follows),
         count=held.count + follows.astype(jnp.int32),
     )
 

@@ -1,0 +1,128 @@
+"""Rows that stand anywhere: read in blocks and chunks, and written token by token.
+
+The definition is `apply` with one token a call, which `aligned=False` scans.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.models import lm
+from hope_jax.models.mixers.memory import NamedConfig
+from tests.models import small
+from tests.models.test_promises import assert_same_state
+
+BEFORE, LENGTH = 5, 14  # of a base chunk of 4: to its end, two whole ones and a rest
+MODELS = {
+    "hope": small.HOPE,
+    "hybrid": small.HYBRID,
+    "attention": small.TRANSFORMER,
+    "memory alone": dataclasses.replace(
+        small.TRANSFORMER, mixer=NamedConfig(kind="titans", chunk=4)
+    ),
+}
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, atol=3e-5, rtol=3e-5)
+
+
+@functools.cache
+def programs(name, learn=True):
+    """Reading anywhere and one by one, and writing, compiled once a model."""
+    graphdef, params = small.built(MODELS[name])
+    one = functools.partial(lm.apply, graphdef, params, learn=learn)
+
+    def likeliest(logits, x):
+        return jnp.where(x < 0, jnp.argmax(logits, axis=-1), x).astype(jnp.int32)
+
+    def by_definition(state, logits, xs):
+        def step(carry, x):
+            state, logits = carry
+            token = likeliest(logits, x)
+            logits, state = one(token[:, None], state)
+            return (state, logits[:, 0]), token
+
+        (state, logits), tokens = jax.lax.scan(step, (state, logits), xs)
+        return tokens.T, logits, state
+
+    return {
+        "anywhere": jax.jit(
+            lambda tokens, state, count: one(tokens, state, count=count)
+        ),
+        "one by one": jax.jit(lambda tokens, state: one(tokens, state, aligned=False)),
+        "write": jax.jit(
+            lambda state, logits, xs: lm.write(
+                graphdef, params, state, logits, likeliest, xs, learn=learn
+            )
+        ),
+        "write, by definition": jax.jit(by_definition),
+    }
+
+
+def begun(name, tokens):
+    """Rows that have read some tokens."""
+    return small.read(MODELS[name], tokens)[1]
+
+
+@pytest.mark.parametrize(
+    "name, learn", [*((name, True) for name in MODELS), ("hope", False)]
+)
+def test_texts_of_any_length_are_read_at_any_place(name, learn):
+    run = programs(name, learn)
+    tokens = small.some_tokens(length=BEFORE + LENGTH)
+    state = begun(name, tokens[:, :BEFORE])
+    here = tokens[:, BEFORE:]
+    expected, end = run["one by one"](here, state)
+    logits, after = run["anywhere"](here, state, LENGTH)
+    close(logits, expected)
+    assert_same_state(after, end)
+
+    some = LENGTH - 5
+    padded = here.at[:, some:].set(0)
+    logits, middle = run["anywhere"](padded, state, some)
+    close(logits[:, :some], expected[:, :some])
+    assert not np.any(logits[:, some:])
+    rest, after = run["anywhere"](jnp.roll(here, -some, axis=1), middle, LENGTH - some)
+    close(rest[:, : LENGTH - some], expected[:, some:])
+    assert_same_state(after, end)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_at_places_of_their_own(name):
+    """Each row is as if it had been alone, whatever boundary the other one meets."""
+    run = programs(name)
+    tokens = small.some_tokens(length=7 + LENGTH)
+    states = [begun(name, tokens[i : i + 1, : 7 - 3 * i]) for i in (0, 1)]
+    both = jax.tree.map(lambda *rows: jnp.concatenate(rows), *states)
+    here = jnp.stack([tokens[i, 7 - 3 * i :][:LENGTH] for i in (0, 1)])
+    expected, end = run["one by one"](here, both)
+    logits, after = run["anywhere"](here, both, LENGTH)
+    close(logits, expected)
+    assert_same_state(after, end)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_is_read_before_the_next_token(name):
+    """Known tokens and chosen ones, over several boundaries, rows apart."""
+    run = programs(name)
+    tokens = small.some_tokens(length=7)
+    states = [begun(name, tokens[i : i + 1, : 7 - 3 * i]) for i in (0, 1)]
+    state = jax.tree.map(lambda *rows: jnp.concatenate(rows), *states)
+    logits = jax.random.normal(jax.random.key(3), (2, small.VOCAB))
+    xs = jnp.full((LENGTH, 2), -1, jnp.int32).at[:3].set(2)
+    expected = run["write, by definition"](state, logits, xs)
+    made = run["write"](state, logits, xs)
+    np.testing.assert_array_equal(made[0], expected[0])
+    close(made[1], expected[1])
+    assert_same_state(made[2], expected[2])
+
+
+def test_how_many_tokens_there_are_needs_a_state():
+    graphdef, params = small.built(small.HOPE)
+    with pytest.raises(ValueError, match="count needs a state, and aligned=None"):
+        lm.apply(graphdef, params, small.some_tokens(), count=jnp.int32(3))
