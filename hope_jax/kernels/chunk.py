@@ -23,7 +23,7 @@ from hope_jax.kernels.mesa import mesa_chunk, mesa_weights
 from hope_jax.kernels.newton_schulz import orthogonalise
 from hope_jax.kernels.vector import scan_one, scan_two
 from hope_jax.memory import rates
-from hope_jax.memory.architecture import Weights
+from hope_jax.memory.architecture import Weights, product
 from hope_jax.memory.compose import (
     MemoryConfig,
     Tokens,
@@ -220,7 +220,7 @@ class _Matrix(NamedTuple):
 
     def read(self, k, rows, gates, q, before):
         y = delta.read(self.m, self.s, k, rows, gates, q, before)
-        return y if self.origin is None else y + q @ self.origin.T
+        return y if self.origin is None else y + product(self.origin, q)
 
 
 def _layer(config: MemoryConfig, state: MemoryState, start: Weights | None, name: str):

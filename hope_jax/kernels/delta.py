@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hope_jax.kernels.triangular import unit_lower_inverse
+from hope_jax.memory.architecture import product
 
 _SMALLEST = 1e-12  # a gate below it is 0 in float32 arithmetic of these products
 _EXACT = 256.0  # float32 sums of 2,048 such logarithms in parts of 1 / 256 are exact
@@ -159,7 +160,7 @@ def anchored_rows(
     recalled = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
     recalled = recalled + _earlier(gates.spread, overlap, e)
     if origin is not None:
-        recalled = recalled + k @ origin.T
+        recalled = recalled + product(origin, k)
     u = -b[:, None] * recalled
     if gates.decay.shape == (1, 1) == overlap.shape:  # nothing to solve
         return Rows(u, e)
@@ -188,7 +189,7 @@ def exact_rows(
     base = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
     started = None
     if origin is not None:
-        started = k @ origin.T
+        started = product(origin, k)
         v = v - started
     base = base + _earlier(gates.spread, overlap, eta[:, None] * v)
     if b is not None and started is not None and erases_origin:
@@ -248,5 +249,5 @@ def finish(
 
 def _start_read(m, s, x, kept, lag):
     """What the state at the chunk's start answers to `x`, row by row."""
-    out = kept[:, None] * (x @ m.T)
-    return out if s is None else out + lag[:, None] * (x @ s.T)
+    out = kept[:, None] * product(m, x)
+    return out if s is None else out + lag[:, None] * product(s, x)

@@ -86,6 +86,8 @@ def product(w: Array, x: Float[Array, "*B K"]) -> Array:
     """`w x` for a matrix, or a diagonal, over leading axes of x."""
     if w.ndim == 1:
         return x * jnp.broadcast_to(w, x.shape)
+    if x.ndim == 2 and x.shape[0] == 1:  # compilers would turn the matrix for `x @ w.T`
+        return (w @ x[0])[None]
     return x @ w.T
 
 

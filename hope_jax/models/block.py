@@ -100,8 +100,10 @@ class Block(nnx.Module):
         *,
         aligned: bool | None = None,
         learn: bool | Learning = True,
+        ends: bool = True,
     ) -> tuple[Float[Array, "B T D"], BlockState]:
-        """Any T >= 1; see the mixer for `aligned` and `learn`.
+        """Any T >= 1; see the mixer for `aligned` and `learn`, and for `ends`, which is
+        for those that have a `stride`.
 
         A fresh state reads the learned CMS weights themselves, without a copy a row.
         """
@@ -110,7 +112,8 @@ class Block(nnx.Module):
         fast = {}
         if state is not None:  # with a horizon, of the first levels alone
             fast = dict(zip(self.config.fast, state.fast, strict=False))
-        y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn)
+        own = {} if ends else {"ends": False}
+        y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn, **own)
         opened = None
         if self.config.cms.rates == "generated":
             opened = 2.0 * jax.nn.sigmoid(self.open(wide(y)))
@@ -123,6 +126,10 @@ class Block(nnx.Module):
         if state is None:
             state = self.initial_state(x.shape[0])
         return x, BlockState(mixer, state.fast, opened)
+
+    def end(self, mixer: PyTree) -> PyTree:
+        """The state of the mixer once what is over has ended."""
+        return self.mixer.end(mixer)
 
 
 class Group(nnx.Module):
@@ -148,6 +155,7 @@ class Group(nnx.Module):
         *,
         aligned: bool | None = None,
         learn: bool | Learning = True,
+        ends: bool = True,
     ) -> tuple[Float[Array, "B T D"], BlockState]:
         """As `Block`."""
         states = []
@@ -155,9 +163,13 @@ class Group(nnx.Module):
             mine = state and BlockState(
                 state.mixer[i], tuple(level[i] for level in state.fast)
             )
-            x, mine = part(x, mine, aligned=aligned, learn=learn)
+            x, mine = part(x, mine, aligned=aligned, learn=learn, ends=ends)
             states.append(mine)
         return x, _join(states)
+
+    def end(self, mixer: PyTree) -> PyTree:
+        """As `Block`."""
+        return tuple(p.end(m) for p, m in zip(self.parts, mixer, strict=True))
 
 
 def _join(states: list[BlockState]) -> BlockState:

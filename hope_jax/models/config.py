@@ -105,6 +105,12 @@ class ModelConfig:
         return math.lcm(*(mixer.span for mixer in self.pattern))
 
     @property
+    def stride(self) -> int:
+        """As `MixerConfig.stride`, of all mixers together."""
+        strides = [mixer.stride for mixer in self.pattern]
+        return math.gcd(*strides) if all(strides) else 0
+
+    @property
     def fast(self) -> tuple[int, ...]:
         """Indices of the CMS levels that move while reading, fast first."""
         return self.cms.fast

@@ -11,6 +11,7 @@ it should not.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -764,19 +765,34 @@ def _block(model, chosen, put, steps, walk, *, learn, settled=False):
         held = _begin_chunk(state, slot)
         follows = held.count == slot
         held = held._replace(count=held.count + jnp.where(follows, count, 0))
-    fast = state.blocks.fast
+    mixers, fast, _ = state.blocks
+    read, end = _layer_by_layer(model, fast, learn)
 
     def step(i, carry):
         logits, mixers, tokens, made = carry
         token = chosen(logits, walk.at + i)
-        read = _read(model, token[:, None], mixers, fast, aligned=False, learn=learn)
+        logits, mixers = read(token, mixers)
         if holds:
             tokens = _put(tokens, token, slot + i, follows)
-        logits = read.logits[:, 0]
-        return logits, read.mixers, tokens, put(made, walk.at + i, token, logits)
+        return logits, mixers, tokens, put(made, walk.at + i, token, logits)
 
-    carry = walk.logits, state.blocks.mixer, held and held.tokens, walk.made
-    logits, mixers, tokens, made = jax.lax.fori_loop(0, count, step, carry)
+    carry = walk.logits, _apart(mixers, _count(mixers)), held and held.tokens, walk.made
+    stride = config.stride
+    if not stride:
+        carry = jax.lax.fori_loop(0, count, step, carry)
+    else:  # chunks of the memories end between loops over their tokens
+
+        def chunk(at_and_carry):
+            at, carry = at_and_carry
+            place = state.position + at
+            stop = jnp.minimum(count, at + stride - jnp.max(place % stride))
+            carry = jax.lax.fori_loop(at, stop, step, carry)
+            return stop, (carry[0], end(carry[1]), *carry[2:])
+
+        start = jnp.zeros_like(count), carry
+        _, carry = jax.lax.while_loop(lambda c: c[0] < count, chunk, start)
+    logits, mixers, tokens, made = carry
+    mixers = jax.tree.map(lambda *layers: jnp.stack(layers), *mixers)
     state = LMState(
         BlockState(mixers, fast),
         state.levels,
@@ -784,6 +800,48 @@ def _block(model, chosen, put, steps, walk, *, learn, settled=False):
         state.position + count,
     )
     return _Walk(walk.at + count, logits, state, made)
+
+
+def _layer_by_layer(model, fast, learn):
+    """What `_read` does with one token a row, and what ends chunks, in a loop over
+    tokens.
+
+    A scan over layers would cut the weights of each out of the stack, and put its state
+    back into one, at every token. Here all weights stand outside the loop.
+    """
+    graphdef, params = nnx.split(model.blocks, nnx.Param)
+    layers = _apart((params, fast), _count(params))
+
+    def read(token, mixers):
+        x = model.embed(token[:, None]) * model.config.d_model**0.5
+        after = []
+        for (params, fast), mixer in zip(layers, mixers, strict=True):
+            x, state = nnx.merge(graphdef, params)(
+                x,
+                BlockState(mixer, fast),
+                aligned=False,
+                learn=learn,
+                ends=not model.config.stride,
+            )
+            after.append(state.mixer)
+        return model.logits(x)[:, 0], tuple(after)
+
+    def end(mixers):
+        return tuple(
+            nnx.merge(graphdef, params).end(mixer)
+            for (params, _), mixer in zip(layers, mixers, strict=True)
+        )
+
+    return read, end
+
+
+def _apart(layers, count):
+    """One tree a layer, of one whose leaves lead with them."""
+    return tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(count))
+
+
+def _count(layers):
+    return jax.tree.leaves(layers)[0].shape[0]
 
 
 def _settled(model, state, token, learn):

@@ -53,23 +53,27 @@ class Sampling:
 
 def prefill(
     reader: Reader, params: PyTree, prompt: np.ndarray, learn: bool = True
-) -> tuple[PyTree, Int[np.ndarray, " R"]]:
-    """Reads the whole windows of a prompt of T token ids in parallel.
+) -> tuple[PyTree, Float[Array, "1 N"]]:
+    """Reads a prompt of T >= 1 token ids: whole windows in parallel, then the rest.
 
     Returns:
-      The state after them, for one row, and the R tokens that are left to read.
+      The state after them, for one row, and what the model says then.
 
     Raises:
-      ValueError: the prompt has an id that the model has no row for.
+      ValueError: the prompt is empty, or has an id that the model has no row for.
     """
     lm.ids("prompt", prompt, reader.vocab)
+    if not len(prompt):
+        raise ValueError("prompt must have at least one token, got none.")
     window = reader.window(_WINDOW)
-    state = reader.start(params, 1)
-    whole = len(prompt) // window
-    for i in range(whole):
-        piece = np.asarray(prompt[i * window : (i + 1) * window], np.int32)
-        state = _read(reader, learn, params, state, piece[None])
-    return state, prompt[whole * window :]
+    state, logits = reader.start(params, 1), jnp.zeros((1, reader.vocab))
+    for i in range(0, len(prompt), window):
+        piece = np.zeros((1, window), np.int32)
+        count = len(prompt[i : i + window])
+        piece[0, :count] = prompt[i : i + window]
+        read = _read if count == window else _read_some
+        logits, state = read(reader, learn, params, state, piece, jnp.int32(count))
+    return state, logits
 
 
 @functools.partial(
@@ -84,11 +88,11 @@ def decode(
     learn: bool,
     params: PyTree,
     state: PyTree,
-    logits: Float[Array, " N"],
-    given: Int[Array, " T"],
+    logits: Float[Array, "B N"],
+    given: Int[Array, "B T"],
     keys: Array,
-) -> tuple[Int[Array, " T"], Float[Array, " N"], PyTree]:
-    """T tokens, each read before the next is drawn.
+) -> tuple[Int[Array, "B T"], Float[Array, "B N"], PyTree]:
+    """T tokens a row, each read before the next is drawn; rows stand anywhere.
 
     Args:
       reader: the model.
@@ -96,25 +100,24 @@ def decode(
       vocab: ids from here on are never drawn.
       learn: whether the model's memory moves.
       params: the model's parameters.
-      state: of one row.
+      state: of B rows.
       logits: what the model said after the token before.
-      given: a token id where the text is known (the prompt), -1 where one is drawn.
-      keys: one for each token.
+      given: a token id where the text is known, -1 where one is drawn.
+      keys: one for each of the T tokens; rows have their own parts of it.
 
     Returns:
       The tokens, the logits after the last of them and the state.
     """
+    rows = logits.shape[0]
 
-    def step(carry, item):
-        logits, state = carry
-        given_t, key_t = item
-        allowed = jnp.where(jnp.arange(logits.shape[0]) < vocab, logits, -jnp.inf)
-        token = jnp.where(given_t < 0, sampling(allowed, key_t), given_t)
-        logits, state = reader.apply(params, token[None, None], state, False, learn)
-        return (logits[0, 0].astype(jnp.float32), state), token
+    def choose(logits, x):
+        given, key = x
+        allowed = jnp.where(jnp.arange(logits.shape[1]) < vocab, logits, -jnp.inf)
+        own = key[None] if rows == 1 else jax.random.split(key, rows)
+        drawn = jax.vmap(sampling)(allowed, own)
+        return jnp.where(given < 0, drawn, given)
 
-    (logits, state), tokens = jax.lax.scan(step, (logits, state), (given, keys))
-    return tokens, logits, state
+    return reader.write(params, state, logits, choose, (given.T, keys), learn)
 
 
 def generate(
@@ -127,7 +130,7 @@ def generate(
     key: Array,
     sampling: Sampling | None = None,
     learn: bool = True,
-    block: int = 8,
+    block: int = 16,
 ) -> Iterator[int]:
     """Token ids that go on after `prompt`, as they are made.
 
@@ -164,16 +167,8 @@ def generate(
 
 
 def _generate(reader, params, tokenizer, read, tokens, key, sampling, learn, block):
-    # At least one token is left to `decode`, whose logits draw the first new one.
-    state, rest = prefill(reader, params, read[:-1], learn)
-    rest = np.append(rest, read[-1])
-    drawn = -len(rest)  # index of the next token; below 0 it is still the prompt's
-    logits = jnp.zeros(reader.vocab)
-    while drawn < tokens:
-        given = np.full(block, -1, np.int32)
-        known = rest[:block]
-        given[: len(known)], rest = known, rest[block:]
-        at = np.maximum(np.arange(drawn, drawn + block), 0)
+    state, logits = prefill(reader, params, read, learn)
+    for drawn in range(0, tokens, block):
         made, logits, state = decode(
             reader,
             sampling,
@@ -182,19 +177,18 @@ def _generate(reader, params, tokenizer, read, tokens, key, sampling, learn, blo
             params,
             state,
             logits,
-            given,
-            _fold_in(key, at),
+            np.full((1, block), -1, np.int32),
+            _fold_in(key, np.arange(drawn, drawn + block)),
         )
         if not bool(jnp.isfinite(logits).all()):
             raise FloatingPointError(
                 f"logits are not finite within {drawn + block} tokens: the model's "
                 "memory or its parameters hold NaN or inf, and no token can be drawn."
             )
-        for token in np.asarray(made)[max(0, -drawn) : tokens - drawn].tolist():
+        for token in np.asarray(made)[0, : tokens - drawn].tolist():
             if token == tokenizer.bos:
                 return
             yield token
-        drawn += block
 
 
 def as_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -214,11 +208,24 @@ def as_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield text
 
 
-@functools.partial(
+_compiled = functools.partial(
     jax.jit, static_argnames=("reader", "learn"), donate_argnames=("state",)
 )
-def _read(reader, learn, params, state, tokens):
-    return reader.apply(params, tokens, state, True, learn)[1]
+
+
+@_compiled
+def _read(reader, learn, params, state, tokens, count):
+    """A whole window, from a place where that may be read in parallel."""
+    del count  # all of them
+    logits, state = reader.apply(params, tokens, state, True, learn)
+    return logits[:, -1].astype(jnp.float32), state
+
+
+@_compiled
+def _read_some(reader, learn, params, state, tokens, count):
+    logits, state = reader.read(params, tokens, state, count, learn)
+    last = jax.lax.dynamic_index_in_dim(logits, count - 1, axis=1, keepdims=False)
+    return last.astype(jnp.float32), state
 
 
 _fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))

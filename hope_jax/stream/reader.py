@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core import config as config_lib
 from hope_jax.data.tokenizer import Tokenizer
@@ -35,6 +35,10 @@ class Reader(NamedTuple):
       initial_state: `(params, batch) -> state`; every leaf leads with the batch.
       span: tokens between two points at which a row may be read in parallel.
       vocab: ids the model knows.
+      anywhere: `(params, tokens, state, count, learn) -> (logits, state)`: the first
+        `count` of some tokens, wherever the rows stand; None is `apply` one by one.
+      writes: `(params, state, logits, choose, xs, learn) -> (tokens, logits, state)`,
+        as `hope_jax.models.lm.write`; None is `apply` one by one.
     """
 
     apply: Callable[
@@ -43,6 +47,52 @@ class Reader(NamedTuple):
     initial_state: Callable[[PyTree, int], PyTree]
     span: int
     vocab: int
+    anywhere: Callable[..., tuple[Array, PyTree]] | None = None
+    writes: Callable[..., tuple[Array, Array, PyTree]] | None = None
+
+    def read(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "B T"],
+        state: PyTree,
+        count: Int[Array, ""],
+        learn: bool | Learning = True,
+    ) -> tuple[Float[Array, "B T N"], PyTree]:
+        """The first `count` tokens of each row; logits after them mean nothing."""
+        if self.anywhere is not None:
+            return self.anywhere(params, tokens, state, count, learn)
+
+        def step(carry, token):
+            i, state = carry
+            logits, after = self.apply(params, token[:, None], state, False, learn)
+            kept = jax.tree.map(lambda a, b: jnp.where(i < count, a, b), after, state)
+            return (i + 1, kept), logits[:, 0]
+
+        start = jnp.zeros((), jnp.int32), state
+        (_, state), logits = jax.lax.scan(step, start, tokens.T)
+        return jnp.moveaxis(logits, 0, 1), state
+
+    def write(
+        self,
+        params: PyTree,
+        state: PyTree,
+        logits: Float[Array, "B N"],
+        choose: Callable[[Array, PyTree], Int[Array, " B"]],
+        xs: PyTree,
+        learn: bool | Learning = True,
+    ) -> tuple[Int[Array, "B T"], Float[Array, "B N"], PyTree]:
+        """T tokens a row, each read before the next is chosen from the logits."""
+        if self.writes is not None:
+            return self.writes(params, state, logits, choose, xs, learn)
+
+        def step(carry, x):
+            state, logits = carry
+            token = choose(logits, x)
+            after, state = self.apply(params, token[:, None], state, False, learn)
+            return (state, after[:, 0].astype(logits.dtype)), token
+
+        (state, logits), tokens = jax.lax.scan(step, (state, logits), xs)
+        return tokens.T, logits, state
 
     def window(self, at_least: int) -> int:
         """The fewest tokens, `at_least` or more, that are a multiple of `span`."""
@@ -92,7 +142,13 @@ def reader_of(config: lm.ModelConfig) -> Reader:
     def initial_state(params, batch):
         return lm.initial_state(graphdef, params, batch)
 
-    return Reader(apply, initial_state, config.span, config.vocab)
+    def anywhere(params, tokens, state, count, learn):
+        return lm.apply(graphdef, params, tokens, state, count=count, learn=learn)
+
+    def writes(params, state, logits, choose, xs, learn):
+        return lm.write(graphdef, params, state, logits, choose, xs, learn=learn)
+
+    return Reader(apply, initial_state, config.span, config.vocab, anywhere, writes)
 
 
 class Opened(NamedTuple):

@@ -228,12 +228,12 @@ def test_evaluation_and_generation_move_every_level():
         True,
         params,
         state,
-        jnp.zeros(257),
-        given,
+        jnp.zeros((1, 257)),
+        given[None],
         jax.random.split(jax.random.key(0), len(given)),
     )
-    np.testing.assert_array_equal(made, given)
-    np.testing.assert_allclose(logits, whole[0, -1], atol=2e-5)
+    np.testing.assert_array_equal(made[0], given)
+    np.testing.assert_allclose(logits[0], whole[0, -1], atol=2e-5)
     assert moves(state) == moves(end) == [[72 // 4], [72 // 8], [2]]
 
 

@@ -115,21 +115,39 @@ def test_the_state_has_one_size(key):
     arguments = reader, GREEDY, 257, True, ONE
     shapes = set()
     for length in (10, 200):
-        state, rest = g.prefill(reader, ONE, np.zeros(length, np.int32))
-        given = np.append(rest, -1).astype(np.int32)
-        keys = jax.random.split(key, len(given))
-        _, _, state = g.decode(*arguments, state, jnp.zeros(257), given, keys)
-        assert float(state.sum()) == length + 1  # it did read that much
+        state, logits = g.prefill(reader, ONE, np.zeros(length, np.int32))
+        given, keys = np.full((1, 3), -1, np.int32), jax.random.split(key, 3)
+        _, _, state = g.decode(*arguments, state, logits, given, keys)
+        assert float(state.sum()) == length + 3  # it did read that much
         shapes.add(str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)))
     assert len(shapes) == 1
 
 
-def test_decoding_is_compiled_once(key):
-    g.decode.clear_cache()
+def test_it_is_compiled_once(key):
+    programs = g.decode, g._read, g._read_some
+    for program in programs:
+        program.clear_cache()
     reader = fakes.counting(257)
-    for prompt in (b"", b"abc", b"a longer prompt than that"):
+    for prompt in (b"", b"abc", b"a longer prompt than that", b"x" * 300):
         made(reader, key, prompt)
-    assert g.decode._cache_size() == 1
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
+
+
+def test_rows_are_drawn_apart(key):
+    reader = fakes.uniform(257)
+    sampling, keys = g.Sampling(temperature=1.0), jax.random.split(key, 30)
+    state, given = reader.start(ONE, 2), np.full((2, 30), -1, np.int32)
+    given[1, 4] = 7
+    logits = jnp.zeros((2, 257))
+    tokens, _, _ = g.decode(
+        reader, sampling, 257, True, ONE, state, logits, given, keys
+    )
+    assert tokens[1, 4] == 7 and np.mean(tokens[0] == tokens[1]) < 0.2
+
+
+def test_a_prompt_of_nothing():
+    with pytest.raises(ValueError, match="prompt must have at least one token"):
+        g.prefill(fakes.uniform(257), ONE, np.zeros(0, np.int32))
 
 
 def test_text_comes_as_it_is_made(key):

@@ -57,6 +57,13 @@ class MixerConfig(abc.ABC):
         """Tokens after which all its clocks stand at a boundary."""
 
     @property
+    def stride(self) -> int:
+        """Tokens between two places at which a chunk of its state may end. Its module
+        then takes `ends=False`, which leaves that to `end(state)`: a loop over tokens
+        need not look for it at each. 0 where the module always sees to it itself."""
+        return 0
+
+    @property
     @abc.abstractmethod
     def parts(self) -> tuple[Part, ...]:
         """Its levels."""

@@ -213,6 +213,10 @@ class SelfModifyingConfig(MixerConfig):
         return self.projection_chunk
 
     @property
+    def stride(self) -> int:
+        return self.memory.chunk
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         chosen = self.memory.chosen
         recall = "recall of {}" if chosen.bias.recalls else "dot with {}"
@@ -446,6 +450,7 @@ class SelfModifyingTitans(nnx.Module):
         *,
         aligned: bool | None = None,
         learn: bool | Learning = True,
+        ends: bool = True,
     ) -> tuple[Float[Array, "B T D"], SelfModifyingState]:
         """Reads T >= 1 tokens a row and lets the memories live through them.
 
@@ -456,21 +461,24 @@ class SelfModifyingTitans(nnx.Module):
             and reads chunks in parallel; by default true for a fresh state only. Else
             the tokens are read one by one in a scan.
           learn: False keeps every memory at its state; a `Learning` those it names.
+          ends: False, for one token that is not aligned, leaves it to the caller to
+            `end` the chunk that the token may complete.
         """
         aligned = state is None if aligned is None else aligned
         learn = learning.of(learn)
         if state is None:
             state = self.initial_state(x.shape[0])
         if x.shape[1] > 1 and not aligned:
-            state, y = jax.lax.scan(
-                lambda s, x_t: self._step(x_t[:, None], s, learn),
-                state,
-                jnp.moveaxis(x, 1, 0),
-            )
+
+            def step(state, x_t):
+                state, y = self._step(x_t[:, None], state, learn)
+                return self.end(state), y
+
+            state, y = jax.lax.scan(step, state, jnp.moveaxis(x, 1, 0))
             return jnp.moveaxis(y[:, :, 0], 0, 1), state
         if x.shape[1] == 1 and not aligned:
             state, y = self._step(x, state, learn)
-            return y, state
+            return y, self.end(state) if ends else state
 
         seen, gate, tail = self._static(x, state.tails.q)
         by_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), seen)
@@ -484,6 +492,19 @@ class SelfModifyingTitans(nnx.Module):
         )
         state = self._keep_tail(state, tail)
         return self._output(jnp.moveaxis(y, 0, 1), gate), state
+
+    def end(self, state: SelfModifyingState) -> SelfModifyingState:
+        """Ends the chunks that rows have read to their end: the next token finds what
+        the memories have become."""
+        config, position = self.config, state.position
+        due = lambda chunk: position % chunk == 0  # noqa: E731
+        if config.projection_chunk == config.memory.chunk:
+            memories = commit_where(due(config.memory.chunk), state.memories)
+        else:
+            projection = commit_where(due(config.projection_chunk), state.projection)
+            main = commit_where(due(config.memory.chunk), state.main)
+            memories = _joined(projection, main, axis=2)
+        return state._replace(memories=memories)
 
     def _static(self, x, tail):
         """What does not depend on the memories; `Seen`, and the output's gate."""
@@ -528,7 +549,7 @@ class SelfModifyingTitans(nnx.Module):
         return state, self._output(jnp.moveaxis(y, 0, 1), gate)
 
     def _chunk(self, state, chunk, learn, whole):
-        """Tokens of one chunk, time first; `whole` None commits by position."""
+        """Tokens of one chunk, time first; with `whole` None one token of it."""
         # [B, H, T, ...]
         seen = Seen(*(jnp.moveaxis(jnp.moveaxis(a, 0, 1), 2, 1) for a in chunk))
         length = seen.k.shape[2]
@@ -536,10 +557,9 @@ class SelfModifyingTitans(nnx.Module):
             state = state._replace(memories=commit(state.memories))
         generated, tails = self._generate(state, seen)
         generated = generated._replace(tokens=learn.controls.on(generated.tokens))
-        position = state.position + length
         live = self._live_as_one if self._is_one(learn) else self._live_apart
-        memories, y = live(state.memories, generated, learn, position, whole)
-        state = SelfModifyingState(memories, tails, position)
+        memories, y = live(state.memories, generated, learn, whole)
+        state = SelfModifyingState(memories, tails, state.position + length)
         return state, jnp.moveaxis(y, 2, 0)
 
     def _is_one(self, learn):
@@ -551,7 +571,7 @@ class SelfModifyingTitans(nnx.Module):
             and learn.controls.steps == memory.steps == 1
         )
 
-    def _live_as_one(self, memories, generated, learn, position, whole):
+    def _live_as_one(self, memories, generated, learn, whole):
         """Every memory learns its own targets at the shared keys; the main is read."""
         config = self.config.memory
         own = self._main_value(_some(memories, -1).anchor, generated.tokens.v)
@@ -575,15 +595,11 @@ class SelfModifyingTitans(nnx.Module):
         after, y = over_rows(memories, tokens, targets, self._start(), shares)
         if not learn.main:
             after = after._replace(momentum=memories.momentum)
-        if whole is None:
-            after = commit_where(position % config.chunk == 0, after)
-        elif whole:
-            after = commit(after)
-        return after, y
+        return commit(after) if whole else after, y
 
-    def _live_apart(self, memories, generated, learn, position, whole):
+    def _live_apart(self, memories, generated, learn, whole):
         """The same where the main memory has smaller chunks, or learns otherwise."""
-        config, tokens = self.config, generated.tokens
+        tokens = generated.tokens
         still = learning.still(tokens)
         before, before_main = _some(memories, slice(-1)), _some(memories, -1)
         projection = self._write_projections(
@@ -599,12 +615,7 @@ class SelfModifyingTitans(nnx.Module):
             projection = projection._replace(momentum=before.momentum)
         if not learn.main:
             main = main._replace(momentum=before_main.momentum)
-        if whole is None:
-            projection = commit_where(
-                position % config.projection_chunk == 0, projection
-            )
-            main = commit_where(position % config.memory.chunk == 0, main)
-        elif whole:
+        if whole:
             projection = commit(projection)
         return _joined(projection, main, axis=2), y
 
