@@ -27,6 +27,7 @@ class StreamConfig:
       workers: processes that read ahead; 0 reads in this one. The order is the same
         for any number, but an iterator's state belongs to one number.
       shuffle: False keeps the order of the text.
+      stretch: of `PackedRows`; 0 for `Rows`.
 
     Raises:
       ValueError: a field out of range.
@@ -37,9 +38,11 @@ class StreamConfig:
     seed: int
     workers: int = 0
     shuffle: bool = True
+    stretch: int = 0
 
     def __post_init__(self):
-        for name, least in (("seq_len", 1), ("batch", 1), ("workers", 0)):
+        leasts = {"seq_len": 1, "batch": 1, "workers": 0, "stretch": 0}
+        for name, least in leasts.items():
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
@@ -94,6 +97,63 @@ class Rows:
         return f"Rows({self._rows} of {self._seq_len} tokens)"
 
 
+class PackedRows(Rows):
+    """Rows in which every document begins at a multiple of `stretch` tokens.
+
+    Row `i` is as in `Rows`, of a text in which documents are that far apart, and comes
+    with the index of the document of each of its ids, `document`; -1 where a document
+    is over and the next has not begun. A token is predicted from its own document only.
+
+    Args:
+      documents: int[N] each, led by `bos`.
+      seq_len: tokens that a row predicts, a multiple of `stretch`.
+      vocab_size: ids must lie in `[0, vocab_size)`.
+      stretch: tokens.
+
+    Raises:
+      ValueError: as `Rows`; or `seq_len` is no multiple of `stretch`.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        *,
+        seq_len: int,
+        vocab_size: int,
+        stretch: int,
+    ):
+        if stretch < 1 or seq_len % stretch:
+            raise ValueError(
+                f"seq_len ({seq_len}) must be a multiple of stretch ({stretch}), at "
+                "least 1."
+            )
+        check_tokens(documents, vocab_size)
+        laid, owners = [], []
+        for index, ids in enumerate(documents):
+            width = -(-ids.size // stretch) * stretch
+            laid.append(np.pad(ids.astype(np.int32), (0, width - ids.size)))
+            owners.append(np.full(width, -1, np.int32))
+            owners[-1][: ids.size] = index
+        super().__init__(laid, seq_len=seq_len, vocab_size=vocab_size)
+        self._owners = np.concatenate(owners)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = super().__getitem__(index)
+        start = index * self._seq_len
+        return row | {"document": self._owners[start : start + self._seq_len + 1]}
+
+
+def rows_of(
+    documents: Sequence[np.ndarray], *, seq_len: int, vocab_size: int, stretch: int
+) -> Rows:
+    """`PackedRows`, or `Rows` with a `stretch` of 0."""
+    if stretch:
+        return PackedRows(
+            documents, seq_len=seq_len, vocab_size=vocab_size, stretch=stretch
+        )
+    return Rows(documents, seq_len=seq_len, vocab_size=vocab_size)
+
+
 def batches(
     rows: Rows,
     config: StreamConfig,
@@ -101,7 +161,8 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """An endless dataset of `{"tokens": int32[batch, seq_len + 1]}`.
+    """An endless dataset of `{"tokens": int32[batch, seq_len + 1]}`, and of `document`
+    likewise for `PackedRows`.
 
     `iter` of it has grain's `get_state` and `set_state`; call `close` on an iterator
     with workers when done. With several processes each reads `batch / process_count`
@@ -141,8 +202,11 @@ def fingerprint(
     process_count: int = 1,
 ) -> dict[str, int | bool | str]:
     """What an iterator's state belongs to; JSON, to be stored with a checkpoint."""
+    settings = dataclasses.asdict(config)
+    if not config.stretch:  # as before there was one
+        del settings["stretch"]
     return {
-        **dataclasses.asdict(config),
+        **settings,
         "process_count": process_count,
         "corpus": corpus_sha,
         "tokenizer": tokenizer_fingerprint,

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
@@ -186,6 +186,7 @@ def apply(
     labels: Array | np.ndarray | None = None,
     aligned: bool | None = None,
     count: Int[Array, ""] | None = None,
+    begins: Bool[Array, "B S"] | None = None,
     learn: bool | Learning = True,
     horizon: int | None = None,
 ) -> tuple[Float[Array, "B T N"], LMState]:
@@ -208,6 +209,9 @@ def apply(
       count: how many of the tokens are there, the same in every row; what follows is
         padding, so that texts of any length share a program, and its logits are 0. For
         a state that is given, with `aligned` None.
+      begins: of S stretches of T / S tokens each, a multiple of `config.span`, those
+        where another document begins. There the row is as fresh as a new one: nothing
+        of the document before it is seen again, by any level. Needs `aligned`.
       learn: static; False leaves every fast level at its state: nothing is learned
         while reading. A `Learning` says so part by part.
       horizon: static, for fresh rows; promises that none of them reads more tokens than
@@ -246,6 +250,8 @@ def apply(
             f"({tokens.shape[1]}): leave it None for rows that read on."
         )
     fresh = state is None
+    if begins is not None:
+        _check_begins(begins, tokens, aligned, model.config.span)
     if fresh:
         state = _begin(model, tokens.shape[0], horizon)
     else:
@@ -261,7 +267,13 @@ def apply(
             return logits[:, None], _rows_first(state)
         state, logits = jax.lax.scan(step, state, tokens.T)
         return jnp.moveaxis(logits, 0, 1), _rows_first(state)
-    logits, state = _read_aligned(model, tokens, labels, state, fresh, learn)
+    if begins is not None:
+        start = _begin(model, tokens.shape[0], horizon)
+        logits, state = _read_documents(
+            model, tokens, labels, state, begins, start, learn
+        )
+    else:
+        logits, state = _read_aligned(model, tokens, labels, state, fresh, learn)
     if not fresh:
         kept = position % model.config.span == 0
         logits = jnp.where(kept[:, None, None], logits, jnp.nan)
@@ -373,6 +385,23 @@ def _check_state(model, state, rows, aligned):
                 f"{model.config.span} tokens, but state.position is "
                 f"{np.asarray(state.position).tolist()}: leave aligned out."
             )
+
+
+def _check_begins(begins, tokens, aligned, span):
+    """Refuses documents that cannot begin where they are said to."""
+    rows, length = tokens.shape
+    if begins.ndim != 2 or begins.shape[0] != rows or length % begins.shape[1]:
+        raise ValueError(
+            f"begins must be [B, S] for {rows} rows of {length} tokens, S a divisor of "
+            f"these, got {begins.shape}."
+        )
+    stretch = length // begins.shape[1]
+    if not aligned or stretch % span:
+        raise ValueError(
+            f"begins needs aligned=True and stretches of a multiple of {span} tokens, "
+            f"where every clock of the model may begin; got aligned={aligned} and "
+            f"{stretch}."
+        )
 
 
 def next_token_loss(
@@ -545,6 +574,30 @@ def _accumulate(model, levels, learned, read):
         )
 
     return tuple(gathered(which, level) for which, level in enumerate(levels))
+
+
+def _read_documents(model, tokens, labels, state, begins, start, learn):
+    """`_read_aligned` of one stretch after another; rows `start` where one begins."""
+    if state.levels and learn.cms:
+        state = _settle(model, state, tokens[:, 0])
+    stretches = begins.shape[1]
+    cut = lambda a: jnp.moveaxis(  # noqa: E731 [B, T] -> [S, B, T / S]
+        a.reshape(a.shape[0], stretches, -1), 1, 0
+    )
+
+    def read(state, xs):
+        begins, tokens, labels = xs
+        state = _where_state(begins, start, state)
+        # Where all labels are known nothing was held back.
+        logits, state = _read_aligned(
+            model, tokens, labels, state, False, learn, settled=labels is not None
+        )
+        return state, logits
+
+    xs = begins.T, cut(tokens), None if labels is None else cut(labels)
+    state, logits = jax.lax.scan(read, state, xs)
+    logits = jnp.moveaxis(logits, 0, 1)
+    return logits.reshape(*tokens.shape, -1), state
 
 
 class _Life(NamedTuple):
@@ -890,6 +943,24 @@ def _where(rows, new, old, axis=1):
         return jnp.where(rows.reshape(shape), a, b)
 
     return jax.tree.map(choose, new, old)
+
+
+def _where_state(rows, new, old):
+    """Chooses rows of a whole state, whose blocks lead with layers."""
+    held = old.held
+    if held is not None:
+        held = Held(
+            _where(rows, new.held.mixers, held.mixers),
+            _where(rows, new.held.tokens, held.tokens, axis=0),
+            _where(rows, new.held.count, held.count, axis=0),
+        )
+    levels = zip(new.levels, old.levels, strict=True)
+    return LMState(
+        _where(rows, new.blocks, old.blocks),
+        tuple(_where_level(rows, *level) for level in levels),
+        held,
+        _where(rows, new.position, old.position, axis=0),
+    )
 
 
 def _where_level(rows, new, old):

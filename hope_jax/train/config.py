@@ -117,6 +117,9 @@ class TrainConfig:
       batch: sequences of a step, over all devices.
       seq_len: tokens of a sequence; those that attention to whole rows looks back over
         (`check_rows`).
+      stretch: tokens, a multiple of the model's `span`: every document begins at a
+        multiple of so many tokens of a row and knows nothing of the one before it. 0
+        lays documents end to end, and a row goes on from one to the next.
       workers: processes that read data; 0 reads in the training process.
       log_every: steps between two lines of `metrics.jsonl`.
       checkpoint_every: steps between two checkpoints; the last step is always saved.
@@ -128,6 +131,7 @@ class TrainConfig:
     steps: int
     batch: int = 8
     seq_len: int = 256
+    stretch: int = 0
     workers: int = 0
     log_every: int = 10
     checkpoint_every: int = 200
@@ -141,6 +145,7 @@ class TrainConfig:
             steps=1,
             batch=1,
             seq_len=1,
+            stretch=0,
             workers=0,
             log_every=1,
             checkpoint_every=1,
@@ -188,6 +193,13 @@ def check_rows(config: RunConfig) -> None:
         over, or too short for any CMS level to move inside them.
     """
     seq_len, model = config.train.seq_len, config.model
+    stretch = config.train.stretch
+    if stretch and (seq_len % stretch or stretch % model.span):
+        raise ValueError(
+            f"train.stretch ({stretch}) must divide train.seq_len ({seq_len}) and be a "
+            f"multiple of the model's span ({model.span}), after which all its clocks "
+            "may begin anew."
+        )
     for i, mixer in enumerate(model.pattern):
         if isinstance(mixer, AttentionConfig) and mixer.context != seq_len:
             place = f"model.mixer.{i}" if len(model.pattern) > 1 else "model.mixer"

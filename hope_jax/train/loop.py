@@ -73,7 +73,7 @@ class Source(NamedTuple):
       tokenizer: their tokens.
       rows: of the training text, for `stream.batches`.
       bytes_per_token: of the training text; turns nats a token into bits a byte.
-      validation: int32[n, batch, seq_len + 1], or None.
+      validation: batches of rows, or None.
       validation_bytes_per_token: of the validation text.
     """
 
@@ -81,7 +81,7 @@ class Source(NamedTuple):
     tokenizer: tokenizer.Tokenizer
     rows: stream.Rows
     bytes_per_token: float
-    validation: np.ndarray | None
+    validation: list[PyTree] | None
     validation_bytes_per_token: float
 
 
@@ -184,6 +184,7 @@ def train(
             tx,
             functools.partial(optim.differentiation, config.optimizer, layers),
             mesh,
+            config.train.stretch,
         )
         step = sharding.jit_step(step, mesh)
         validate = _validation(graphdef, config, source, mesh)
@@ -207,8 +208,8 @@ def train(
         last = config.train.steps
         pending = None
         while done < last and stop.signal is None:
-            tokens = sharding.shard_batch(next(iterator)["tokens"], mesh)
-            state, metrics = step(state, tokens)  # dispatched, not waited for
+            batch = sharding.shard_batch(_batch(next(iterator)), mesh)
+            state, metrics = step(state, batch)  # dispatched, not waited for
             done += 1
             if pending is not None:
                 read(*pending)
@@ -260,9 +261,7 @@ def load_source(config: RunConfig, workdir: str | os.PathLike | None) -> Source:
             f"{tokens.vocab_size} entries: set model.vocab={tokens.vocab_size}."
         )
     learned = tokenizer.encode_documents(tokens, corpus.train)
-    rows = stream.Rows(
-        learned, seq_len=config.train.seq_len, vocab_size=config.model.vocab
-    )
+    rows = _rows(learned, config)
     held_out = tokenizer.encode_documents(tokens, corpus.validation)
     return Source(
         corpus=corpus,
@@ -285,6 +284,22 @@ def load_tokenizer(
     return tokenizer.train_bpe((d.data for d in corpus.train), data.vocab)
 
 
+def _rows(documents: Sequence[np.ndarray], config: RunConfig) -> stream.Rows:
+    return stream.rows_of(
+        documents,
+        seq_len=config.train.seq_len,
+        vocab_size=config.model.vocab,
+        stretch=config.train.stretch,
+    )
+
+
+def _batch(item: Mapping[str, np.ndarray]):
+    """What a step takes of what an iterator, or a row, gives."""
+    if "document" in item:
+        return step_lib.Packed(item["tokens"], item["document"])
+    return item["tokens"]
+
+
 def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dict]:
     """Batches, and what their iterator's state belongs to."""
     settings = stream.StreamConfig(
@@ -292,6 +307,7 @@ def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dic
         batch=config.train.batch,
         seed=config.seed,
         workers=config.train.workers,
+        stretch=config.train.stretch,
     )
     fingerprint = stream.fingerprint(
         settings, source.corpus.sha256, source.tokenizer.fingerprint
@@ -333,11 +349,11 @@ def _model(config: RunConfig, mesh: jax.sharding.Mesh):
 
 def _validation_rows(
     documents: Sequence[np.ndarray], config: RunConfig
-) -> np.ndarray | None:
+) -> list[PyTree] | None:
     if not config.train.validate_every:
         return None
     seq_len, batch = config.train.seq_len, config.train.batch
-    rows = stream.Rows(documents, seq_len=seq_len, vocab_size=config.model.vocab)
+    rows = _rows(documents, config)
     batches = min(config.train.validate_batches, len(rows) // batch)
     if batches == 0:
         raise ValueError(
@@ -345,8 +361,11 @@ def _validation_rows(
             f"than one batch of {batch}. Use a smaller batch, a shorter seq_len, more "
             "text, or train.validate_every=0."
         )
-    chosen = [rows[i]["tokens"] for i in range(batches * batch)]
-    return np.stack(chosen).reshape(batches, batch, seq_len + 1)
+    chosen = [_batch(rows[i]) for i in range(batches * batch)]
+    return [
+        jax.tree.map(lambda *leaves: np.stack(leaves), *chosen[i : i + batch])
+        for i in range(0, len(chosen), batch)
+    ]
 
 
 def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
@@ -355,13 +374,11 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
     if rows is None:
         return None
     evaluate = sharding.jit_evaluation(
-        step_lib.make_evaluation(graphdef, lm.apply), mesh
+        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch), mesh
     )
 
     def mean(params) -> dict[str, float]:
-        losses = [
-            evaluate(params, sharding.shard_batch(tokens, mesh)) for tokens in rows
-        ]
+        losses = [evaluate(params, sharding.shard_batch(batch, mesh)) for batch in rows]
         loss = float(np.mean([float(value) for value in losses]))
         bits = _bits(loss, source.validation_bytes_per_token)
         return {"validation_loss": loss, "validation_bits_per_byte": bits}

@@ -43,10 +43,12 @@ def check_batch(batch: int, mesh: Mesh) -> None:
         )
 
 
-def shard_batch(tokens: np.ndarray, mesh: Mesh) -> jax.Array:
-    """This process's rows on its devices, as the global array."""
-    check_batch(tokens.shape[0] * jax.process_count(), mesh)
-    return jax.make_array_from_process_local_data(by_rows(mesh), tokens)
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """This process's rows on its devices, as global arrays; leaves lead with rows."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    check_batch(rows * jax.process_count(), mesh)
+    put = jax.make_array_from_process_local_data
+    return jax.tree.map(lambda leaf: put(by_rows(mesh), leaf), batch)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -1,13 +1,13 @@
 """One step of training, pure: the slow level moves by what the fast ones read."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax.core.level import Differentiate, Fast, Slow, hope_update
 from hope_jax.models.lm import next_token_loss
@@ -18,16 +18,49 @@ Metrics = dict[str, Array]
 Apply = Callable[..., tuple[Float[Array, "B T N"], PyTree]]
 
 
+class Packed(NamedTuple):
+    """Rows of several documents (`hope_jax.data.stream.PackedRows`).
+
+    Attributes:
+      tokens: ids.
+      document: that of each, -1 of none.
+      weight: of each prediction in the mean; None before `weighed`.
+    """
+
+    tokens: Int[Array, "B T1"]
+    document: Int[Array, "B T1"]
+    weight: Float[Array, "B T"] | None = None
+
+
+def weighed(batch: Packed) -> Packed:
+    """With weights of mean 1, none for what another document says."""
+    before, after = batch.document[:, :-1], batch.document[:, 1:]
+    own = ((before == after) & (after >= 0)).astype(jnp.float32)
+    return batch._replace(weight=own / jnp.maximum(own.mean(), 1.0 / own.size))
+
+
+def begins(document: Int[Array, "B T1"], stretch: int) -> Bool[Array, "B S"]:
+    """The stretches of a row where another document begins."""
+    read = document[:, :-1].reshape(document.shape[0], -1, stretch)
+    other = read[:, 1:, 0] != read[:, :-1, -1]
+    first = jnp.zeros((read.shape[0], 1), bool)
+    return jnp.concatenate([first, other], axis=1)
+
+
 def mean_loss(
-    logits: Float[Array, "B T N"], tokens: Int[Array, "B T1"]
+    logits: Float[Array, "B T N"],
+    tokens: Int[Array, "B T1"],
+    weight: Float[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of each next token, in nats, float32.
 
     Args:
       logits: `logits[:, t]` predicts `tokens[:, t + 1]`.
       tokens: one more a row than there are logits.
+      weight: of each, of mean 1.
     """
-    return next_token_loss(logits.astype(jnp.float32), tokens[:, 1:]).mean()
+    losses = next_token_loss(logits.astype(jnp.float32), tokens[:, 1:])
+    return losses.mean() if weight is None else (weight * losses).mean()
 
 
 def make_step(
@@ -36,8 +69,9 @@ def make_step(
     tx: optax.GradientTransformation,
     differentiation: Callable[[int], Differentiate | None] = lambda tokens: None,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Int[Array, "B T1"]], tuple[TrainState, Metrics]]:
-    """The step of a language model: `(state, tokens) -> (state, metrics)`.
+    stretch: int = 0,
+) -> Callable[[TrainState, Int[Array, "B T1"] | Packed], tuple[TrainState, Metrics]]:
+    """The step of a language model: `(state, batch) -> (state, metrics)`.
 
     It is `hope_update` with the model's parameters as the slow level and everything
     that learns inside the sequence as the fast one. Each row of each batch is read from
@@ -50,18 +84,19 @@ def make_step(
       differentiation: `tokens -> differentiate` of `hope_update`, for an optimizer that
         needs more than gradients (`hope_jax.optim.differentiation`).
       mesh: whose devices share the rows of a batch (`hope_jax.train.sharding`).
+      stretch: tokens between places where a document of `Packed` rows may begin.
 
     Returns:
       A pure function. Metrics are float32 scalars: `loss` in nats, `grad_norm`,
       `update_norm`; and int32 `tokens`, predicted in the step.
     """
 
-    def live(params, fast, tokens):
-        return apply_fn(graphdef, params, tokens[:, :-1], fast)
+    def live(params, fast, batch):
+        return _read(apply_fn, graphdef, params, batch, fast, stretch)
 
     def objective(params, context):
-        tokens, logits = context
-        return mean_loss(logits, tokens)
+        batch, logits = context
+        return _loss(logits, batch)
 
     level = outer_level(tx, objective)
 
@@ -71,12 +106,16 @@ def make_step(
         own = differentiation(tokens[:, 1:].size // mesh.size)
         return sharding.of_rows(own, mesh)
 
-    def step(state: TrainState, tokens: Int[Array, "B T1"]):
+    def step(state: TrainState, batch: Int[Array, "B T1"] | Packed):
+        count = _tokens(batch)[:, 1:].size
+        if isinstance(batch, Packed):
+            batch = weighed(batch)
+            count = jnp.sum(jnp.asarray(batch.weight) > 0)
         after = hope_update(
-            tokens,
+            batch,
             Slow(level, state.level),
             Fast(live),
-            differentiate=differentiate(tokens),
+            differentiate=differentiate(_tokens(batch)),
         )
         moved = after.slow.state
         change = jax.tree.map(jnp.subtract, moved.params, state.params)
@@ -84,7 +123,7 @@ def make_step(
             "loss": after.loss,
             "grad_norm": optax.tree.norm(after.gradient),
             "update_norm": optax.tree.norm(change),
-            "tokens": jnp.asarray(tokens[:, 1:].size, jnp.int32),
+            "tokens": jnp.asarray(count, jnp.int32),
         }
         return state._replace(level=moved), metrics
 
@@ -92,12 +131,31 @@ def make_step(
 
 
 def make_evaluation(
-    graphdef: Any, apply_fn: Apply
-) -> Callable[[PyTree, Int[Array, "B T1"]], Float[Array, ""]]:
-    """`(params, tokens[B, T+1]) -> mean loss in nats`, memory reset at each row."""
+    graphdef: Any, apply_fn: Apply, stretch: int = 0
+) -> Callable[[PyTree, Int[Array, "B T1"] | Packed], Float[Array, ""]]:
+    """`(params, batch of rows of T + 1) -> mean loss in nats`, memory reset at each
+    row, and where a document of `Packed` ones begins."""
 
-    def evaluate(params, tokens):
-        logits, _ = apply_fn(graphdef, params, tokens[:, :-1], None)
-        return mean_loss(logits, tokens)
+    def evaluate(params, batch):
+        if isinstance(batch, Packed):
+            batch = weighed(batch)
+        logits, _ = _read(apply_fn, graphdef, params, batch, None, stretch)
+        return _loss(logits, batch)
 
     return evaluate
+
+
+def _tokens(batch):
+    return batch.tokens if isinstance(batch, Packed) else batch
+
+
+def _read(apply_fn, graphdef, params, batch, state, stretch):
+    more = {}
+    if isinstance(batch, Packed):
+        more["begins"] = begins(batch.document, stretch)
+    return apply_fn(graphdef, params, _tokens(batch)[:, :-1], state, **more)
+
+
+def _loss(logits, batch):
+    weight = batch.weight if isinstance(batch, Packed) else None
+    return mean_loss(logits, _tokens(batch), weight)

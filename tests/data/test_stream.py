@@ -1,5 +1,7 @@
 """Streams: each token once, the same order for any workers and hosts, exact resume."""
 
+import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -323,3 +325,36 @@ def test_real_plays_from_file_to_batch():
         )
     )
     assert scored == documents[0].size - 1
+
+
+def test_packed_documents_begin_at_stretches():
+    documents = [np.array([9, 1, 2, 3, 4]), np.array([9, 5]), np.array([9, 6, 7, 8])]
+    rows = stream.PackedRows(documents, seq_len=8, vocab_size=10, stretch=4)
+    assert len(rows) == 1 and rows.dropped == 7
+    row = rows[0]
+    assert row["tokens"].tolist() == [9, 1, 2, 3, 4, 0, 0, 0, 9]
+    assert row["document"].tolist() == [0] * 5 + [-1] * 3 + [1]
+    longer = stream.rows_of(documents * 2, seq_len=8, vocab_size=10, stretch=4)
+    assert longer[1]["document"].tolist() == [1, 1, -1, -1, 2, 2, 2, 2, 3]
+    plain = stream.rows_of(documents, seq_len=4, vocab_size=10, stretch=0)
+    assert type(plain) is stream.Rows
+    config = stream.StreamConfig(seq_len=8, batch=1, seed=0, stretch=4)
+    with contextlib.closing(iter(stream.batches(rows, config))) as batches:
+        batch = next(batches)
+    assert batch["document"].shape == batch["tokens"].shape == (1, 9)
+
+
+def test_the_fingerprint_says_how_rows_are_packed():
+    """And of rows that are not it is as it was before there were others."""
+    plain = stream.StreamConfig(seq_len=8, batch=1, seed=0)
+    packed = dataclasses.replace(plain, stretch=4)
+    assert "stretch" not in stream.fingerprint(plain, "a", "b")
+    assert stream.fingerprint(packed, "a", "b")["stretch"] == 4
+
+
+def test_stretches_that_do_not_fit_rows_are_refused():
+    documents = [np.arange(9)]
+    for stretch in (3, -1):
+        said = rf"seq_len \(8\) must be a multiple of stretch \({stretch}\)"
+        with pytest.raises(ValueError, match=said):
+            stream.PackedRows(documents, seq_len=8, vocab_size=10, stretch=stretch)

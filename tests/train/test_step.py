@@ -122,6 +122,61 @@ def test_four_devices_equal_one(params, tokens, key):
     assert jax.tree.leaves(four.params)[0].sharding.is_fully_replicated
 
 
+PACKED = step_lib.Packed(
+    tokens=np.array([[4, 1, 2, 0, 4, 3, 1, 2, 4]] * 4, np.int32),
+    document=np.array(
+        [[0, 0, 0, -1, 1, 1, 1, 1, 2], [5] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]],
+        np.int32,
+    ),
+)
+
+
+def test_where_documents_begin_and_what_is_predicted():
+    begins = step_lib.begins(jnp.asarray(PACKED.document), 4)
+    assert begins.tolist() == [[False, True], [False] * 2, [False, True], [False] * 2]
+    weight = np.asarray(step_lib.weighed(PACKED).weight)
+    said = [1, 1, 0, 0, 1, 1, 1, 0], [1] * 8, [1] * 3 + [0] + [1] * 4, [1] * 7 + [0]
+    np.testing.assert_array_equal(weight > 0, np.array(said) > 0)
+    np.testing.assert_allclose(weight.mean(), 1.0, rtol=1e-6)
+
+
+def test_packed_rows_train_as_their_documents_do_one_by_one():
+    """On one device and on four, whose rows predict different numbers of tokens."""
+    graphdef, params = lm.build(small.HOPE, jax.random.key(0))
+    tx = optax.sgd(0.5)
+
+    def by_hand(params):
+        losses = []
+        for row, owners in zip(PACKED.tokens, PACKED.document, strict=True):
+            for document in set(owners.tolist()) - {-1}:
+                (places,) = np.nonzero(owners == document)
+                if len(places) > 1:
+                    ids = jnp.asarray(row[places])[None]
+                    logits, _ = lm.apply(graphdef, params, ids[:, :-1])
+                    losses.append(lm.next_token_loss(logits, ids[:, 1:]).ravel())
+        losses = jnp.concatenate(losses)
+        return losses.mean(), losses.size
+
+    (loss, count), gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
+    for devices in (1, 4):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        step = step_lib.make_step(graphdef, lm.apply, tx, mesh=mesh, stretch=4)
+        start = jax.tree.map(jnp.copy, params)  # the step donates them
+        state = sharding.replicate(state_lib.create(start, tx, jax.random.key(3)), mesh)
+        batch = sharding.shard_batch(PACKED, mesh)
+        after, metrics = sharding.jit_step(step, mesh)(state, batch)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        assert metrics["tokens"] == count
+        for new, old, g in zip(
+            *map(jax.tree.leaves, (after.params, params, gradient)), strict=True
+        ):
+            np.testing.assert_allclose(new, old - 0.5 * g, atol=2e-5)
+    evaluate = sharding.jit_evaluation(
+        step_lib.make_evaluation(graphdef, lm.apply, 4), mesh
+    )
+    np.testing.assert_allclose(evaluate(params, batch), loss, rtol=1e-5)
+
+
 def looped(program: str) -> set[str]:
     """The computations of a compiled program that a loop runs again and again."""
     calls, current, inside = {}, "", set()
