@@ -18,8 +18,8 @@ MESA = MemoryConfig(
 
 @pytest.mark.parametrize("config", [CONFIG, MESA], ids=["mlp", "mesa"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_tokens_are_read_in_the_type_of_the_weights(key, config, dtype):
-    state, tokens = some_state(key, config), some_tokens(key, 6)
+def test_narrow_tokens_are_read_in_the_type_of_the_weights(config, dtype):
+    state, tokens = some_state(0, config), some_tokens(0, 6)
     narrow = tokens._replace(
         **{name: getattr(tokens, name).astype(dtype) for name in "kvq"}
     )
@@ -34,8 +34,8 @@ def test_narrow_tokens_are_read_in_the_type_of_the_weights(key, config, dtype):
 
 
 @pytest.mark.parametrize("config", [CONFIG, MESA], ids=["mlp", "mesa"])
-def test_wide_tokens_too(key, config):
-    state, tokens = some_state(key, config), some_tokens(key, 6)
+def test_wide_tokens_too(config):
+    state, tokens = some_state(0, config), some_tokens(0, 6)
     expected = memory_scan(config, state, tokens)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tokens)
@@ -59,14 +59,14 @@ def test_wide_tokens_too(key, config):
         (lambda t: t._replace(alpha=t.alpha.at[2].set(jnp.nan)), "got nan"),
     ],
 )
-def test_tokens_that_make_no_sense(key, change, message):
+def test_tokens_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
-        memory_scan(CONFIG, some_state(key, CONFIG), change(some_tokens(key, 6)))
+        memory_scan(CONFIG, some_state(0, CONFIG), change(some_tokens(0, 6)))
 
 
-def test_a_state_in_the_middle_of_a_chunk_is_refused(key):
-    state, _ = memory_scan(CONFIG, some_state(key, CONFIG), some_tokens(key, 6))
+def test_a_state_in_the_middle_of_a_chunk_is_refused():
+    state, _ = memory_scan(CONFIG, some_state(0, CONFIG), some_tokens(0, 6))
     with pytest.raises(ValueError, match="state is in the middle of a chunk"):
-        memory_scan(CONFIG, state, some_tokens(key, 6))
-    _, y = memory_scan(CONFIG, commit(state), some_tokens(key, 6))
+        memory_scan(CONFIG, state, some_tokens(0, 6))
+    _, y = memory_scan(CONFIG, commit(state), some_tokens(0, 6))
     assert np.isfinite(y).all()
