@@ -1,6 +1,7 @@
 """Memories that return to their start, and laws of rates: chunks equal the level."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,12 @@ from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
 from hope_jax.memory.state import begin_memory
-from tests.kernels.test_select import assert_same, some_tokens
+from tests.kernels.test_select import (
+    assert_cut_is_whole,
+    assert_same,
+    some_tokens,
+    some_weights,
+)
 
 WIDTH = 6
 _MLP = dict(architecture="mlp", expansion=2, toward="start")
@@ -76,28 +82,20 @@ def life(config, impl):
     return run
 
 
-def some_start(key, config):
-    weights = build_architecture(config, WIDTH).init(key)
-    keys = jax.random.split(key, len(weights))
-    return {
-        name: w + 0.3 * jax.random.normal(k, w.shape)
-        for k, (name, w) in zip(keys, weights.items(), strict=True)
-    }
-
-
-def tokens_for(config, key, length):
-    tokens = some_tokens(key, length)
+def tokens_for(config, length):
+    tokens = some_tokens(0, length)
     if config.retention == "channel":
-        alpha = jnp.broadcast_to(tokens.alpha[:, None], tokens.k.shape)
-        tokens = tokens._replace(alpha=alpha * (0.5 + 0.5 * jnp.abs(tokens.k)))
+        alpha = np.asarray(tokens.alpha)[:, None]
+        alpha = alpha * (0.5 + 0.5 * np.abs(tokens.k))
+        tokens = tokens._replace(alpha=jnp.asarray(alpha))
     return tokens
 
 
 @pytest.mark.parametrize("name", MEMORIES)
-def test_chunk_is_the_level(key, name):
+def test_chunk_is_the_level(name):
     """Outputs, states and pullbacks, the start's among them, over chunks and a rest."""
     config = MemoryConfig(chunk=4, **MEMORIES[name])
-    start, tokens = some_start(key, config), tokens_for(config, key, 10)
+    start, tokens = some_weights(0, config), tokens_for(config, 10)
     tolerance = 1e-4 if config.rule == "muon" else 1e-5  # Newton-Schulz doubles errors
     fast, slow = life(config, "chunk"), life(config, "reference")
     assert_same(fast, slow, start, tokens, tolerance=tolerance)
@@ -106,33 +104,26 @@ def test_chunk_is_the_level(key, name):
 @pytest.mark.parametrize(
     "name", ["output", "budget, delta", "matrix, exact", "energy, momentum, delta"]
 )
-def test_a_chunk_cut_anywhere_is_the_same_chunk(key, name):
+def test_a_chunk_cut_anywhere_is_the_same_chunk(name):
     config = MemoryConfig(chunk=8, **MEMORIES[name])
-    start, tokens = some_start(key, config), tokens_for(config, key, 8)
-    state = begin_memory(config, start)
-    whole, y = piece(config, state, tokens, start=start)
-    reads = []
-    for a, b in [(0, 1), (1, 4), (4, 8)]:
-        part = jax.tree.map(lambda x, a=a, b=b: x[a:b], tokens)
-        state, y_part = piece(config, state, part, start=start)
-        reads.append(y_part)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
-    jax.tree.map(close, (state, jnp.concatenate(reads)), (whole, y))
+    start, tokens = some_weights(0, config), tokens_for(config, 8)
+    state = jax.jit(functools.partial(begin_memory, config))(start)
+    assert_cut_is_whole(functools.partial(piece, config, start=start), state, tokens)
 
 
 def test_decay_by_hand():
     """`½ W + ½ W₀` and half of a write; a second token forgets half of that."""
     config = MemoryConfig(**_EXACT | dict(rule="gd", dgd="none", bias="dot"), chunk=2)
-    start = {"w": jnp.eye(2)}
-    tokens = Tokens(
-        k=jnp.eye(2),
-        v=jnp.array([[0.0, 4.0], [0.0, 0.0]]),
-        q=jnp.ones((2, 2)),
-        eta=jnp.array([0.5, 0.0]),
-        alpha=jnp.array([0.5, 0.5]),
-        theta=jnp.zeros(2),
+    tokens = (
+        np.eye(2),
+        [[0.0, 4.0], [0.0, 0.0]],
+        np.ones((2, 2)),
+        [0.5, 0.0],
+        [0.5, 0.5],
+        [0.0, 0.0],
     )
-    state, y = memory_scan(config, begin_memory(config, start), tokens, start=start)
+    start = {"w": np.eye(2, dtype=np.float32)}
+    state, y = jax.jit(life(config, "chunk"))(start, Tokens(*map(np.float32, tokens)))
     np.testing.assert_allclose(state.weights["w"], [[1.0, 0.0], [1.0, 1.0]])
     np.testing.assert_allclose(y, [[1.0, 3.0], [1.0, 2.0]])
 
@@ -143,19 +134,24 @@ def test_what_the_delta_term_erases(erases, kept):
     config = MemoryConfig(
         **_EXACT | dict(rule="gd", bias="dot", erases=erases), chunk=1
     )
-    start = {"w": jnp.array([[3.0, 0.0], [0.0, 0.0]])}
-    state = begin_memory(config, {"w": start["w"] + 1.0})
-    one, zero = jnp.ones((1,)), jnp.zeros((1, 2))
-    token = Tokens(jnp.array([[1.0, 0.0]]), zero, zero, one, one, one)
-    state, _ = piece(config, state, token, start=start)
+    start = np.float32([[3.0, 0.0], [0.0, 0.0]])
+    one, zero = np.ones(1, np.float32), np.zeros((1, 2), np.float32)
+    token = Tokens(np.float32([[1.0, 0.0]]), zero, zero, one, one, one)
+
+    @jax.jit
+    def written(start, token):
+        state = begin_memory(config, {"w": start + 1.0})
+        return piece(config, state, token, start={"w": start})
+
+    state, _ = written(start, token)
     np.testing.assert_allclose(state.weights["w"][0], [kept, 1.0], atol=1e-6)
 
 
-def test_a_start_is_asked_for(key):
+def test_a_start_is_asked_for():
     config = MemoryConfig(**_MLP)
-    state = begin_memory(config, some_start(key, config))
+    state = begin_memory(config, some_weights(0, config))
     with pytest.raises(ValueError, match="toward='start'.* need the start"):
-        piece(config, state, some_tokens(key, 4))
+        piece(config, state, some_tokens(0, 4))
 
 
 REFUSED = [
@@ -195,70 +191,74 @@ LAWS = {
 }
 
 
-def adversarial_keys(kind, key, length, width=16):
+def adversarial_keys(kind, length, width=16):
     if kind == "orthogonal":
-        return jnp.tile(jnp.eye(width), (length // width, 1))
+        return np.tile(np.eye(width, dtype=np.float32), (length // width, 1))
     if kind == "turning":
-        angle = 0.05 * jnp.arange(length, dtype=jnp.float32)
-        return (
-            jnp.zeros((length, width))
-            .at[:, 0]
-            .set(jnp.cos(angle))
-            .at[:, 1]
-            .set(jnp.sin(angle))
-        )
-    k = jax.random.normal(key, (length, width))
+        angle = 0.05 * np.arange(length)
+        k = np.zeros((length, width), np.float32)
+        k[:, 0], k[:, 1] = np.cos(angle), np.sin(angle)
+        return k
+    k = np.random.default_rng(0).normal(size=(length, width))
     k = k[:1] + {"equal": 0.0, "clustered": 0.2}[kind] * k
-    return k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    return np.float32(k / np.linalg.norm(k, axis=-1, keepdims=True))
+
+
+@functools.cache
+def reading(**choices):
+    """A memory of width 16 and what reads a stream from its start, compiled once."""
+    config = MemoryConfig(
+        **dict(architecture="mlp", toward="start", chunk=64) | choices
+    )
+    start = jax.jit(build_architecture(config, 16).init)(jax.random.key(0))
+    return start, jax.jit(functools.partial(life(config, "chunk"), start))
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL)
 @pytest.mark.parametrize("name", LAWS)
-def test_a_law_is_stable_at_its_highest_rate(key, name, kind):
+def test_a_law_is_stable_at_its_highest_rate(name, kind):
     """Gates wide open for 64 chunks of 64 tokens: what the memory recalls stays within
     a few times the length of its values, and grows no more."""
-    config = MemoryConfig(
-        **dict(architecture="mlp", expansion=4, toward="start", chunk=64) | LAWS[name]
-    )
     width, length = 16, 64 * 64
-    k = adversarial_keys(kind, key, length, width)
-    v = jax.random.normal(jax.random.fold_in(key, 1), (length, width))
-    v = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
-    one = jnp.ones((length,))
-    tokens = Tokens(k, v, k, one, 0.999 * one, 0.0 * one)
-    start = build_architecture(config, width).init(key)
-    state, y = jax.jit(
-        lambda t: memory_scan(config, begin_memory(config, start), t, start=start)
-    )(tokens)
+    k = adversarial_keys(kind, length, width)
+    v = np.random.default_rng(1).normal(size=(length, width))
+    v = np.float32(v / np.linalg.norm(v, axis=-1, keepdims=True))
+    one = np.ones(length, np.float32)
+    tokens = Tokens(k, v, k, one, np.float32(0.999) * one, 0 * one)
+    start, read = reading(expansion=4, **LAWS[name])
+    state, y = jax.device_get(read(tokens))
     reads = np.linalg.norm(y, axis=-1).reshape(2, -1).max(axis=-1)
     assert np.all(reads < 6.0), reads
     assert reads[1] < 1.5 * reads[0], reads  # no growth from one half to the next
-    size = lambda w: float(jnp.linalg.norm(w))  # noqa: E731
     for n, w in state.weights.items():
-        assert size(w) < 4.0 * size(start[n]) + 20.0, (n, size(w))
+        sizes = np.linalg.norm(w), np.linalg.norm(start[n])
+        assert sizes[0] < 4.0 * sizes[1] + 20.0, (n, sizes)
 
 
-def test_unstable_rates_are_caught_by_that_test(key):
+def test_unstable_rates_are_caught_by_that_test():
     """The same stream with the token's own rate for both layers blows up."""
-    config = MemoryConfig(
-        architecture="mlp", rule="gd", dgd="none", toward="start", chunk=64
-    )
-    k = adversarial_keys("equal", key, 64 * 16)
-    one = jnp.ones((k.shape[0],))
-    tokens = Tokens(k, -k, k, one, 0.999 * one, one)
-    start = build_architecture(config, 16).init(key)
-    _, y = memory_scan(config, begin_memory(config, start), tokens, start=start)
+    k = adversarial_keys("equal", 64 * 16)
+    one = np.ones(k.shape[0], np.float32)
+    tokens = Tokens(k, -k, k, one, np.float32(0.999) * one, one)
+    _, read = reading(rule="gd", dgd="none")
+    _, y = read(tokens)
     assert not np.max(np.abs(y)) < 4.0
 
 
-def test_start_is_the_same_at_any_time(key):
+def test_start_is_the_same_at_any_time():
     """A memory that was begun elsewhere still decays to the start it is given."""
     config = dataclasses.replace(MemoryConfig(**MEMORIES["output"], chunk=4), rule="gd")
-    start = some_start(key, config)
-    tokens = some_tokens(key, 400)
-    tokens = tokens._replace(eta=jnp.zeros((400,)), alpha=jnp.full((400,), 0.9))
-    begun = begin_memory(config, jax.tree.map(lambda w: w + 1.0, start))
-    state, _ = memory_scan(config, begun, tokens, start=start)
+    start = some_weights(0, config)
+    tokens = some_tokens(0, 400)
+    still, kept = np.zeros(400, np.float32), np.full(400, 0.9, np.float32)
+    tokens = tokens._replace(eta=still, alpha=kept)
+
+    @jax.jit
+    def read(start, tokens):
+        begun = begin_memory(config, jax.tree.map(lambda w: w + 1.0, start))
+        return memory_scan(config, begun, tokens, start=start)
+
+    state, _ = read(start, tokens)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.weights, start
     )

@@ -1,6 +1,7 @@
 """The chunk-parallel memories equal their definition: values and pullbacks."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -21,22 +22,28 @@ from hope_jax.memory.state import MemoryState, begin_memory, commit
 WIDTH = 6
 
 
-def some_tokens(key, length, width=WIDTH, correlation=0.0):
-    keys = jax.random.split(key, 6)
-    k, v, q = (jax.random.normal(key, (length, width)) for key in keys[:3])
+def some_tokens(seed, length, width=WIDTH, correlation=0.0):
+    rng = np.random.default_rng(seed)
+    k, v, q = rng.normal(size=(3, length, width))
     k = (1 - correlation) * k + correlation * k[:1]
-    k, q = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (k, q))
-    eta, alpha, theta = (jax.random.uniform(key, (length,)) for key in keys[3:])
-    return Tokens(k, v, q, 0.3 * eta, 0.6 + 0.4 * alpha, 0.8 * theta)
+    k, q = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (k, q))
+    eta, alpha, theta = rng.uniform(size=(3, length))
+    tokens = k, v, q, 0.3 * eta, 0.6 + 0.4 * alpha, 0.8 * theta
+    return Tokens(*(jnp.float32(x) for x in tokens))
 
 
-def some_state(key, config, width=WIDTH):
-    weights = build_architecture(config, width).init(key)
-    keys = jax.random.split(key, len(weights))
-    weights = {
-        name: w + 0.3 * jax.random.normal(k, w.shape)
-        for k, (name, w) in zip(keys, weights.items(), strict=True)
+def some_weights(seed, config, width=WIDTH):
+    """Away from zero, where every gradient has something to see."""
+    rng = np.random.default_rng([seed, 1])
+    shapes = jax.eval_shape(build_architecture(config, width).init, jax.random.key(0))
+    return {
+        name: jnp.float32(rng.normal(size=w.shape) * (0.3 + 0.5 * w.shape[-1] ** -0.5))
+        for name, w in shapes.items()
     }
+
+
+def some_state(seed, config, width=WIDTH):
+    weights = some_weights(seed, config, width)
     state = begin_memory(config, weights)
     if state.momentum is None:
         return state
@@ -45,15 +52,10 @@ def some_state(key, config, width=WIDTH):
 
 def value_and_pullback(fn, *args):
     out, pullback = jax.vjp(fn, *args)
-    keys = jax.random.split(jax.random.key(7), len(jax.tree.leaves(out)))
-    cotangent = jax.tree.unflatten(
-        jax.tree.structure(out),
-        [
-            jax.random.normal(k, x.shape)
-            for k, x in zip(keys, jax.tree.leaves(out), strict=True)
-        ],
+    rng = np.random.default_rng(7)
+    return out, pullback(
+        jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), out)
     )
-    return out, pullback(cotangent)
 
 
 def assert_same(fast, reference, *args, tolerance=1e-5):
@@ -61,11 +63,10 @@ def assert_same(fast, reference, *args, tolerance=1e-5):
         scale = 1.0 + np.max(np.abs(b))
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
 
-    jax.tree.map(
-        close,
-        jax.jit(lambda *a: value_and_pullback(fast, *a))(*args),
-        jax.jit(lambda *a: value_and_pullback(reference, *a))(*args),
+    both = jax.jit(
+        lambda *args: [value_and_pullback(fn, *args) for fn in (fast, reference)]
     )
+    jax.tree.map(close, *jax.device_get(both(*args)))
 
 
 def assert_is_the_level(config, state, tokens):
@@ -80,6 +81,25 @@ def assert_is_the_level(config, state, tokens):
 
     args = (state.weights, state.momentum, tokens)
     assert_same(run("chunk"), run("reference"), *args)
+
+
+def assert_cut_is_whole(read, state, tokens):
+    """`read` of 8 tokens, or of 1, 3 and 4 of them; gives the state after these."""
+
+    @jax.jit
+    def both(state, tokens):
+        whole = read(state, tokens)
+        reads = []
+        for start, stop in [(0, 1), (1, 4), (4, 8)]:
+            part = jax.tree.map(lambda x, a=start, b=stop: x[a:b], tokens)
+            state, y = read(state, part)
+            reads.append(y)
+        return (state, jnp.concatenate(reads)), whole
+
+    cut, whole = both(state, tokens)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, cut, whole)
+    return cut[0]
 
 
 def memories():
@@ -107,14 +127,10 @@ def name(config):
 
 @pytest.mark.parametrize("length, chunk", [(6, 1), (12, 4), (16, 16), (19, 8)])
 @pytest.mark.parametrize("config", list(memories()), ids=name)
-def test_chunked_is_the_level(key, config, length, chunk):
+def test_chunked_is_the_level(config, length, chunk):
     config = dataclasses.replace(config, chunk=chunk)
-    state, tokens = some_state(key, config), some_tokens(key, length)
-    assert_is_the_level(
-        config,
-        state,
-        tokens,
-    )
+    state, tokens = some_state(0, config), some_tokens(0, length)
+    assert_is_the_level(config, state, tokens)
 
 
 @pytest.mark.parametrize(
@@ -130,115 +146,113 @@ def test_chunked_is_the_level(key, config, length, chunk):
     ],
     ids=str,
 )
-def test_every_flag_is_the_level(key, changes):
+def test_every_flag_is_the_level(changes):
     config = with_choices(MemoryConfig(chunk=4, expansion=2), **changes)
-    assert_is_the_level(
-        config,
-        some_state(key, config),
-        some_tokens(key, 10),
-    )
+    assert_is_the_level(config, some_state(0, config), some_tokens(0, 10))
 
 
 @pytest.mark.parametrize("config", list(memories()), ids=name)
-def test_a_chunk_cut_anywhere_is_the_same_chunk(key, config):
+def test_a_chunk_cut_anywhere_is_the_same_chunk(config):
     config = dataclasses.replace(config, chunk=8)
-    state, tokens = some_state(key, config), some_tokens(key, 8)
-    whole, y = piece(config, state, tokens)
-    reads = []
-    for start, stop in [(0, 1), (1, 4), (4, 8)]:
-        part = jax.tree.map(lambda x, a=start, b=stop: x[a:b], tokens)
-        state, y_part = piece(config, state, part)
-        reads.append(y_part)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
-    jax.tree.map(close, (state, jnp.concatenate(reads)), (whole, y))
+    state, tokens = some_state(0, config), some_tokens(0, 8)
+    state = assert_cut_is_whole(functools.partial(piece, config), state, tokens)
     assert commit(state).anchor is (
         None if config.gradient == "exact" else state.weights
     )
 
 
 @pytest.mark.parametrize("gradient", ["anchored", "exact"])
-def test_exact_linear_memories_do_not_feel_their_chunk(key, gradient):
+def test_exact_linear_memories_do_not_feel_their_chunk(gradient):
     base = MemoryConfig(architecture="linear", bias="l2", gradient=gradient)
-    tokens = some_tokens(key, 24)
+    tokens = some_tokens(0, 24)
     ends = []
     for chunk in (1, 6, 24):
         config = dataclasses.replace(base, chunk=chunk)
-        state, _ = memory_scan(config, some_state(key, config), tokens)
+        read = jax.jit(functools.partial(memory_scan, config))
+        state, _ = read(some_state(0, config), tokens)
         ends.append(state.weights["w"])
-    same = [bool(jnp.allclose(ends[0], end, atol=1e-5)) for end in ends[1:]]
+    same = [bool(np.allclose(ends[0], end, atol=1e-5)) for end in ends[1:]]
     assert same == ([True, True] if gradient == "exact" else [False, False])
 
 
 @pytest.mark.parametrize("correlation", [0.9, 1.0])
 @pytest.mark.parametrize("chunk", [16, 64])
-def test_correlated_and_identical_keys(key, correlation, chunk):
+def test_correlated_and_identical_keys(correlation, chunk):
     config = MemoryConfig(architecture="linear", gradient="exact", chunk=chunk)
-    tokens = some_tokens(key, 128, correlation=correlation)
-    state = some_state(key, config)
-    fast, y = memory_scan(config, state, tokens, impl="chunk")
-    slow, y_slow = memory_scan(config, state, tokens, impl="reference")
+    tokens = some_tokens(0, 128, correlation=correlation)
+    state = some_state(0, config)
+    (fast, y), (slow, y_slow) = jax.jit(
+        lambda *args: [
+            memory_scan(config, *args, impl=impl) for impl in ("chunk", "reference")
+        ]
+    )(state, tokens)
     np.testing.assert_allclose(y, y_slow, atol=1e-4)
     np.testing.assert_allclose(fast.weights["w"], slow.weights["w"], atol=1e-4)
 
 
-def test_vanishing_retention_is_not_divided_by(key):
+def test_vanishing_retention_is_not_divided_by():
     config = MemoryConfig(architecture="linear", gradient="exact", chunk=8)
-    tokens = some_tokens(key, 16)
-    tokens = tokens._replace(alpha=tokens.alpha.at[5].set(1e-8).at[9].set(0.0))
-    assert_is_the_level(
-        config,
-        some_state(key, config),
-        tokens._replace(theta=tokens.theta.at[3].set(0.0)),
-    )
+    tokens = some_tokens(0, 16)
+    alpha, theta = np.array(tokens.alpha), np.array(tokens.theta)
+    alpha[5], alpha[9], theta[3] = 1e-8, 0.0, 0.0
+    tokens = tokens._replace(alpha=jnp.asarray(alpha), theta=jnp.asarray(theta))
+    assert_is_the_level(config, some_state(0, config), tokens)
 
 
 def test_two_writes_by_hand():
     config = MemoryConfig(
         architecture="linear", rule="gd", dgd="none", gradient="exact", chunk=2
     )
-    k = jnp.eye(2)
     tokens = Tokens(
-        k=k,
-        v=jnp.array([[2.0, 0.0], [4.0, 0.0]]),
-        q=jnp.ones((2, 2)),
-        eta=jnp.array([0.5, 1.0]),
-        alpha=jnp.array([1.0, 0.5]),
-        theta=jnp.zeros(2),
+        k=np.eye(2),
+        v=[[2.0, 0.0], [4.0, 0.0]],
+        q=np.ones((2, 2)),
+        eta=[0.5, 1.0],
+        alpha=[1.0, 0.5],
+        theta=[0.0, 0.0],
     )
-    start = begin_memory(config, {"w": jnp.zeros((2, 2))})
-    state, y = memory_scan(config, start, tokens)
+
+    @jax.jit
+    def read(w, tokens):
+        return memory_scan(config, begin_memory(config, {"w": w}), tokens)
+
+    state, y = read(np.zeros((2, 2), np.float32), Tokens(*map(np.float32, tokens[:6])))
     np.testing.assert_allclose(state.weights["w"], [[0.5, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(y, [[1.0, 0.0], [4.5, 0.0]])
 
 
-def test_memory_is_not_linear_in_what_it_reads(key):
+def test_memory_is_not_linear_in_what_it_reads():
     """update(AB) != update(A) + update(B): the second reading starts from the first."""
     config = MemoryConfig(chunk=4, expansion=2)
-    state, tokens = some_state(key, config), some_tokens(key, 8)
-    cut = lambda a, b: jax.tree.map(lambda x: x[a:b], tokens)  # noqa: E731
+    state, tokens = some_state(0, config), some_tokens(0, 8)
 
-    def change(tokens):
-        after, _ = memory_scan(config, state, tokens)
-        return after.weights["w1"] - state.weights["w1"]
+    @jax.jit
+    def changes(tokens):
+        def change(a, b):
+            part = jax.tree.map(lambda x: x[a:b], tokens)
+            after, _ = memory_scan(config, state, part)
+            return after.weights["w1"] - state.weights["w1"]
 
-    both, apart = change(tokens), change(cut(0, 4)) + change(cut(4, 8))
-    assert jnp.max(jnp.abs(both - apart)) > 1e-3
+        return change(0, 8), change(0, 4), change(4, 8)
+
+    both, first, second = jax.device_get(changes(tokens))
+    assert np.max(np.abs(both - (first + second))) > 1e-3
 
 
-def test_compiles_once(key):
+def test_compiles_once():
     config = MemoryConfig(chunk=4)
     run = jax.jit(lambda s, t: memory_scan(config, s, t))
     for seed in (0, 1):
-        run(some_state(key, config), some_tokens(jax.random.key(seed), 8))
+        run(some_state(seed, config), some_tokens(seed, 8))
     assert run._cache_size() == 1
 
 
-def test_unknown_implementation(key):
+def test_unknown_implementation():
     config = MemoryConfig()
     with pytest.raises(ValueError, match="impl must be .* got 'fast'"):
-        memory_scan(config, some_state(key, config), some_tokens(key, 4), impl="fast")
+        memory_scan(config, some_state(0, config), some_tokens(0, 4), impl="fast")
 
 
-def test_state_is_a_plain_tuple(key):
+def test_state_is_a_plain_tuple():
     config = MemoryConfig()
-    assert isinstance(some_state(key, config), MemoryState)
+    assert isinstance(some_state(0, config), MemoryState)
