@@ -105,18 +105,28 @@ def _decode(config, rows, length):
     """The model's own choices, one token after another, in one program."""
     graphdef, params, tokens = _parts(config, rows, length)
 
-    def read(params, state, token):
+    def likeliest(logits, _=None):
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def one_by_one(params, state, logits):
         def step(carry, _):
             state, token = carry
             logits, state = lm.apply(graphdef, params, token[:, None], state)
-            token = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-            return (state, token), token
+            return (state, likeliest(logits[:, -1])), token
 
-        return jax.lax.scan(step, (state, token), None, length)[1]
+        carry = state, likeliest(logits)
+        return jax.lax.scan(step, carry, None, length)[1].T
+
+    def in_blocks(params, state, logits):
+        xs = jnp.zeros((length,))
+        return lm.write(graphdef, params, state, logits, likeliest, xs)[0]
 
     state = jax.jit(lambda p: lm.initial_state(graphdef, p, rows))(params)
-    run = _called(read, params, state, tokens[:, 0])
-    return run, lambda out: {"tokens": np.asarray(out)}
+    logits = jax.nn.one_hot(tokens[:, 0], config.vocab)
+    write = in_blocks if hasattr(lm, "write") else one_by_one
+    return _called(write, params, state, logits), lambda out: {
+        "tokens": np.asarray(out)
+    }
 
 
 _TASKS = {

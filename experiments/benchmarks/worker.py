@@ -55,11 +55,17 @@ class Worker:
         threads = {name: str(len(cores)) for name in _THREADS}
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [python, "-m", __spec__.name],
+            [python, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path, **threads, **(environment or {})},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "PYTHONSAFEPATH": "1",  # not the folder of this file
+                **threads,
+                **(environment or {}),
+            },
         )
         try:
             of = {"module": module, "cores": list(cores), "memory": memory}

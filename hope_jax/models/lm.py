@@ -113,13 +113,13 @@ class LanguageModel(nnx.Module):
         """The learned rates of the fast CMS levels, in (0, rate_bound)."""
         return self.config.cms.rate_bound * jax.nn.sigmoid(self.rates[...])
 
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N"]:
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B N"]:
         """Of the next token, from the last block: products of the model's type that are
         summed in float32 or wider."""
         x = self.norm(x)
         table = self.embed.embedding[...].astype(x.dtype)
         return jnp.einsum(
-            "btd,nd->btn", x, table, preferred_element_type=wide_type(x.dtype)
+            "...d,nd->...n", x, table, preferred_element_type=wide_type(x.dtype)
         )
 
 

@@ -293,7 +293,7 @@ def _rows(documents: Sequence[np.ndarray], config: RunConfig) -> stream.Rows:
     )
 
 
-def _batch(item: Mapping[str, np.ndarray]):
+def _batch(item: Mapping[str, Any]):
     """What a step takes of what an iterator, or a row, gives."""
     if "document" in item:
         return step_lib.Packed(item["tokens"], item["document"])

@@ -80,7 +80,7 @@ def test_rows_switch_what_they_say():
 
 def test_other_chunks_keep_rates_and_shapes():
     changed = ablation.rechunked(HOPE, 0.5)
-    assert (changed.mixer.memory.chunk, changed.mixer.projection_chunk) == (1, 2)
+    assert (changed.mixer.memory.chunk, changed.mixer.projection_chunk) == (2, 2)
     free = dataclasses.replace(HOPE, mixer=dataclasses.replace(HOPE.mixer, rate=None))
     assert ablation.rechunked(free, 0.5).mixer.rate_bound == free.mixer.rate_bound
     shapes = [

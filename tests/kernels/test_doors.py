@@ -31,8 +31,10 @@ def test_narrow_tokens_are_read_in_the_type_of_the_weights(config, dtype):
     run = jax.jit(lambda tokens: memory_scan(config, state, tokens))
     (end, y), (expected, y_expected) = run(narrow), run(same)
     assert y.dtype == jnp.float32
-    np.testing.assert_array_equal(y, y_expected)
-    jax.tree.map(np.testing.assert_array_equal, end, expected)
+    # To the last digit or the one before: a cast may be joined to what follows it.
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-7)
+    close(y, y_expected)
+    jax.tree.map(close, end, expected)
 
 
 @pytest.mark.parametrize("config", [CONFIG, MESA], ids=["mlp", "mesa"])

@@ -22,7 +22,7 @@ HOPE = ModelConfig(
     layers=2,
     heads=2,
     mixer=SelfModifyingConfig(
-        memory=dataclasses.replace(MLP, chunk=2, expansion=2), projection_chunk=4
+        memory=dataclasses.replace(MLP, chunk=4, expansion=2), projection_chunk=4
     ),
     cms=CMSConfig(
         levels=(

@@ -115,7 +115,8 @@ def test_every_initial_state_learns_by_finite_differences(float64, name):
         for g, d in zip(jax.tree.leaves(grad), jax.tree.leaves(direction), strict=True)
     )
     assert abs(exact) > 1e-7
-    np.testing.assert_allclose(exact, numeric, rtol=1e-5)
+    noise = 2e-10  # of a difference of losses, over twice the step
+    np.testing.assert_allclose(exact, numeric, rtol=1e-5, atol=noise)
 
 
 def first_order_by_definition(config, params, tokens):
