@@ -30,6 +30,8 @@ class ModelConfig:
         (`("gated_delta_net", "sliding_window")`, or the same with commas).
       cms: the chain of MLPs; one level of infinite period is a Transformer block.
       dtype: compute type of projections and MLPs; memories stay in float32.
+      remat: whether the backward pass recomputes the inside of each layer rather than
+        keep it: less memory for a third more time.
     """
 
     name: str = "custom"
@@ -40,6 +42,7 @@ class ModelConfig:
     mixer: Mixer | tuple[Mixer, ...] = SelfModifyingConfig()
     cms: CMSConfig = CMSConfig()
     dtype: str = "float32"
+    remat: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "mixer", _mixers(self.mixer))

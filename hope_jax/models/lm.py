@@ -184,12 +184,13 @@ def apply(
     state: LMState | None = None,
     *,
     labels: Array | np.ndarray | None = None,
+    after: Array | np.ndarray | None = None,
     aligned: bool | None = None,
     count: Int[Array, ""] | None = None,
     begins: Bool[Array, "B S"] | None = None,
     learn: bool | Learning = True,
     horizon: int | None = None,
-) -> tuple[Float[Array, "B T N"], LMState]:
+) -> tuple[Float[Array, "B T N"] | Float[Array, "B T"], LMState]:
     """Reads tokens, lets every fast level live through them, predicts the next ones.
 
     Args:
@@ -199,6 +200,9 @@ def apply(
       labels: the next token of every position, where the text after `tokens` is known,
         as in training. They complete a last chunk that is full, which is then not held
         back. Logits are the same with and without. Needs `aligned`.
+      after: `[B]`, the token after the last of `tokens`. With it the losses of all next
+        tokens are returned in place of logits, which are made and given up a few
+        hundred tokens at a time. Needs `aligned`, and no labels.
       aligned: static; True promises that every row has read a multiple of
         `config.span` tokens, and reads chunks in parallel. A promise that is not kept
         is refused, or inside `jit`, where it cannot be looked at, the logits of that
@@ -220,7 +224,8 @@ def apply(
         without. By default rows may read on for ever.
 
     Returns:
-      Float32 logits, those of position t predicting token t + 1, and the new state.
+      Float32 logits, those of position t predicting token t + 1, or losses in nats,
+      and the new state.
 
     Raises:
       ValueError: no `[B, T]` ids of the vocabulary, a state of other rows or of another
@@ -244,6 +249,16 @@ def apply(
             "labels need aligned=True and the shape of tokens, got "
             f"aligned={aligned} and {labels.shape} for {tokens.shape}."
         )
+    targets = None
+    if after is not None:
+        after = ids("after", after, model.config.vocab)
+        if not aligned or labels is not None or after.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"after must be [B] for {tokens.shape[0]} rows, with aligned=True and "
+                f"no labels; got {after.shape} and aligned={aligned}."
+            )
+        targets = jnp.concatenate([tokens[:, 1:], after[:, None]], axis=1)
+    model.losses = targets is not None
     if horizon is not None and tokens.shape[1] > horizon:
         raise ValueError(
             f"horizon ({horizon}) must be at least the tokens of a row "
@@ -269,15 +284,17 @@ def apply(
         return jnp.moveaxis(logits, 0, 1), _rows_first(state)
     if begins is not None:
         start = _begin(model, tokens.shape[0], horizon)
-        logits, state = _read_documents(
-            model, tokens, labels, state, begins, start, learn
+        said, state = _read_documents(
+            model, tokens, labels, targets, state, begins, start, learn
         )
     else:
-        logits, state = _read_aligned(model, tokens, labels, state, fresh, learn)
+        said, state = _read_aligned(
+            model, tokens, labels, state, fresh, learn, targets=targets
+        )
     if not fresh:
         kept = position % model.config.span == 0
-        logits = jnp.where(kept[:, None, None], logits, jnp.nan)
-    return logits, _rows_first(state)
+        said = jnp.where(kept.reshape(-1, *[1] * (said.ndim - 1)), said, jnp.nan)
+    return said, _rows_first(state)
 
 
 def write(
@@ -309,6 +326,7 @@ def write(
     """
     model = nnx.merge(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
+    model.losses = False
     _check_state(model, state, logits.shape[0], False)
     steps = jax.tree.leaves(xs)[0].shape[0]
 
@@ -471,15 +489,21 @@ def _moving(config, fast):
 
 
 class _Read(NamedTuple):
-    """Logits, the mixers' new states, and the factors that tokens give to the moves of
-    fast levels, `[L, B, T, F]`; None where rates are not generated."""
+    """What tokens make of a model.
 
-    logits: Array
+    Attributes:
+      said: its logits, or the losses of targets.
+      mixers: the mixers' new states.
+      opened: the factors that tokens give to the moves of fast levels, `[L, B, T, F]`;
+        None where rates are not generated.
+    """
+
+    said: Array
     mixers: PyTree
     opened: PyTree | None
 
 
-def _read(model, tokens, mixers, fast, *, aligned, learn):
+def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
     """What `[B, T]` tokens make of a model, the fast weights fixed."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
     x = model.embed(tokens) * model.config.d_model**0.5
@@ -491,8 +515,28 @@ def _read(model, tokens, mixers, fast, *, aligned, learn):
         )
         return x, (state.mixer, state.opened)
 
+    if model.config.remat:
+        layer = jax.checkpoint(layer)
     x, (mixers, opened) = jax.lax.scan(layer, x, (params, mixers, fast))
-    return _Read(model.logits(x), mixers, opened)
+    return _Read(_say(model, x, targets), mixers, opened)
+
+
+def _say(model, x, targets):
+    """Logits, or the losses of targets, for which no more than some are held at once:
+    a vocabulary is large."""
+    if targets is None:
+        return model.logits(x)
+
+    def some(carry, xs):
+        x, targets = xs
+        return carry, next_token_loss(model.logits(x), targets)
+
+    by_time = jnp.moveaxis(x, 1, 0), targets.T
+    _, losses = scan_chunks(some, some, _SAID, (), by_time, remat=True)
+    return losses.T
+
+
+_SAID = 256  # tokens whose logits are held at once
 
 
 def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read"]:
@@ -525,15 +569,20 @@ def _read_chunk(graphdef, params, chunk):
         chunk.fast,
         aligned=True,
         learn=model.learning,
+        targets=chunk.labels if model.losses else None,
     )
 
 
 def _blame(graphdef, params, chunk):
-    moving = _moving(nnx.merge(graphdef, params).config, chunk.fast)
+    model = nnx.merge(graphdef, params)
+    moving = _moving(model.config, chunk.fast)
 
     def objective(fast):
         read = _read_chunk(graphdef, params, chunk._replace(fast=fast))
-        return jnp.sum(next_token_loss(read.logits, chunk.labels)), read
+        losses = read.said
+        if not model.losses:
+            losses = next_token_loss(read.said, chunk.labels)
+        return jnp.sum(losses), read
 
     fast = tuple(cms.noted(*one) for one in moving)
     gradient, read = jax.grad(objective, has_aux=True)(fast)
@@ -576,28 +625,29 @@ def _accumulate(model, levels, learned, read):
     return tuple(gathered(which, level) for which, level in enumerate(levels))
 
 
-def _read_documents(model, tokens, labels, state, begins, start, learn):
+def _read_documents(model, tokens, labels, targets, state, begins, start, learn):
     """`_read_aligned` of one stretch after another; rows `start` where one begins."""
     if state.levels and learn.cms:
         state = _settle(model, state, tokens[:, 0])
     stretches = begins.shape[1]
-    cut = lambda a: jnp.moveaxis(  # noqa: E731 [B, T] -> [S, B, T / S]
-        a.reshape(a.shape[0], stretches, -1), 1, 0
-    )
+
+    def cut(a):  # [B, T] -> [S, B, T / S]
+        return a if a is None else jnp.swapaxes(a.reshape(len(a), stretches, -1), 0, 1)
 
     def read(state, xs):
-        begins, tokens, labels = xs
+        begins, tokens, labels, targets = xs
         state = _where_state(begins, start, state)
         # Where all labels are known nothing was held back.
-        logits, state = _read_aligned(
-            model, tokens, labels, state, False, learn, settled=labels is not None
+        settled = labels is not None
+        said, state = _read_aligned(
+            model, tokens, labels, state, False, learn, settled, targets
         )
-        return state, logits
+        return state, said
 
-    xs = begins.T, cut(tokens), None if labels is None else cut(labels)
-    state, logits = jax.lax.scan(read, state, xs)
-    logits = jnp.moveaxis(logits, 0, 1)
-    return logits.reshape(*tokens.shape, -1), state
+    xs = begins.T, cut(tokens), cut(labels), cut(targets)
+    state, said = jax.lax.scan(read, state, xs)
+    said = jnp.swapaxes(said, 0, 1)
+    return said.reshape(*tokens.shape, *said.shape[3:]), state
 
 
 class _Life(NamedTuple):
@@ -613,16 +663,18 @@ class _Life(NamedTuple):
     position: Int[Array, "*B"]
 
 
-def _read_aligned(model, tokens, labels, state, fresh, learn, settled=False):
+def _read_aligned(
+    model, tokens, labels, state, fresh, learn, settled=False, targets=None
+):
     length = tokens.shape[1]
     position = state.position + length
     if not state.levels or not learn.cms:
         mixers, fast, _ = state.blocks
-        logits, mixers, _ = _read(
-            model, tokens, mixers, fast, aligned=True, learn=learn
+        said, mixers, _ = _read(
+            model, tokens, mixers, fast, aligned=True, learn=learn, targets=targets
         )
         blocks, held = BlockState(mixers, fast), _let_go(state.held)
-        return logits, LMState(blocks, state.levels, held, position)
+        return said, LMState(blocks, state.levels, held, position)
 
     chunk = model.config.base_chunk
     if not (fresh or settled):
@@ -637,14 +689,20 @@ def _read_aligned(model, tokens, labels, state, fresh, learn, settled=False):
         # where its row stands.
         live = functools.partial(_live, model)
         xs = (tokens[:, :known].T, labels[:, :known].T)
-        life, logits = scan_chunks(live, live, chunk, life, xs)
-        outputs.append(jnp.moveaxis(logits, 0, 1))
+        life, said = scan_chunks(live, live, chunk, life, xs)
+        outputs.append(jnp.moveaxis(said, 0, 1))
     mixers, rest = life.mixers, tokens[:, known:]
     if known < length:
-        logits, mixers, _ = _read(
-            model, rest, mixers, life.fast, aligned=True, learn=learn
+        said, mixers, _ = _read(
+            model,
+            rest,
+            mixers,
+            life.fast,
+            aligned=True,
+            learn=learn,
+            targets=None if targets is None else targets[:, known:],
         )
-        outputs.append(logits)
+        outputs.append(said)
     held = Held(
         mixers=life.mixers,
         tokens=jnp.pad(rest, ((0, 0), (0, chunk - rest.shape[1]))),
@@ -663,7 +721,7 @@ def _live(model, life, xs):
         levels=_accumulate(model, life.levels, learned, read),
         position=life.position + tokens.shape[1],
     )
-    return _move_due(model, life), jnp.moveaxis(read.logits, 1, 0)
+    return _move_due(model, life), jnp.moveaxis(read.said, 1, 0)
 
 
 def _move_due(model, life, rows=None):

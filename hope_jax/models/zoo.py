@@ -56,7 +56,11 @@ class _Size:
             assert isinstance(mixer, SelfModifyingConfig)
             matrix = dataclasses.replace(MATRIX, chunk=mixer.memory.chunk)
             mixer = dataclasses.replace(mixer, memory=matrix)
-        return dataclasses.replace(self.shared, name=name, mixer=mixer, cms=cms)
+        # The memories of a self-modifying layer see to that chunk by chunk.
+        remat = self.shared.remat and kind != "self_modifying"
+        return dataclasses.replace(
+            self.shared, name=name, mixer=mixer, cms=cms, remat=remat
+        )
 
     def mixer(self, kind: str) -> MixerConfig:
         """The mixer of a kind at this size."""
@@ -78,6 +82,7 @@ def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
             heads=heads,
             vocab=32_000,
             dtype="bfloat16",
+            remat=True,
         ),
         mixers=(
             SelfModifyingConfig(

@@ -10,12 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax.core.level import Differentiate, Fast, Slow, hope_update
-from hope_jax.models.lm import next_token_loss
 from hope_jax.train import sharding
 from hope_jax.train.state import TrainState, outer_level
 
 Metrics = dict[str, Array]
-Apply = Callable[..., tuple[Float[Array, "B T N"], PyTree]]
+Apply = Callable[..., tuple[Float[Array, "B T"], PyTree]]
 
 
 class Packed(NamedTuple):
@@ -47,22 +46,6 @@ def begins(document: Int[Array, "B T1"], stretch: int) -> Bool[Array, "B S"]:
     return jnp.concatenate([first, other], axis=1)
 
 
-def mean_loss(
-    logits: Float[Array, "B T N"],
-    tokens: Int[Array, "B T1"],
-    weight: Float[Array, "B T"] | None = None,
-) -> Float[Array, ""]:
-    """Mean cross-entropy of each next token, in nats, float32.
-
-    Args:
-      logits: `logits[:, t]` predicts `tokens[:, t + 1]`.
-      tokens: one more a row than there are logits.
-      weight: of each, of mean 1.
-    """
-    losses = next_token_loss(logits.astype(jnp.float32), tokens[:, 1:])
-    return losses.mean() if weight is None else (weight * losses).mean()
-
-
 def make_step(
     graphdef: Any,
     apply_fn: Apply,
@@ -79,7 +62,9 @@ def make_step(
 
     Args:
       graphdef: the static half of the model.
-      apply_fn: `(graphdef, params, tokens[B, T]) -> (logits[B, T, N], state)`.
+      apply_fn: `(graphdef, params, tokens[B, T], state, after=tokens[B]) -> (losses[B,
+        T], state)`, as `hope_jax.models.lm.apply`, for a state of None; with `Packed`
+        rows it is given `begins` too.
       tx: the slow level's optimizer.
       differentiation: `tokens -> differentiate` of `hope_update`, for an optimizer that
         needs more than gradients (`hope_jax.optim.differentiation`).
@@ -95,8 +80,8 @@ def make_step(
         return _read(apply_fn, graphdef, params, batch, fast, stretch)
 
     def objective(params, context):
-        batch, logits = context
-        return _loss(logits, batch)
+        batch, losses = context
+        return _mean(losses, batch)
 
     level = outer_level(tx, objective)
 
@@ -139,8 +124,8 @@ def make_evaluation(
     def evaluate(params, batch):
         if isinstance(batch, Packed):
             batch = weighed(batch)
-        logits, _ = _read(apply_fn, graphdef, params, batch, None, stretch)
-        return _loss(logits, batch)
+        losses, _ = _read(apply_fn, graphdef, params, batch, None, stretch)
+        return _mean(losses, batch)
 
     return evaluate
 
@@ -150,12 +135,15 @@ def _tokens(batch):
 
 
 def _read(apply_fn, graphdef, params, batch, state, stretch):
-    more = {}
+    tokens, more = _tokens(batch), {}
     if isinstance(batch, Packed):
         more["begins"] = begins(batch.document, stretch)
-    return apply_fn(graphdef, params, _tokens(batch)[:, :-1], state, **more)
+    return apply_fn(
+        graphdef, params, tokens[:, :-1], state, after=tokens[:, -1], **more
+    )
 
 
-def _loss(logits, batch):
-    weight = batch.weight if isinstance(batch, Packed) else None
-    return mean_loss(logits, _tokens(batch), weight)
+def _mean(losses, batch):
+    if isinstance(batch, Packed):
+        losses = losses * batch.weight
+    return losses.astype(jnp.float32).mean()

@@ -26,11 +26,18 @@ from tests.train import tiny
 VOCAB = 5
 
 
-def apply_fn(graphdef, params, tokens, state, labels=None):
+def apply_fn(graphdef, params, tokens, state, after=None):
     """A bigram model with a context: enough to have gradients in two leaves."""
     assert graphdef == "static" and state is None
     logits = params["table"][tokens] + jnp.tanh(params["bias"])
-    return logits, {"read": tokens}
+    if after is None:
+        return logits, {"read": tokens}
+    return losses(logits, tokens, after), {"read": tokens}
+
+
+def losses(logits, tokens, after):
+    targets = jnp.concatenate([tokens[:, 1:], after[:, None]], axis=1)
+    return lm.next_token_loss(logits, targets)
 
 
 @pytest.fixture
@@ -48,12 +55,11 @@ def tokens():
 
 def test_loss_by_hand():
     logits = jnp.log(jnp.array([[[0.25, 0.75], [0.5, 0.5]]]))
-    loss = step_lib.mean_loss(logits, jnp.array([[0, 1, 0]]))
+    said = lambda *given, after: (losses(logits, given[2], after), None)  # noqa: E731
+    evaluate = step_lib.make_evaluation("static", said)
+    loss = evaluate({}, jnp.array([[0, 1, 0]]))
     np.testing.assert_allclose(loss, -(np.log(0.75) + np.log(0.5)) / 2, rtol=1e-6)
-    assert (
-        step_lib.mean_loss(logits.astype(jnp.bfloat16), jnp.array([[0, 1, 0]])).dtype
-        == jnp.float32
-    )
+    assert loss.dtype == jnp.float32
 
 
 def test_step_is_gradient_descent_on_the_loss(params, tokens, key):
@@ -89,9 +95,9 @@ def run(devices, params, tokens, key, steps=5):
     mesh = sharding.make_mesh(devices)
     tx, traces = optax.adam(0.1), []
 
-    def counted(*arguments):
+    def counted(*arguments, after):
         traces.append(arguments)
-        return apply_fn(*arguments)
+        return apply_fn(*arguments, after)
 
     step = step_lib.make_step("static", counted, tx, mesh=mesh)
     step = sharding.jit_step(step, mesh)
@@ -267,11 +273,11 @@ def test_devices_that_share_the_orthogonalisations_equal_one(tokens, key):
     }
     params["token"] = {"embedding": jax.random.normal(keys[0], (VOCAB, VOCAB))}
 
-    def deep(graphdef, params, tokens, state):
+    def deep(graphdef, params, tokens, state, after):
         x = params["token"]["embedding"][tokens]
         for i in range(5):
             x = x + x @ params[f"layer{i}"]["kernel"]
-        return x, state
+        return losses(x, tokens, after), state
 
     config = OptimizerConfig(
         rule=M3(periods=(1, 2)), learning_rate=0.05, warmup_steps=0

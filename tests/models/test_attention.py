@@ -1,0 +1,120 @@
+"""Attention in blocks, losses a few tokens at a time, layers that are recomputed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.models import lm
+from hope_jax.models.mixers import attention
+from tests.models import small
+
+
+def close(a, b, tolerance=2e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
+        a,
+        b,
+    )
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 40])
+def test_blocks_are_causal_attention(monkeypatch, length):
+    """Values and pullbacks; a last block that is shorter, and the most blocks."""
+    monkeypatch.setattr(attention, "_BLOCK", 3)
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = rng.standard_normal((4, 2, length, 2, 4)).astype(np.float32)
+
+    def whole(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    @jax.jit
+    def both(q, k, v):
+        return [
+            (y, pullback(cotangent))
+            for y, pullback in (
+                jax.vjp(read, q, k, v) for read in (whole, attention.causal)
+            )
+        ]
+
+    expected, made = both(q, k, v)
+    close(made, expected)
+    program = str(jax.make_jaxpr(attention.in_blocks)(q, k, v))
+    assert program.count("prevent_cse") == min(-(-length // 3), 8)
+
+
+@pytest.mark.parametrize("name", ["hope", "hybrid", "transformer"])
+def test_losses_are_those_of_the_logits(monkeypatch, name):
+    """Of the last token as well, and their gradient."""
+    monkeypatch.setattr(lm, "_SAID", 3)
+    config = {**small.MODELS, "hybrid": small.HYBRID}[name]
+    graphdef, params = small.built(config)
+    text = small.some_tokens(length=small.LENGTH + 1)
+    tokens, after = text[:, :-1], text[:, -1]
+
+    def from_logits(params):
+        logits, state = lm.apply(graphdef, params, tokens)
+        losses = lm.next_token_loss(logits, text[:, 1:])
+        return losses.sum(), (losses, state)
+
+    def at_once(params):
+        losses, state = lm.apply(graphdef, params, tokens, after=after)
+        return losses.sum(), (losses, state)
+
+    @jax.jit
+    def both(params):
+        return [
+            jax.value_and_grad(f, has_aux=True)(params) for f in (from_logits, at_once)
+        ]
+
+    expected, made = both(params)
+    close(made, expected, 1e-4)
+
+
+def test_no_more_logits_are_held_than_those_of_some_tokens(monkeypatch):
+    monkeypatch.setattr(lm, "_SAID", 4)
+    config = dataclasses.replace(small.TRANSFORMER, vocab=101)
+    graphdef, params = small.built(config)
+    tokens = jnp.zeros((3, 16), jnp.int32)
+
+    def loss(params, after):
+        said, _ = lm.apply(graphdef, params, tokens, after=after)
+        return said.mean()
+
+    after = jnp.zeros((3,), jnp.int32)
+    program = jax.jit(jax.grad(loss)).lower(params, after).as_text()
+    assert "x101xf32" in program and "x4x101" in program.replace("4x3x101", "x4x101")
+    assert "16x101" not in program and "16x3x101" not in program
+
+
+def test_the_token_after_needs_rows_that_stand_at_a_boundary():
+    graphdef, params = small.built(small.HOPE)
+    tokens = small.some_tokens()
+    state = lm.initial_state(graphdef, params, 2)
+    for flags in (
+        dict(after=tokens[:, 0], state=state),
+        dict(after=tokens[:1, 0]),
+        dict(after=tokens[:, 0], labels=tokens),
+    ):
+        with pytest.raises(ValueError, match=r"after must be \[B\] for 2 rows"):
+            lm.apply(graphdef, params, tokens, **flags)
+
+
+def test_layers_that_are_recomputed_say_the_same():
+    config = dataclasses.replace(small.TRANSFORMER, remat=True)
+    graphdef, params = small.built(config)
+    tokens = small.some_tokens()
+
+    def loss(graphdef, params):
+        said, _ = lm.apply(graphdef, params, tokens, after=tokens[:, 0])
+        return said.mean()
+
+    plain = small.built(small.TRANSFORMER)[0]
+    both = jax.jit(
+        lambda p: [jax.value_and_grad(loss, 1)(g, p) for g in (plain, graphdef)]
+    )
+    expected, made = both(params)
+    close(made, expected)
+    assert "prevent_cse" in str(jax.make_jaxpr(lambda p: loss(graphdef, p))(params))
