@@ -4,6 +4,9 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
@@ -55,11 +58,12 @@ MODELS = {config.name: config for config in (HOPE, HOPE_ATTENTION, TRANSFORMER)}
 def built(config: ModelConfig):
     """With the kernels that open CMS moves away from the zeros at which they start."""
     graphdef, params = lm.build(config, jax.random.key(1))
+    rng = np.random.default_rng(7)
 
     def shaken(path, leaf):
         if "['open']['kernel']" not in jax.tree_util.keystr(path):
             return leaf
-        return jax.random.normal(jax.random.key(7), leaf.shape)
+        return jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
 
     return graphdef, jax.tree_util.tree_map_with_path(shaken, params)
 
@@ -83,12 +87,20 @@ def reading(
     )
 
 
+@functools.cache
+def start(config: ModelConfig, rows: int = 2):
+    """The state before the first token of `built`."""
+    begin = jax.jit(lambda params: lm.initial_state(graph(config), params, rows))
+    return begin(built(config)[1])
+
+
 def read(config, tokens, state=None, **flags):
     return reading(config, **flags)(built(config)[1], tokens, state)
 
 
 def some_tokens(seed=0, rows=2, length=LENGTH):
-    return jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
+    rng = np.random.default_rng(seed)
+    return np.int32(rng.integers(0, VOCAB, (rows, length)))
 
 
 def drop_rates(params):
@@ -102,3 +114,28 @@ def without_rates(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         config, cms=dataclasses.replace(config.cms, levels=levels)
     )
+
+
+def drawn(*shape, seed=2):
+    return np.float32(np.random.default_rng(seed).normal(size=shape))
+
+
+def shaken(layer: nnx.Module):
+    """A layer none of whose parameters is at a special value, as pure functions."""
+    graphdef, params = nnx.split(layer, nnx.Param)
+    rng = np.random.default_rng(1)
+    moved = lambda w: jnp.asarray(w + 0.2 * rng.normal(size=w.shape), w.dtype)  # noqa: E731
+    return graphdef, jax.tree.map(moved, jax.device_get(params))
+
+
+def begun(graphdef, params, rows):
+    """The state of a layer before its first token."""
+    return jax.jit(lambda p: nnx.merge(graphdef, p).initial_state(rows))(params)
+
+
+def value_and_pullback(run, *args):
+    """Of `run`, for cotangents that are always the same."""
+    out, pullback = jax.vjp(run, *args)
+    rng = np.random.default_rng(3)
+    cotangents = jax.tree.map(lambda a: np.float32(rng.normal(size=a.shape)), out)
+    return out, pullback(cotangents)

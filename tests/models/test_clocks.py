@@ -30,7 +30,7 @@ from hope_jax.optim.rules.m3 import M3
 from hope_jax.stream import generate
 from hope_jax.stream.reader import reader_of
 from tests.models import small
-from tests.models.test_promises import assert_same_state
+from tests.models.test_promises import assert_same_state, mix
 
 PERIODS = (4, 8, 32)
 LENGTH = 112  # whole pieces of 7; a piece of 1 or 4 is left by the others
@@ -52,13 +52,14 @@ THREE = chain(*(CMSLevel(period=p, rate=0.5) for p in PERIODS))
 
 
 def some_tokens(seed=0, rows=2, length=LENGTH):
-    return jax.random.randint(jax.random.key(seed), (rows, length), 0, THREE.vocab)
+    rng = np.random.default_rng(seed)
+    return np.int32(rng.integers(0, THREE.vocab, (rows, length)))
 
 
 def pieces(config, tokens, cuts, aligned, state=None):
     """Reads `tokens` in pieces that end at `cuts`; logits and the state."""
     if state is None:
-        state = lm.initial_state(*small.built(config), tokens.shape[0])
+        state = small.start(config, tokens.shape[0])
     logits = []
     for part in np.split(np.asarray(tokens), cuts, axis=1):
         y, state = small.read(config, part, state, aligned=aligned)
@@ -116,7 +117,7 @@ def test_the_slowest_level_changes_what_is_read_after_its_move_and_only_that():
 def test_no_future_and_no_other_row_at_any_clock():
     hope_jax.check_causality(
         lambda t: small.read(THREE, t)[0],
-        some_tokens(length=40),
+        jnp.asarray(some_tokens(length=40)),
         vocab=THREE.vocab,
         positions=[0, 3, 30, 31, 32, 33, 39],
     )
@@ -126,10 +127,11 @@ def test_no_future_and_no_other_row_at_any_clock():
 def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
     """Summed up chunk by chunk by the definition, while the faster levels move."""
     tokens = some_tokens(length=72)
-    graphdef, params = small.built(THREE)
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(*small.built(THREE))
     slow, start = 2, None
-    state = lm.initial_state(graphdef, params, 2)
+    state = small.start(THREE)
+
+    layers_first = jax.jit(lm._layers_first)
 
     @jax.jit
     def gradient(slowest, held, tokens, labels):
@@ -149,22 +151,25 @@ def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
             THREE, tokens[:, begin : begin + 1], state, aligned=False
         )
         if begin in (32, 64):  # the level has just moved
-            before = lm._layers_first(state).blocks.fast[slow]
-            after = lm._layers_first(settled).blocks.fast[slow]
+            before, after = (
+                jax.device_get(layers_first(s).blocks.fast[slow])
+                for s in (state, settled)
+            )
             mean = jax.tree.map(lambda g: g / 32, total)
-            rate = model.inner_rates()[slow]
+            rate = np.asarray(model.inner_rates())[slow]
             want = expected_move(before, mean, start or before, rate)
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after, want
             )
             start, total = start or before, None
-        inside = lm._layers_first(settled)
+        inside = layers_first(settled)
         held = inside._replace(
-            blocks=inside.blocks._replace(mixer=lm._layers_first(state).blocks.mixer)
+            blocks=inside.blocks._replace(mixer=layers_first(state).blocks.mixer)
         )
         labels = tokens[:, begin + 1 : begin + 5]
         g = gradient(held.blocks.fast[slow], held, tokens[:, begin : begin + 4], labels)
-        total = g if total is None else jax.tree.map(jnp.add, total, g)
+        g = jax.device_get(g)
+        total = g if total is None else jax.tree.map(np.add, total, g)
         for t in range(begin, begin + 4):
             _, state = small.read(THREE, tokens[:, t : t + 1], state, aligned=False)
     assert moves(state)[slow] == [2, 2]
@@ -172,10 +177,10 @@ def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
 
 def expected_move(weights, mean, start, rate):
     """w - rate clip(g) - pull (w - start), row by row; rows are axis 1."""
-    norm = jnp.sqrt(
-        sum(jnp.sum(g**2, axis=(0, 2, 3), keepdims=True) for g in jax.tree.leaves(mean))
+    norm = np.sqrt(
+        sum(np.sum(g**2, axis=(0, 2, 3), keepdims=True) for g in jax.tree.leaves(mean))
     )
-    scale = jnp.minimum(1.0, 1.0 / norm)
+    scale = np.minimum(1.0, 1.0 / norm)
     return jax.tree.map(
         lambda w, g, s: w - rate * scale * g - 0.1 * (w - s), weights, mean, start
     )
@@ -186,9 +191,9 @@ def test_rows_at_different_multiples_of_the_span_are_read_in_parallel():
     tokens = some_tokens()
     whole, _ = small.read(THREE, tokens)
     _, ahead = pieces(THREE, tokens[:, :28], range(4, 28, 4), True)
-    fresh = lm.initial_state(*small.built(THREE), 2)
-    state = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, fresh)
-    both = jnp.stack([tokens[0, 28:64], tokens[1, :36]])
+    fresh = small.start(THREE)
+    state = mix(ahead, fresh)
+    both = np.stack([tokens[0, 28:64], tokens[1, :36]])
     logits, state = pieces(THREE, both, [], True, state)
     np.testing.assert_allclose(logits[0], whole[0, 28:64], atol=2e-5)
     np.testing.assert_allclose(logits[1], whole[1, :36], atol=2e-5)
@@ -240,7 +245,7 @@ def test_evaluation_and_generation_move_every_level():
 @pytest.mark.slow
 def test_a_horizon_spares_slow_levels_and_changes_nothing():
     """Levels that cannot move inside the row are read as the parameters they are."""
-    tokens = some_tokens(length=33)
+    tokens = jnp.asarray(some_tokens(length=33))
     graphdef, params = small.built(THREE)
 
     def loss(params, horizon):
@@ -326,9 +331,10 @@ def test_no_parameter_has_the_shape_of_the_context():
 
 
 WEIGHTS = {
-    "gate": {"kernel": jnp.arange(48.0).reshape(2, 2, 3, 4) / 48},
-    "down": {"kernel": jnp.arange(48.0).reshape(2, 2, 4, 3) / 48 - 0.5},
+    "gate": {"kernel": np.arange(48.0).reshape(2, 2, 3, 4) / 48},
+    "down": {"kernel": np.arange(48.0).reshape(2, 2, 4, 3) / 48 - 0.5},
 }  # layers, rows, in, out
+WEIGHTS = jax.tree.map(np.float32, WEIGHTS)
 START = jax.tree.map(lambda w: w[:, 0], WEIGHTS)
 
 
@@ -354,14 +360,14 @@ def moved_by(config, level, gradients, rate=0.5):
 
         return jax.lax.scan(step, (weights, state), gradients)[0]
 
-    return move(jax.tree.map(lambda *g: jnp.stack(g), *gradients))
+    return move(jax.tree.map(lambda *g: np.stack(g), *gradients))
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.05])
 def test_a_pull_keeps_weights_near_their_start(pull):
     """A gradient that never turns: without a pull its moves add up for ever."""
     config, level = level_of(pull=pull, clip=1.0)
-    ones = jax.tree.map(jnp.ones_like, WEIGHTS)
+    ones = jax.tree.map(np.ones_like, WEIGHTS)
 
     def step(carry, _):
         weights, state = carry
@@ -369,10 +375,13 @@ def test_a_pull_keeps_weights_near_their_start(pull):
         moved = cms.move(config, level, 0.5, START, weights, state, axis=1)
         return moved, None
 
-    begin = WEIGHTS, cms.begin_level(level, WEIGHTS, axis=1)
-    (weights, _), _ = jax.lax.scan(step, begin, length=1000)
-    away = jax.tree.map(lambda w, s: w[:, 0] - s, weights, START)
-    distance = float(optax.tree.norm(away))
+    @jax.jit
+    def moved(weights):
+        begin = weights, cms.begin_level(level, weights, axis=1)
+        return jax.lax.scan(step, begin, length=1000)[0][0]
+
+    away = jax.tree.map(lambda w, s: np.asarray(w)[:, 0] - s, moved(WEIGHTS), START)
+    distance = np.sqrt(sum(np.sum(w**2) for w in jax.tree.leaves(away)))
     if pull:  # each step has norm 0.5
         np.testing.assert_allclose(distance, 0.5 / pull, rtol=1e-4)
     else:
@@ -384,7 +393,7 @@ def test_any_optimizer_moves_a_level_row_by_row(name):
     """As the rule itself does on one row; another row's gradient does not matter."""
     config, level = level_of(rule=name, pull=0.0, clip=1e9)
     rng = np.random.default_rng(0)
-    draw = lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32)  # noqa: E731
+    draw = lambda w: np.float32(rng.normal(size=w.shape))  # noqa: E731
     gradients = [jax.tree.map(draw, WEIGHTS) for _ in range(2)]
     weights, state = moved_by(config, level, gradients)
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(state.opt))
@@ -393,9 +402,9 @@ def test_any_optimizer_moves_a_level_row_by_row(name):
     one = lambda tree: jax.tree.map(lambda a: a[:, 1], tree)  # noqa: E731
     alone, extra = one(WEIGHTS), {}
     if level.rule.inputs == "grams":
-        squares = {k: jnp.eye(w["kernel"].shape[-2]) for k, w in WEIGHTS.items()}
+        squares = {k: np.eye(w["kernel"].shape[-2]) for k, w in WEIGHTS.items()}
         extra["inputs"] = {
-            k: {"kernel": jnp.stack([e, e]) / 2} for k, e in squares.items()
+            k: {"kernel": np.float32([e, e]) / 2} for k, e in squares.items()
         }
 
     @jax.jit
@@ -408,7 +417,7 @@ def test_any_optimizer_moves_a_level_row_by_row(name):
 
         return jax.lax.scan(step, (alone, rule.init(alone)), gradients)[0][0]
 
-    stacked = jax.tree.map(lambda *g: jnp.stack(g), *gradients)
+    stacked = jax.tree.map(lambda *g: np.stack(g), *gradients)
     alone = by_itself(alone, stacked, extra)
     for got, want, old in zip(
         *map(jax.tree.leaves, (one(weights), alone, one(WEIGHTS))), strict=True
@@ -423,12 +432,13 @@ def test_a_first_order_move_is_a_constant_whose_rate_learns(name):
 
     def pullback(gradient):
         config, level = level_of(rule=name, pull=0.1, gradient=gradient)
-        learned = cms.begin_level(level, WEIGHTS, axis=1).learned
-        learned = jax.tree.map(
-            lambda a: a + jnp.eye(*a.shape[-2:])[None, None], learned
-        )
 
         def twice(start, rate):
+            learned = cms.begin_level(level, WEIGHTS, axis=1).learned
+            learned = jax.tree.map(
+                lambda a: a + np.eye(*a.shape[-2:], dtype=np.float32)[None, None],
+                learned,
+            )
             weights = jax.tree.map(lambda w: jnp.stack([w, w], axis=1), start)
             state = cms.begin_level(level, weights, axis=1)
             for _ in range(2):
@@ -443,7 +453,7 @@ def test_a_first_order_move_is_a_constant_whose_rate_learns(name):
             ones = jax.tree.map(jnp.ones_like, WEIGHTS)
             return jax.vjp(twice, start, rate)[1](ones)
 
-        return pulled(START, jnp.array(0.2))
+        return pulled(START, np.float32(0.2))
 
     start, rate = pullback("first_order")
     for leaf in jax.tree.leaves(start):
@@ -528,7 +538,7 @@ def test_the_outer_gradient_goes_through_any_rule(float64, rule):
         )
         graphdef, params = small.built(config)
         params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), params)
-        tokens = some_tokens(length=8)
+        tokens = jnp.asarray(some_tokens(length=8))
 
         def loss(params):
             logits, _ = lm.apply(graphdef, params, tokens[:, :-1])

@@ -56,14 +56,15 @@ def in_float64():
         def given(path, w):
             # A fresh memory answers with its input, as long as a target may be: a kink.
             start = "_start" in jax.tree_util.keystr(path)
-            w = jnp.asarray(w, jnp.float64)
-            return w + 0.1 * rng.standard_normal(w.shape) if start else w
+            w = np.asarray(w, np.float64)
+            return jnp.asarray(w + 0.1 * rng.standard_normal(w.shape) if start else w)
 
         params = jax.tree_util.tree_map_with_path(given, start())
-        tokens = small.some_tokens(length=LENGTH)
+        tokens = jnp.asarray(small.some_tokens(length=LENGTH))
         both = jax.jit(jax.value_and_grad(loss_of(config)))
         both = both.lower(params, tokens).compile()
-        return lambda *at: both(*at)[0], both(params, tokens)[1], params, tokens
+        gradient = jax.device_get(both(params, tokens)[1])
+        return lambda *at: both(*at)[0], gradient, jax.device_get(params), tokens
 
 
 STARTS = {
@@ -111,7 +112,7 @@ def test_every_initial_state_learns_by_finite_differences(float64, name):
     )
     numeric = (at(step) - at(-step)) / (2 * step)
     exact = sum(
-        float(jnp.vdot(g, d))
+        float(np.vdot(g, d))
         for g, d in zip(jax.tree.leaves(grad), jax.tree.leaves(direction), strict=True)
     )
     assert abs(exact) > 1e-7
@@ -184,7 +185,7 @@ def first_order_by_definition(config, params, tokens):
 @pytest.mark.slow
 def test_first_order_is_its_definition():
     config = with_gradient("first_order")
-    params, tokens = start(), small.some_tokens(length=LENGTH)
+    params, tokens = start(), jnp.asarray(small.some_tokens(length=LENGTH))
     grad = jax.jit(jax.grad(loss_of(config)))(params, tokens)
     want = first_order_by_definition(config, params, tokens)
     for (path, a), b in zip(
@@ -202,7 +203,7 @@ def test_first_order_is_its_definition():
 def test_none_gives_the_fast_levels_nothing():
     config = with_gradient("none")
     grad = jax.jit(jax.grad(loss_of(config)))
-    grad = grad(start(), small.some_tokens(length=LENGTH))
+    grad = grad(start(), jnp.asarray(small.some_tokens(length=LENGTH)))
     for path, g in jax.tree_util.tree_leaves_with_path(grad):
         keys = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
         inside = "rates" in keys or (

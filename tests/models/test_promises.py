@@ -26,7 +26,7 @@ def test_1_no_future_no_other_row_and_the_past_arrives(config):
     tokens = small.some_tokens()
     hope_jax.check_causality(
         lambda t: small.read(config, t)[0],
-        tokens,
+        jnp.asarray(tokens),
         vocab=small.VOCAB,
         positions=[0, 3, 4, 7, 8, 15, 20],
     )
@@ -37,10 +37,8 @@ def test_3_cut_anywhere_saved_and_restored(config):
     """One pass = token by token = pieces of 3 and 7, through bytes in mid-chunk."""
     tokens = small.some_tokens()
     whole, end = small.read(config, tokens)
-    _, params = small.built(config)
-
     for piece in (1, 3, 7):
-        state = lm.initial_state(small.built(config)[0], params, 2)
+        state = small.start(config)
         logits = []
         for start in range(0, small.LENGTH, piece):
             part = tokens[:, start : start + piece]
@@ -52,7 +50,7 @@ def test_3_cut_anywhere_saved_and_restored(config):
                 structure,
                 [np.frombuffer(b, d).reshape(s) for b, d, s in stored],
             )
-        np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, atol=1e-5)
+        np.testing.assert_allclose(np.concatenate(logits, 1), whole, atol=1e-5)
         assert_same_state(state, end)
 
 
@@ -73,7 +71,7 @@ def test_3_parallel_pieces_at_the_span(config):
     for part in (tokens[:, :4], tokens[:, 4:8], tokens[:, 8:]):
         y, state = small.read(config, part, state, aligned=True)
         logits.append(y)
-    np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(logits, 1), whole, atol=1e-5)
     assert_same_state(state, end)
 
 
@@ -92,20 +90,29 @@ def test_3_labels_complete_the_last_chunk_and_change_no_logit(config):
     np.testing.assert_allclose(after_known, after_held, atol=1e-5)
 
 
+def mix(first, second):
+    """Row 0 of one state beside row 1 of another."""
+    return jax.tree.map(
+        lambda a, b: jnp.asarray(np.stack([np.asarray(a)[0], np.asarray(b)[1]])),
+        first,
+        second,
+    )
+
+
 @LEARNERS
 def test_3_rows_need_not_stand_at_the_same_place(config):
     """Row 0 has read five tokens more; each row still reads as if it were alone."""
     tokens = small.some_tokens()
-    whole, _ = small.read(config, tokens)
-    graphdef, params = small.built(config)
-    fresh = lm.initial_state(graphdef, params, 2)
+    whole = np.asarray(small.read(config, tokens)[0])
+    fresh = small.start(config)
     ahead = fresh
     for t in range(5):
         _, ahead = small.read(config, tokens[:, t : t + 1], ahead, aligned=False)
-    state = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, fresh)
+    state = mix(ahead, fresh)
     for t in range(12):
-        both = jnp.stack([tokens[0, t + 5], tokens[1, t]])[:, None]
+        both = np.stack([tokens[0, t + 5], tokens[1, t]])[:, None]
         logits, state = small.read(config, both, state, aligned=False)
+        logits = np.asarray(logits)
         np.testing.assert_allclose(logits[0, 0], whole[0, t + 5], atol=1e-5)
         np.testing.assert_allclose(logits[1, 0], whole[1, t], atol=1e-5)
 
@@ -149,13 +156,13 @@ def test_3_cut_in_bfloat16(config):
     still, _ = small.read(config, tokens, learn=False)
     assert np.abs(whole - still).max() > 10 * 2**-5
     for piece in (1, 7):
-        state = lm.initial_state(*small.built(config), 2)
+        state = small.start(config)
         logits = []
         for start in range(0, small.LENGTH, piece):
             part = tokens[:, start : start + piece]
             y, state = small.read(config, part, state, aligned=False)
             logits.append(y)
-        np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, atol=2**-5)
+        np.testing.assert_allclose(np.concatenate(logits, 1), whole, atol=2**-5)
         assert_same_state(state, end, tolerance=2**-7)
 
 
@@ -164,14 +171,14 @@ def test_3_cut_in_bfloat16(config):
 def test_3_rows_in_bfloat16(config):
     """Row 0 stands five tokens on; bit for bit the same row as beside itself."""
     tokens = small.some_tokens()
-    fresh = lm.initial_state(*small.built(config), 2)
+    fresh = small.start(config)
     ahead = fresh
     for t in range(5):
         _, ahead = small.read(config, tokens[:, t : t + 1], ahead, aligned=False)
-    mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), ahead, fresh)
+    mixed = mix(ahead, fresh)
     for t in range(8):
         row_0, row_1 = tokens[:1, t + 5], tokens[1:, t]
-        both = jnp.concatenate([row_0, row_1])[:, None]
+        both = np.concatenate([row_0, row_1])[:, None]
         logits, mixed = small.read(config, both, mixed, aligned=False)
         on, ahead = small.read(config, tokens[:, t + 5, None], ahead, aligned=False)
         back, fresh = small.read(config, tokens[:, t, None], fresh, aligned=False)
@@ -181,8 +188,7 @@ def test_3_rows_in_bfloat16(config):
 
 def test_4_reading_without_labels_changes_the_memory():
     tokens = small.some_tokens()
-    graphdef, params = small.built(small.HOPE)
-    before = lm.initial_state(graphdef, params, 2)
+    before = small.start(small.HOPE)
     _, after = small.read(small.HOPE, tokens)
     moved = lambda s: (s.blocks.mixer, s.blocks.fast[:2], s.levels[2].learned)  # noqa: E731
     for a, b in zip(
@@ -193,7 +199,7 @@ def test_4_reading_without_labels_changes_the_memory():
 
 def test_4_what_is_read_first_changes_what_is_learned_next():
     tokens = small.some_tokens()
-    start = lm.initial_state(*small.built(small.HOPE), 2)
+    start = small.start(small.HOPE)
 
     def change(*parts):
         state = start
@@ -211,8 +217,7 @@ def test_4_what_is_read_first_changes_what_is_learned_next():
 def test_5_a_slow_level_receives_the_sum_of_its_own_tokens_gradients(config):
     """Seen before it moves: 7 tokens of its 8, while the fast level has moved once."""
     tokens = small.some_tokens()
-    graphdef, params = small.built(config)
-    state = lm.initial_state(graphdef, params, 2)
+    state = small.start(config)
     for t in range(9):
         if t in (4, 8):  # a chunk is settled when the next token arrives
             held = state
@@ -328,8 +333,7 @@ def test_6_level_stacking_refuses_what_it_cannot_place():
 @LEARNERS
 def test_6_frozen_reads_as_the_initial_states(config):
     tokens = small.some_tokens()
-    graphdef, params = small.built(config)
-    start = lm.initial_state(graphdef, params, 2)
+    start = small.start(config)
     _, after = small.read(config, tokens, learn=False)
     kept = lambda s: (s.blocks.fast, getattr(s.blocks.mixer, "main", ()))  # noqa: E731
     for a, b in zip(
@@ -342,8 +346,7 @@ def test_6_frozen_reads_as_the_initial_states(config):
 def test_6_a_chunk_read_in_part_without_learning_teaches_nothing(config):
     """Token 2 of the first chunk is read frozen; the second chunk teaches again."""
     tokens = small.some_tokens()
-    graphdef, params = small.built(config)
-    state = lm.initial_state(graphdef, params, 2)
+    state = small.start(config)
     moved = []
     for t in range(9):
         before = state.blocks.fast
@@ -365,8 +368,7 @@ def test_7_half_life_at_the_start_is_at_least_the_chunk():
 def test_cms_moves_on_its_clock_and_only_then(config):
     """Level l moves floor((tokens - 1) / period) times; before that nothing changes."""
     tokens = small.some_tokens()
-    graphdef, params = small.built(config)
-    state = lm.initial_state(graphdef, params, 2)
+    state = small.start(config)
     moves = np.zeros(2, int)
     for t in range(small.LENGTH):
         before = state.blocks.fast
