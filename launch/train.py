@@ -102,6 +102,11 @@ def _describe(config) -> str:
             json.dumps(config_lib.to_json(config), indent=2),
             f"\n{lm.count_parameters(config.model):,} parameters\n",
             system.describe(systems.system(config.model, config.train.seq_len)),
+            "\nThe state of a row that reads, in bytes:\n",
+            "\n".join(
+                f"| {part:<14} | {size:>13,} |"
+                for part, size in lm.state_bytes(config.model).items()
+            ),
             "\nThe outer optimizer:\n",
             loop.describe(config),
         ]

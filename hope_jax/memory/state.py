@@ -104,3 +104,13 @@ def commit(state: MemoryState) -> MemoryState:
     if state.left is not None:
         state = state._replace(left=jnp.ones_like(state.left))
     return state if state.anchor is None else state._replace(anchor=state.weights)
+
+
+def bare(state: MemoryState) -> MemoryState:
+    """A committed state without its anchor, which is what its weights are."""
+    return state._replace(anchor=None)
+
+
+def full(state: MemoryState) -> MemoryState:
+    """What `bare` was made of, for a memory that has an anchor."""
+    return state._replace(anchor=state.weights)

@@ -113,6 +113,20 @@ class ModelConfig:
         strides = [mixer.stride for mixer in self.pattern]
         return math.gcd(*strides) if all(strides) else 0
 
+    def bare(self, mixers: Any) -> Any:
+        """As `MixerConfig.bare`, of the states of all mixers of a block or group."""
+        return self._each("bare", mixers)
+
+    def full(self, mixers: Any) -> Any:
+        """What `bare` was made of."""
+        return self._each("full", mixers)
+
+    def _each(self, what, mixers):
+        if len(self.pattern) == 1:
+            return getattr(self.pattern[0], what)(mixers)
+        pairs = zip(self.pattern, mixers, strict=True)
+        return tuple(getattr(mixer, what)(state) for mixer, state in pairs)
+
     @property
     def fast(self) -> tuple[int, ...]:
         """Indices of the CMS levels that move while reading, fast first."""

@@ -44,6 +44,7 @@ __all__ = [
     "ids",
     "initial_state",
     "periods",
+    "state_bytes",
     "write",
 ]
 
@@ -52,7 +53,8 @@ class Held(NamedTuple):
     """The base chunk whose loss is not yet complete.
 
     Attributes:
-      mixers: the mixers' states at its start, leaves `[B, L, ...]`.
+      mixers: the mixers' states at its start, without what can be found again there
+        (`ModelConfig.bare`), leaves `[B, L, ...]`.
       tokens: its tokens so far; what follows them is left from before.
       count: how many they are; all, and only the label of the last is missing. A chunk
         that was read in part without learning is not held, and teaches nothing.
@@ -297,6 +299,30 @@ def apply(
     return said, _rows_first(state)
 
 
+def state_bytes(config: ModelConfig) -> dict[str, int]:
+    """Bytes of the state of one row, part by part, without making it.
+
+    A row that reads has its mixers' states, and of every level that moves meanwhile its
+    own weights, what has been learned since the last move, and what its rule carries;
+    and the mixers' states at the start of the base chunk whose loss is not yet known.
+    """
+    graphdef, params = abstract_model(config)
+    state = jax.eval_shape(lambda params: initial_state(graphdef, params, 1), params)
+    size = lambda tree: sum(  # noqa: E731
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+    made = {"mixers": size(state.blocks.mixer)}
+    for place, weights, level in zip(
+        config.fast, state.blocks.fast, state.levels, strict=True
+    ):
+        made[f"CMS {place + 1} weights"] = size(weights)
+        made[f"CMS {place + 1} learned"] = size((level.learned, level.opened))
+        made[f"CMS {place + 1} rule"] = size(level.opt)
+    if state.held is not None:
+        made["held chunk"] = size(state.held)
+    return made | {"all": size(state)}
+
+
 def write(
     graphdef: nnx.GraphDef,
     params: PyTree,
@@ -466,7 +492,7 @@ def _begin(model, rows, horizon=None):
     held = None
     if levels:
         held = Held(
-            mixers=blocks.mixer,
+            mixers=config.bare(blocks.mixer),
             tokens=jnp.zeros((rows, config.base_chunk), jnp.int32),
             count=jnp.zeros((rows,), jnp.int32),
         )
@@ -552,7 +578,7 @@ def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read
 
 
 class _Chunk(NamedTuple):
-    """A base chunk and the states at its start."""
+    """A base chunk and the states at its start, bare."""
 
     tokens: Array
     labels: Array
@@ -565,7 +591,7 @@ def _read_chunk(graphdef, params, chunk):
     return _read(
         model,
         chunk.tokens,
-        chunk.mixers,
+        model.config.full(chunk.mixers),
         chunk.fast,
         aligned=True,
         learn=model.learning,
@@ -654,6 +680,7 @@ class _Life(NamedTuple):
     """What the scan over chunks carries.
 
     Attributes:
+      mixers: bare, for chunks begin at boundaries.
       position: tokens read; one number for all rows where these are fresh.
     """
 
@@ -676,11 +703,12 @@ def _read_aligned(
         blocks, held = BlockState(mixers, fast), _let_go(state.held)
         return said, LMState(blocks, state.levels, held, position)
 
-    chunk = model.config.base_chunk
+    config, chunk = model.config, model.config.base_chunk
     if not (fresh or settled):
         state = _settle(model, state, tokens[:, 0])
     start = jnp.zeros((), jnp.int32) if fresh else state.position
-    life = _Life(state.blocks.mixer, state.blocks.fast, state.levels, start)
+    mixers = config.bare(state.blocks.mixer)
+    life = _Life(mixers, state.blocks.fast, state.levels, start)
     labels = tokens[:, 1:] if labels is None else labels
     known = labels.shape[1] // chunk * chunk  # tokens of chunks with all their labels
     outputs = []
@@ -691,7 +719,7 @@ def _read_aligned(
         xs = (tokens[:, :known].T, labels[:, :known].T)
         life, said = scan_chunks(live, live, chunk, life, xs)
         outputs.append(jnp.moveaxis(said, 0, 1))
-    mixers, rest = life.mixers, tokens[:, known:]
+    mixers, rest = config.full(life.mixers), tokens[:, known:]
     if known < length:
         said, mixers, _ = _read(
             model,
@@ -717,7 +745,7 @@ def _live(model, life, xs):
     tokens, labels = (a.T for a in xs)
     learned, read = _read_and_blame(model, tokens, labels, life.mixers, life.fast)
     life = life._replace(
-        mixers=read.mixers,
+        mixers=model.config.bare(read.mixers),
         levels=_accumulate(model, life.levels, learned, read),
         position=life.position + tokens.shape[1],
     )
@@ -793,7 +821,7 @@ def _step(model, state, token, *, learn):
     config = model.config
     if state.levels and learn.cms:
         state = _settled(model, state, token, learn)
-        held = _hold(state, token, config.base_chunk)
+        held = _hold(config, state, token)
     else:
         held = _let_go(state.held)
     mixers, fast, _ = state.blocks
@@ -873,7 +901,7 @@ def _block(model, chosen, put, steps, walk, *, learn, settled=False):
     if holds:
         slot = state.position % config.base_chunk
         count = jnp.minimum(left, config.base_chunk - jnp.max(slot))
-        held = _begin_chunk(state, slot)
+        held = _begin_chunk(config, state, slot)
         follows = held.count == slot
         held = held._replace(count=held.count + jnp.where(follows, count, 0))
     mixers, fast, _ = state.blocks
@@ -959,12 +987,13 @@ def _settled(model, state, token, learn):
     return _settle(model, state, token) if state.levels and learn.cms else state
 
 
-def _begin_chunk(state, slot):
+def _begin_chunk(config, state, slot):
     """What is held once the rows that stand at a chunk's start begin to hold it."""
     begins = slot == 0
 
     def begin():
-        mixers = _where(begins, state.blocks.mixer, state.held.mixers)
+        now = config.bare(state.blocks.mixer)  # of the others something, left alone
+        mixers = _where(begins, now, state.held.mixers)
         count = jnp.where(begins, 0, state.held.count)
         return state.held._replace(mixers=mixers, count=count)
 
@@ -978,10 +1007,10 @@ def _put(tokens, token, slot, rows):
     return jnp.where(here, token[:, None], tokens)
 
 
-def _hold(state, token, chunk):
+def _hold(config, state, token):
     """Adds a token to each row's held chunk, which begins where the row's does."""
-    slot = state.position % chunk
-    held = _begin_chunk(state, slot)
+    slot = state.position % config.base_chunk
+    held = _begin_chunk(config, state, slot)
     follows = held.count == slot
     return held._replace(
         tokens=_put(held.tokens, token, slot, follows),

@@ -115,6 +115,7 @@ def test_describe_prints_and_exits(capsys):
     assert " parameters\n" in out
     assert "| level " in out
     assert "| matrices   | adamw | every 3 steps" in out
+    assert re.search(r"\| mixers +\| +4,100 \|\n\| all", out)  # 16 x 32 pairs; a place
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_losses_are_those_of_the_logits(monkeypatch, name):
     monkeypatch.setattr(lm, "_SAID", 3)
     config = {**small.MODELS, "hybrid": small.HYBRID}[name]
     graphdef, params = small.built(config)
-    text = small.some_tokens(length=small.LENGTH + 1)
+    text = jnp.asarray(small.some_tokens(length=small.LENGTH + 1))
     tokens, after = text[:, :-1], text[:, -1]
 
     def from_logits(params):

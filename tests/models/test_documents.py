@@ -73,7 +73,8 @@ def test_a_document_is_read_as_if_it_were_alone(name, labelled):
 def test_what_one_document_says_never_reaches_the_next(name):
     """Within a document it does."""
     tokens = small.some_tokens(length=LENGTH)
-    changed = tokens.at[:, SPLIT - 1].set((tokens[:, SPLIT - 1] + 1) % small.VOCAB)
+    changed = tokens.copy()
+    changed[:, SPLIT - 1] = (tokens[:, SPLIT - 1] + 1) % small.VOCAB
     begins = beginning((0, 2))
     read = reading(name)
     logits, others = read(tokens, begins)[0], read(changed, begins)[0]

@@ -1,7 +1,7 @@
 """What the config of a mixer is, and what it says of the mixer."""
 
 import abc
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 
@@ -62,6 +62,15 @@ class MixerConfig(abc.ABC):
         then takes `ends=False`, which leaves that to `end(state)`: a loop over tokens
         need not look for it at each. 0 where the module always sees to it itself."""
         return 0
+
+    def bare(self, state: Any) -> Any:
+        """A state of the module at a multiple of `span`, without what `full` finds
+        again in the rest. Leaves may lead with anything."""
+        return state
+
+    def full(self, state: Any) -> Any:
+        """What `bare` was made of."""
+        return state
 
     @property
     @abc.abstractmethod

@@ -34,7 +34,7 @@ from hope_jax.memory.compose import (
     key_width,
 )
 from hope_jax.memory.gates import GateConfig
-from hope_jax.memory.state import MemoryState, begin_memory
+from hope_jax.memory.state import MemoryState, bare, begin_memory, full
 from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
@@ -122,6 +122,13 @@ class MemoryMixerConfig(MixerConfig):
     def parts(self) -> tuple[Part, ...]:
         return (recalling("memory", self.memory, "start"),)
 
+    def bare(self, state: "MemoryMixerState") -> "MemoryMixerState":
+        return state._replace(memory=bare(state.memory))
+
+    def full(self, state: "MemoryMixerState") -> "MemoryMixerState":
+        anchored = self.memory.gradient == "anchored"
+        return state._replace(memory=full(state.memory)) if anchored else state
+
     def rechunked(self, factor: float) -> "MemoryMixerConfig":
         if self.memory.gradient == "exact":
             raise ValueError("its chunk is a matter of speed, not of what it computes")
@@ -172,6 +179,12 @@ class NamedConfig(MixerConfig):
     def parts(self) -> tuple[Part, ...]:
         title = named.get(self.kind).title
         return (recalling(f"{title} memory", self.layer.memory, "start"),)
+
+    def bare(self, state: "MemoryMixerState") -> "MemoryMixerState":
+        return self.layer.bare(state)
+
+    def full(self, state: "MemoryMixerState") -> "MemoryMixerState":
+        return self.layer.full(state)
 
     def rechunked(self, factor: float) -> "NamedConfig":
         chunk = self.layer.rechunked(factor).memory.chunk

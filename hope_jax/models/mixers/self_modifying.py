@@ -46,7 +46,14 @@ from hope_jax.memory.compose import (
 )
 from hope_jax.memory.retention import RETENTIONS
 from hope_jax.memory.rule import RULES
-from hope_jax.memory.state import MemoryState, begin_memory, commit, form
+from hope_jax.memory.state import (
+    MemoryState,
+    bare,
+    begin_memory,
+    commit,
+    form,
+    full,
+)
 from hope_jax.models import learning
 from hope_jax.models.layers import (
     CausalConv,
@@ -215,6 +222,12 @@ class SelfModifyingConfig(MixerConfig):
     @property
     def stride(self) -> int:
         return self.memory.chunk
+
+    def bare(self, state: "SelfModifyingState") -> "SelfModifyingState":
+        return state._replace(memories=bare(state.memories))
+
+    def full(self, state: "SelfModifyingState") -> "SelfModifyingState":
+        return state._replace(memories=full(state.memories))
 
     @property
     def parts(self) -> tuple[Part, ...]:

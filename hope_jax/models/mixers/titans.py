@@ -19,7 +19,7 @@ memory learns only what attention gives out.
 """
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,12 @@ class TitansConfig(MixerConfig):
         """The neural memory as a layer."""
         return MemoryMixerConfig(memory=self.memory, gates=self.gates, conv=self.conv)
 
+    def bare(self, state: "_State") -> "_State":
+        return state._replace(memory=self.layer().bare(state.memory))
+
+    def full(self, state: "_State") -> "_State":
+        return state._replace(memory=self.layer().full(state.memory))
+
     @property
     def _short(self) -> str:
         return self.kind.removeprefix("titans_").upper()
@@ -118,6 +124,12 @@ class TitansContextConfig(TitansConfig):
     @property
     def span(self) -> int:
         return self.segment
+
+    def bare(self, state: "ContextState") -> "ContextState":
+        return super().bare(state)._replace(start=None)
+
+    def full(self, state: "ContextState") -> "ContextState":
+        return super().full(state)._replace(start=state.memory.memory.weights)
 
     @property
     def edges(self) -> tuple[Edge, ...]:
@@ -289,14 +301,15 @@ class ContextState(NamedTuple):
 
     Attributes:
       memory: the memory, which has learned as many tokens as were read.
-      start: its weights where the segment began, leaves `[B, H, ...]`.
+      start: its weights where the segment began, leaves `[B, H, ...]`; None where that
+        is known to be here.
       tails: the last inputs of its convolutions when it reads x.
       pairs: keys and values of the segment so far, of h and of x; places not yet
         reached hold those of the segment before.
     """
 
     memory: MemoryMixerState
-    start: Weights
+    start: Weights | None
     tails: Tails
     pairs: Pairs
 
@@ -515,6 +528,9 @@ class MemoryAsLayer(nnx.Module):
         y, memory = self.memory(x, state.memory, aligned=aligned, learn=learn)
         y, window = slide(self.heads, y, state.window, position, state.persistent)
         return self.out(y), LayerState(memory, state.persistent, window)
+
+
+_State = TypeVar("_State", ContextState, GateState, LayerState)
 
 
 class Gated(nnx.Module):
