@@ -12,23 +12,25 @@ from hope_jax.kernels.channel import channel_chunk
 K, V = 5, 4
 
 
-def some_arguments(key, length, correlation=0.0, alpha="mixed"):
+def some_arguments(length, correlation=0.0, alpha="mixed"):
     """Arguments of `channel_chunk`; the delta term is r = 0.6 k beside another p."""
-    ks = jax.random.split(key, 7)
-    k, q, p = (jax.random.normal(a, (length, K)) for a in ks[:3])
+    rng = np.random.default_rng(0)
+    k, q, p = rng.normal(size=(3, length, K))
     k = (1 - correlation) * k + correlation * k[:1]
-    k, q, p = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (k, q, p))
+    k, q, p = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (k, q, p))
     p = 0.7 * k + 0.3 * p
-    w = jax.random.normal(ks[3], (length, V))
-    strength = jax.random.uniform(ks[4], (length, K))
+    w = rng.normal(size=(length, V))
+    strength = rng.uniform(size=(length, K))
+    strong = np.full((length, K), 1e-8)
+    strong[1::3] = 1.0
     retained = {
         "mixed": 10.0 ** (-8 * strength**4),
-        "strong": jnp.full((length, K), 1e-8).at[1::3].set(1.0),
-        "none": jnp.ones((length, K)),
-        "zero": jnp.where(strength < 0.2, 0.0, strength),
+        "strong": strong,
+        "none": np.ones((length, K)),
+        "zero": np.where(strength < 0.2, 0.0, strength),
     }
-    m = jax.random.normal(ks[5], (V, K))
-    return m, k, w, q, retained[alpha], 0.6 * k, p
+    m = rng.normal(size=(V, K))
+    return tuple(map(jnp.float32, (m, k, w, q, retained[alpha], 0.6 * k, p)))
 
 
 def recurrence(m, k, w, q, alpha, r=None, p=None, before_write=False):
@@ -45,7 +47,7 @@ def recurrence(m, k, w, q, alpha, r=None, p=None, before_write=False):
 
 def value_and_pullback(fn, *args):
     out, pullback = jax.vjp(fn, *args)
-    wave = lambda x: jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
+    wave = lambda x: np.cos(1 + np.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
     return out, pullback(jax.tree.map(wave, out))
 
 
@@ -54,57 +56,61 @@ def assert_same(*args, before_write=False, tolerance=1e-5):
         scale = 1.0 + np.max(np.abs(b))
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
 
-    def run(fn):
-        fn = functools.partial(fn, before_write=before_write)
-        return jax.jit(functools.partial(value_and_pullback, fn))(*args)
+    @jax.jit
+    def both(*args):
+        forms = channel_chunk, recurrence
+        forms = [functools.partial(fn, before_write=before_write) for fn in forms]
+        return [value_and_pullback(fn, *args) for fn in forms]
 
-    jax.tree.map(close, run(channel_chunk), run(recurrence))
+    jax.tree.map(close, *jax.device_get(both(*args)))
 
 
 @pytest.mark.parametrize(
     "length, before_write",
     [(1, False), (1, True), (3, True), (16, False), (16, True), (32, False)],
 )
-def test_is_the_recurrence(key, length, before_write):
-    assert_same(*some_arguments(key, length), before_write=before_write)
+def test_is_the_recurrence(length, before_write):
+    assert_same(*some_arguments(length), before_write=before_write)
 
 
-def test_a_chunk_of_larger_pieces(key):
-    assert_same(*some_arguments(key, 41))
+def test_a_chunk_of_larger_pieces():
+    assert_same(*some_arguments(41))
 
 
 @pytest.mark.parametrize("alpha", ["strong", "none", "zero"])
-def test_any_retention(key, alpha):
-    assert_same(*some_arguments(key, 19, alpha=alpha))
+def test_any_retention(alpha):
+    assert_same(*some_arguments(19, alpha=alpha))
 
 
 @pytest.mark.parametrize("correlation", [0.95, 1.0])
-def test_correlated_and_identical_keys(key, correlation):
-    assert_same(*some_arguments(key, 16, correlation, alpha="none"))
+def test_correlated_and_identical_keys(correlation):
+    assert_same(*some_arguments(16, correlation, alpha="none"))
 
 
 @pytest.mark.parametrize("before_write", [False, True])
-def test_no_delta_term(key, before_write):
-    args = some_arguments(key, 9)[:5]
+def test_no_delta_term(before_write):
+    args = some_arguments(9)[:5]
     assert_same(*args, before_write=before_write)
 
 
-def test_erasing_at_the_key(key):
-    *args, _ = some_arguments(key, 9)
+def test_erasing_at_the_key():
+    *args, _ = some_arguments(9)
     assert_same(*args)
-    same, given = channel_chunk(*args), channel_chunk(*args, args[1])
+    same, given = jax.jit(
+        lambda *args: (channel_chunk(*args), channel_chunk(*args, args[1]))
+    )(*args)
     close = functools.partial(np.testing.assert_allclose, atol=1e-5)
     jax.tree.map(close, same, given)
 
 
-def test_long_decay_keeps_its_digits(key):
+def test_long_decay_keeps_its_digits():
     """After much has decayed, log-sums would be large and their differences rough."""
-    m, k, w, q, alpha, r, p = some_arguments(key, 32, alpha="none")
-    alpha = alpha.at[:24].set(1e-8)
-    args = m, k, w, q, alpha, r, p
-    np.testing.assert_allclose(
-        channel_chunk(*args)[1], recurrence(*args)[1], rtol=2e-5, atol=1e-6
-    )
+    m, k, w, q, alpha, r, p = some_arguments(32, alpha="none")
+    alpha = np.array(alpha)
+    alpha[:24] = 1e-8
+    both = jax.jit(lambda *args: (channel_chunk(*args)[1], recurrence(*args)[1]))
+    found, expected = both(m, k, w, q, alpha, r, p)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_one_channel_a_retention_by_hand():
@@ -112,7 +118,7 @@ def test_one_channel_a_retention_by_hand():
     m, k = jnp.array([[8.0, 8.0]]), jnp.eye(2)
     alpha = jnp.array([[0.5, 1.0], [0.5, 0.25]])
     w = jnp.array([[2.0], [3.0]])
-    end, y = channel_chunk(m, k, w, jnp.ones((2, 2)), alpha)
+    end, y = jax.jit(channel_chunk)(m, k, w, jnp.ones((2, 2)), alpha)
     np.testing.assert_allclose(end, [[3.0, 5.0]])
     np.testing.assert_allclose(y, [[14.0], [8.0]])
 
@@ -127,8 +133,8 @@ def test_one_channel_a_retention_by_hand():
     ],
     ids=str,
 )
-def test_bad_input(key, changes, message):
+def test_bad_input(changes, message):
     names = "m k w q alpha r p".split()
-    args = dict(zip(names, some_arguments(key, 3), strict=True))
+    args = dict(zip(names, some_arguments(3), strict=True))
     with pytest.raises(ValueError, match=message):
         channel_chunk(**args | changes)

@@ -103,14 +103,14 @@ def declared(monkeypatch):
     ],
     ids=str,
 )
-def test_a_new_choice_has_a_chunk_form(declared, key, choices, expected):
+def test_a_new_choice_has_a_chunk_form(declared, choices, expected):
     config = MemoryConfig(**choices)
     assert form(config) == expected
-    tokens = some_tokens(key, 10)
+    tokens = some_tokens(0, 10)
     if config.chosen.retention.channels:
         alpha = jnp.broadcast_to(tokens.alpha[:, None], tokens.k.shape)
         tokens = tokens._replace(alpha=alpha)
-    assert_is_the_level(config, some_state(key, config), tokens)
+    assert_is_the_level(config, some_state(0, config), tokens)
 
 
 def test_a_new_choice_is_asked_what_it_can(declared, key):

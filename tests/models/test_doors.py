@@ -55,8 +55,7 @@ def test_any_integers_are_tokens():
 
 
 def test_states_of_others():
-    graphdef, params = small.built(CONFIG)
-    state = lm.initial_state(graphdef, params, 2)
+    state = small.start(CONFIG)
     with pytest.raises(ValueError, match="state is of 2 rows, tokens of 3"):
         read(np.zeros((3, 1), int), state)
     with pytest.raises(ValueError, match="must be an LMState, .* got BlockState"):
@@ -78,22 +77,33 @@ def test_a_state_of_a_row_with_a_horizon_reads_on():
 
 
 def test_a_promise_of_alignment_is_checked():
-    _, state = read(TOKENS)
-    _, state = read(TOKENS[:, :1], state)
+    state = small.start(CONFIG)
+    for t in range(5):
+        state = one_by_one(TOKENS[:, t % 4, None], state)[1]
     with pytest.raises(ValueError, match=r"multiple of 4 tokens, .* is \[5, 5\]"):
         read(TOKENS, state, aligned=True)
     graphdef, params = small.built(CONFIG)
     inside = jax.jit(lambda s: lm.apply(graphdef, params, TOKENS, s, aligned=True)[0])
     assert np.isnan(inside(state)).all()
-    _, state = read(TOKENS[:, :3], state)
-    expected, _ = read(TOKENS, state)
+    _, state = one_by_one(TOKENS[:, :3], state)
+    expected, _ = one_by_one(TOKENS, state)
     np.testing.assert_allclose(inside(state), expected, atol=1e-5)
+
+
+def one_by_one(tokens, state):
+    logits = []
+    for t in range(tokens.shape[1]):
+        y, state = small.read(CONFIG, tokens[:, t : t + 1], state, aligned=False)
+        logits.append(np.asarray(y))
+    return np.concatenate(logits, axis=1), state
 
 
 def test_generation_says_when_there_is_nothing_to_draw_from():
     config = dataclasses.replace(CONFIG, vocab=ByteTokenizer().vocab_size)
     graphdef, params = small.built(config)
-    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+    broken = jax.tree.map(
+        lambda w: jnp.asarray(np.full(w.shape, np.nan), w.dtype), params
+    )
     made = generate.generate(
         reader_of(config), broken, ByteTokenizer(), b"", tokens=3, key=jax.random.key(0)
     )

@@ -82,12 +82,14 @@ class Loop(NamedTuple):
       advance: `(name, state) -> state`, one step.
       read: `state -> parameters`, whose first leaves are those of `start`.
       extra: it hands on what a rule takes besides gradients.
+      plain: its states are arrays alone, which one program begins for all members.
     """
 
     begin: Callable[[Any], Any]
     advance: Callable[[str, Any], Any]
     read: Callable[[Any], Any]
     extra: bool = True
+    plain: bool = False
 
 
 def by_hand(params, loss_of):
@@ -104,7 +106,7 @@ def by_hand(params, loss_of):
         )
         return optax.apply_updates(params, updates), opt
 
-    return Loop(begin, advance, lambda state: state[0])
+    return Loop(begin, advance, lambda state: state[0], plain=True)
 
 
 def dicts():
@@ -251,7 +253,8 @@ def ends(loop):
         return each(states, lambda name: how.advance(name, states[name]))
 
     names = [name for name in members(loop) if name in ASKED]
-    states = each(names, lambda name: how.begin(rule_of(name)))
+    begin = lambda: each(names, lambda name: how.begin(rule_of(name)))  # noqa: E731
+    states = jax.jit(begin)() if how.plain else begin()
     for _ in range(STEPS):
         states = step(states)
     programs = step._cache_size()
