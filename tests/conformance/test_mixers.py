@@ -17,6 +17,9 @@ from flax import nnx
 from hope_jax.memory import named
 from hope_jax.models.mixers import MIXERS
 from hope_jax.models.mixers.memory import NamedConfig
+from tests import compare
+
+close = compare.within_size(2e-5)
 
 D, HEADS, ROWS, LENGTH = 8, 2, 2, 13
 ORDERS = ((1, 3, 7, 1, 1), (7, 3, 1, 1, 1))  # of pieces
@@ -100,15 +103,6 @@ def other(x, row=slice(None), place=slice(None)):
     x = x.copy()
     x[row, place] += 1.0
     return x
-
-
-def close(a, b):
-    def compare(a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        scale = 1.0 + np.max(np.abs(b), initial=0.0)
-        np.testing.assert_allclose(a / scale, b / scale, atol=2e-5, rtol=0)
-
-    jax.tree.map(compare, a, b)
 
 
 def test_every_published_memory_is_a_mixer():

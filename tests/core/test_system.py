@@ -24,10 +24,9 @@ from hope_jax.core.system import (
 from hope_jax.core.transfer import attend
 from hope_jax.optim.rules.dgd import dgd
 from hope_jax.plot import draw
+from tests import compare
 
-
-def close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
+close = compare.within()
 
 
 def box(name, period=1.0, level=None):

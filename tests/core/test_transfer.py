@@ -19,10 +19,9 @@ from hope_jax.core.transfer import (
     receive,
     regress,
 )
+from tests import compare
 
-
-def close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
+close = compare.within()
 
 
 # condition ----------------------------------------------------------------------------

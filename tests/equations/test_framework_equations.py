@@ -16,12 +16,11 @@ from hope_jax.core.transfer import attend, condition, generate, initialise, regr
 from hope_jax.optim.levels import from_level
 from hope_jax.optim.momenta import hebbian_level, momentum
 from hope_jax.optim.rules.dgd import dgd
+from tests import compare
+
+close = compare.within(1e-4, 1e-5)
 
 ETA = 0.3
-
-
-def close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-5), a, b)
 
 
 def linear(loss, **changes) -> Level:

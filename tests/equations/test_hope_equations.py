@@ -25,13 +25,12 @@ from hope_jax.models.mixers.self_modifying import (
     SelfModifyingTitans,
 )
 from hope_jax.models.reference import self_modifying_reference
+from tests import compare
+
+close = compare.within(1e-4, 1e-5)
 
 D, T = 4, 4
 NAMES = ("k", "v", "eta", "alpha", "main")
-
-
-def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def sigmoid(x):

@@ -24,15 +24,11 @@ from hope_jax.models.block import Block
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers.attention import AttentionConfig
+from tests import compare
+
+close = compare.within(1e-4, 1e-5)
 
 T, K = 4, 3
-
-
-def close(a, b, tolerance=1e-5):
-    def compare(x, y):
-        np.testing.assert_allclose(x, y, rtol=10 * tolerance, atol=tolerance)
-
-    jax.tree.map(compare, a, b)
 
 
 def some_tokens(seed=0):

@@ -36,12 +36,11 @@ from hope_jax.optim.momenta import (
     preconditioned_momentum,
 )
 from hope_jax.optim.rules.deep_momentum import deep_momentum
+from tests import compare
+
+close = compare.within(1e-4, 1e-5)
 
 ETA, ALPHA = 0.3, 0.9
-
-
-def close(a, b, rtol=1e-4, atol=1e-5):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
 def normal(key, *shape, at=0):

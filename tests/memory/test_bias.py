@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from hope_jax.memory import bias
+from tests import compare
+
+close = compare.within_both(1e-5)
 
 VALUE = jnp.array([1.0, -2.0, 0.5])
 NEAR, FAR = jnp.array([0.3, -0.2, 0.1]), jnp.array([3.0, -4.0, 0.2])
@@ -15,10 +18,6 @@ DELTA = jnp.array(0.5)
 
 def gradient(name, error, delta=DELTA, **options):
     return jax.grad(bias.build(name, **options))(VALUE + error, VALUE, delta)
-
-
-def close(a, b, tolerance=1e-5):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("error", [NEAR, BETWEEN, FAR], ids=["near", "between", "far"])

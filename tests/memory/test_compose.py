@@ -19,6 +19,9 @@ from hope_jax.memory.compose import (
     with_choices,
 )
 from hope_jax.memory.state import begin_memory
+from tests import compare
+
+close = compare.within()
 
 PLAIN = dict(
     architecture="linear",
@@ -42,10 +45,6 @@ def after(config, weights, tokens):
     level = memory_level(config, tokens.k.shape[-1])
     weights = jax.tree.map(jnp.asarray, weights)
     return unroll(level, begin(level, weights), tokens)[0].params
-
-
-def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from hope_jax.memory import features
+from tests import compare
 
-
-def close(a, b, tolerance=1e-5):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+close = compare.within_both(1e-5)
 
 
 def pairs(key, count, width, length=1.0):

@@ -9,6 +9,9 @@ import optax
 import pytest
 
 from hope_jax.memory import retention
+from tests import compare
+
+close = compare.within_both(1e-5)
 
 
 class Token(NamedTuple):
@@ -20,10 +23,6 @@ class Token(NamedTuple):
 START = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
 NOTHING = {"w": jnp.zeros((2, 2))}
 STEP = {"w": jnp.array([[1.0, 0.0], [0.0, -1.0]])}
-
-
-def close(a, b, tolerance=1e-5):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def walk(flow, params, updates, tokens):

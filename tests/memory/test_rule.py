@@ -9,6 +9,9 @@ import optax
 import pytest
 
 from hope_jax.memory import rule
+from tests import compare
+
+close = compare.within_both(1e-5)
 
 
 class Token(NamedTuple):
@@ -24,10 +27,6 @@ GRADIENTS = [
     {"w": jnp.array([[1.0, 0.0], [0.0, 2.0]])},
     {"w": jnp.array([[2.0, 0.0], [0.0, -2.0]])},
 ]
-
-
-def close(a, b, tolerance=1e-5):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def walk(flow, params, gradients, tokens=None, **extra):

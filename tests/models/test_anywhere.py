@@ -13,8 +13,11 @@ import pytest
 
 from hope_jax.models import lm
 from hope_jax.models.mixers.memory import NamedConfig
+from tests import compare
 from tests.models import small
 from tests.models.test_promises import assert_same_state
+
+close = compare.within_both(3e-5)
 
 BEFORE, LENGTH = 5, 14  # of a base chunk of 4: to its end, two whole ones and a rest
 MODELS = {
@@ -25,10 +28,6 @@ MODELS = {
         small.TRANSFORMER, mixer=NamedConfig(kind="titans", chunk=4)
     ),
 }
-
-
-def close(a, b):
-    np.testing.assert_allclose(a, b, atol=3e-5, rtol=3e-5)
 
 
 @functools.cache

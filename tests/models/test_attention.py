@@ -9,15 +9,10 @@ import pytest
 
 from hope_jax.models import lm
 from hope_jax.models.mixers import attention
+from tests import compare
 from tests.models import small
 
-
-def close(a, b, tolerance=2e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
-        a,
-        b,
-    )
+close = compare.within_both(2e-5)
 
 
 @pytest.mark.parametrize("length", [7, 8, 9, 40])

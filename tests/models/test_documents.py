@@ -9,8 +9,11 @@ import pytest
 
 from hope_jax.models import lm
 from hope_jax.models.config import with_context
+from tests import compare
 from tests.models import small
 from tests.models.test_promises import assert_same_state
+
+close = compare.within_both(2e-5)
 
 STRETCH, SPLIT, LENGTH = 8, 16, 32  # a document of two stretches, and one of two
 
@@ -40,10 +43,6 @@ def beginning(*places):
     for row, place in places:
         flags[row, place] = True
     return flags
-
-
-def close(a, b):
-    np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["text", "labelled"])

@@ -14,8 +14,11 @@ from hope_jax.memory.compose import MemoryConfig, with_choices
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models.layers import rotary
 from hope_jax.models.mixers.memory import MemoryMixer, MemoryMixerConfig
+from tests import compare
 from tests.models import small
 from tests.models.test_promises import mix
+
+close = compare.within_size(1e-5)
 
 D, HEADS, ROWS, LENGTH, CHUNK = 8, 2, 2, 10, 4
 
@@ -110,15 +113,6 @@ def tokens_of(name, x, **changes):
 
 def texts(length=LENGTH, seed=2):
     return small.drawn(ROWS, length, D, seed=seed)
-
-
-def close(a, b, tolerance=1e-5):
-    def compare(a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        scale = 1.0 + np.max(np.abs(b), initial=0.0)
-        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
-
-    jax.tree.map(compare, a, b)
 
 
 def equal(a, b):

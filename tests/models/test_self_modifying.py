@@ -19,7 +19,10 @@ from hope_jax.models.mixers.self_modifying import (
     SelfModifyingTitans,
 )
 from hope_jax.models.reference import self_modifying_reference
+from tests import compare
 from tests.models import small
+
+close = compare.within_size(1e-5)
 
 D, HEADS, ROWS = 8, 2, 2
 
@@ -101,15 +104,6 @@ def slow(graphdef, params, x):
     y, memories = self_modifying_reference(nnx.merge(graphdef, params), x)
     momentum = nnx.merge(graphdef, params).config.memory.inertia
     return y, tuple((m.params, m.opt[1] if momentum else {}) for m in memories[:2])
-
-
-def close(a, b, tolerance=1e-5):
-    def compare(a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        scale = 1.0 + np.max(np.abs(b), initial=0.0)
-        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
-
-    jax.tree.map(compare, a, b)
 
 
 def equal(a, b):

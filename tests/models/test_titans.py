@@ -19,7 +19,10 @@ from hope_jax.models.mixers.titans import (
     TitansContextConfig,
     TitansWindowConfig,
 )
+from tests import compare
 from tests.models import small
+
+close = compare.within_size(1e-5)
 
 D, HEADS, ROWS = 8, 2, 2
 VARIANTS = {"context": MemoryAsContext, "gate": MemoryAsGate, "layer": MemoryAsLayer}
@@ -74,15 +77,6 @@ def run(graphdef, params, x, state, aligned, learn):
 @pytest.fixture(scope="module", params=VARIANTS)
 def layer(request):
     return reader(*build(request.param, configured(request.param)))
-
-
-def close(a, b, tolerance=1e-5):
-    def compare(a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        scale = 1.0 + np.max(np.abs(b), initial=0.0)
-        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
-
-    jax.tree.map(compare, a, b)
 
 
 def equal(a, b):

@@ -12,7 +12,10 @@ from flax import nnx
 from hope_jax.core.level import begin, tick
 from hope_jax.memory.compose import MemoryConfig, Tokens, memory_level, with_choices
 from hope_jax.models.mixers.tnt import TNT, TNTConfig, stage2
+from tests import compare
 from tests.models import small
+
+close = compare.within_size(1e-5)
 
 D, HEADS, ROWS = 8, 2, 2
 
@@ -60,15 +63,6 @@ def reader(config):
 @pytest.fixture(scope="module")
 def layer():
     return reader(configured())
-
-
-def close(a, b, tolerance=1e-5):
-    def compare(a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        scale = 1.0 + np.max(np.abs(b), initial=0.0)
-        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0)
-
-    jax.tree.map(compare, a, b)
 
 
 def equal(a, b):

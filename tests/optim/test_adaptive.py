@@ -7,12 +7,11 @@ import optax
 import pytest
 
 from hope_jax.optim.adaptive import adagrad_memory, adam_memory
+from tests import compare
+
+close = compare.within(1e-6, 1e-9)
 
 ETA = 0.3
-
-
-def close(a, b, rtol=1e-6, atol=1e-9):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
 def updates(rule, gradients):

@@ -7,12 +7,11 @@ import optax
 import pytest
 
 from hope_jax.optim.rules.deep_momentum import DeepMemory, deep_momentum
+from tests import compare
+
+close = compare.within()
 
 ETA = 0.3
-
-
-def close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
 def live(rule, gradients):

@@ -21,6 +21,9 @@ from hope_jax.optim.generalised import (
 from hope_jax.optim.leaves import unit_rows
 from hope_jax.optim.levels import from_level
 from hope_jax.optim.rules.dgd import dgd
+from tests import compare
+
+close = compare.within()
 
 ETA, ALPHA = 0.3, 0.9
 
@@ -29,10 +32,6 @@ LINEAR = MemoryConfig(
 )
 LONGHORN = named.longhorn().memory
 MLP = MemoryConfig(architecture="mlp", expansion=2, rule="gd", chunk=1)
-
-
-def close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
 def stream(key, shape, steps=5):

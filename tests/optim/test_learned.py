@@ -19,6 +19,9 @@ from hope_jax.optim.meta import (
     meta_train,
     solve,
 )
+from tests import compare
+
+close = compare.within()
 
 CONFIGS = {
     "recurrent": LearnedConfig(width=2, hidden=3, decay=0.8),
@@ -62,10 +65,6 @@ def live(name, gradients, meta=None):
 
 def stream(key, shape=(4,), steps=6):
     return jax.random.normal(key, (steps, *shape))
-
-
-def close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
 def same(a, b):

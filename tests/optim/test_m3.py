@@ -12,6 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hope_jax.optim.orthogonal import orthogonalise_tree, scale_by_adamuon
 from hope_jax.optim.rules.m3 import m3, scale_by_m3
+from tests import compare
+
+close = compare.within(1e-7, 0.0)
 
 VARIANTS = ("adamuon", "two_scale", "literal")
 # Compiled once a shape: by itself each call would compile its loop again.
@@ -45,10 +48,6 @@ def run(rule, gradients, state=None):
             states.append(state)
     assert step._cache_size() == 1
     return updates, states
-
-
-def close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
 def same(a, b):

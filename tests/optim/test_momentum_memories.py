@@ -17,6 +17,9 @@ from hope_jax.optim.momenta import (
     nonlinear_momentum,
     preconditioned_momentum,
 )
+from tests import compare
+
+close = compare.within()
 
 ETA, ALPHA = 0.3, 0.9
 
@@ -27,10 +30,6 @@ def params():
         "b": jnp.array([0.5, -0.5]),
         "s": jnp.array(1.5, jnp.float32),
     }
-
-
-def close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
 def stream(key, shape, steps=5):

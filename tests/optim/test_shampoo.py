@@ -19,6 +19,9 @@ from hope_jax.optim.kronecker import (
     soap,
 )
 from hope_jax.optim.matrices import with_adamw
+from tests import compare
+
+close = compare.within(1e-6, 1e-9)
 
 SHAPES = {"a": (4, 4), "b": (4, 4, 4)}
 
@@ -50,10 +53,6 @@ def run(rule, gradients, state=None, step=None):
         states.append(state)
     assert step._cache_size() == 1
     return updates, states
-
-
-def close(a, b, rtol=1e-6, atol=1e-9):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
 def floats(dtype, gradients):
