@@ -11,6 +11,7 @@ from hope_jax.memory.compose import MemoryConfig
 from hope_jax.optim.capture import dgd_gradients, value_and_slopes
 from hope_jax.optim.rules.dgd import dgd
 from hope_jax.optim.slopes import descend_slopes, objective
+from tests.optim.test_dgd_capture import network, squares
 
 CONFIG = MemoryConfig(
     architecture="linear", bias="l2", rule="gd", retention="none", dgd="none", chunk=1
@@ -19,24 +20,6 @@ CONFIG = MemoryConfig(
 
 def config(**changes):
     return dataclasses.replace(CONFIG, **changes)
-
-
-def network(key):
-    """Two layers, a bias, and 2 rows of 3 tokens with their targets."""
-    keys = jax.random.split(key, 4)
-    params = {
-        "first": jax.random.normal(keys[0], (4, 5)),
-        "bias": jnp.full((5,), 0.1, jnp.float32),
-        "second": jax.random.normal(keys[1], (5, 2)),
-    }
-    x = jax.random.normal(keys[2], (2, 3, 4))
-    return params, (x, jax.random.normal(keys[3], (2, 3, 2)))
-
-
-def squares(params, batch):
-    x, target = batch
-    hidden = jnp.tanh(x @ params["first"] + params["bias"][None, None])
-    return 0.5 * jnp.mean(jnp.sum((hidden @ params["second"] - target) ** 2, axis=-1))
 
 
 def slopes_of(params, batch, settings):

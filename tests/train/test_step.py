@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import topologies
 
 from hope_jax import optim
 from hope_jax.models import lm
@@ -233,6 +234,25 @@ def test_devices_wait_for_each_other_once_a_step():
     assert not looped(shared) & collectives(shared).keys()
     left_to_the_compiler = program(None)
     assert looped(left_to_the_compiler) & collectives(left_to_the_compiler).keys()
+
+
+def test_tpus_wait_for_each_other_once_a_step(monkeypatch):
+    """Compiled ahead of time, where the compiler for TPUs is installed."""
+    pytest.importorskip("libtpu", reason="pip install libtpu compiles for TPUs")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = sharding.make_mesh(found.devices)
+    graphdef, params = lm.abstract_model(small.HOPE)
+    tx = optax.sgd(0.1)
+    step = step_lib.make_step(
+        graphdef, functools.partial(lm.apply, horizon=16), tx, mesh=mesh
+    )
+    state = jax.eval_shape(lambda p: state_lib.create(p, tx, jax.random.key(0)), params)
+    tokens = jax.ShapeDtypeStruct((4, 17), jnp.int32)
+    program = sharding.jit_step(step, mesh).lower(state, tokens).compile().as_text()
+    assert collectives(program)
+    assert not looped(program) & collectives(program).keys()
 
 
 @pytest.mark.parametrize("rule", [DGD(), GGD()], ids=lambda rule: rule.kind)
