@@ -252,9 +252,8 @@ def _slope(config):
 
         def loss(slow):
             fast = (inside.blocks.fast[0], slow, inside.blocks.fast[2])
-            logits, *_ = lm._read(
-                model, tokens, inside.held.mixers, fast, aligned=True, learn=True
-            )
+            mixers = config.full(inside.held.mixers)
+            logits, *_ = lm._read(model, tokens, mixers, fast, aligned=True, learn=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.sum()
 
