@@ -170,7 +170,7 @@ def test_clocks_nest_over_every_mixer_of_the_pattern():
     "mixer, shown",
     [
         ("delta_net,sliding_window", {"DeltaNet memory": 1, "sliding window": 0}),
-        ("titans,self_modifying,yaad", {"main memory": 2, "Yaad memory": 4}),
+        ("titans,self_modifying,yaad", {"main memory": 4, "Yaad memory": 4}),
         ("titans,attention,titans", {"Titans (LMM) memory": 4, "attention": 0}),
         ("tnt,titans_mac", {"TNT global memory": 256, "MAC memory": 16}),
     ],
