@@ -3,7 +3,6 @@
 The definition is `apply` with one token a call, which `aligned=False` scans.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from hope_jax.models import lm
-from hope_jax.models.mixers.memory import NamedConfig
 from tests import compare
 from tests.models import small
 from tests.models.test_promises import assert_same_state
@@ -24,9 +22,6 @@ MODELS = {
     "hope": small.HOPE,
     "hybrid": small.HYBRID,
     "attention": small.TRANSFORMER,
-    "memory alone": dataclasses.replace(
-        small.TRANSFORMER, mixer=NamedConfig(kind="titans", chunk=4)
-    ),
 }
 
 

@@ -40,12 +40,11 @@ def test_blocks_are_causal_attention(monkeypatch, length):
     assert program.count("prevent_cse") == min(-(-length // 3), 8)
 
 
-@pytest.mark.parametrize("name", ["hope", "hybrid", "transformer"])
+@pytest.mark.parametrize("name", ["hope", "transformer"])
 def test_losses_are_those_of_the_logits(monkeypatch, name):
     """Of the last token as well, and their gradient."""
     monkeypatch.setattr(lm, "_SAID", 3)
-    config = {**small.MODELS, "hybrid": small.HYBRID}[name]
-    graphdef, params = small.built(config)
+    graphdef, params = small.built(small.MODELS[name])
     text = jnp.asarray(small.some_tokens(length=small.LENGTH + 1))
     tokens, after = text[:, :-1], text[:, -1]
 

@@ -37,6 +37,17 @@ def reading(name, stretches=LENGTH // STRETCH, labelled=False):
     return jax.jit(read)
 
 
+@functools.cache
+def alone(name, labelled):
+    """Reading without any other document."""
+    graphdef, params = small.built(MODELS[name])
+
+    def read(tokens, after):
+        return lm.apply(graphdef, params, tokens, labels=after if labelled else None)
+
+    return jax.jit(read)
+
+
 def beginning(*places):
     """Where documents of two rows begin, in stretches."""
     flags = np.zeros((2, LENGTH // STRETCH), bool)
@@ -50,17 +61,10 @@ def beginning(*places):
 def test_a_document_is_read_as_if_it_were_alone(name, labelled):
     tokens = small.some_tokens(length=LENGTH)
     begins = beginning((0, 0), (0, 2))  # the other row is one document
+    after = np.roll(tokens, -1, axis=1)
     logits, state = reading(name, labelled=labelled)(tokens, begins)
-    if labelled:
-        alone = tokens[:, SPLIT:]
-        labels = jnp.roll(tokens, -1, axis=1)[:, SPLIT:]
-        expected, end = lm.apply(*small.built(MODELS[name]), alone, labels=labels)
-        whole = lm.apply(
-            *small.built(MODELS[name]), tokens, labels=jnp.roll(tokens, -1, axis=1)
-        )
-    else:
-        expected, end = small.read(MODELS[name], tokens[:, SPLIT:])
-        whole = small.read(MODELS[name], tokens)
+    expected, end = alone(name, labelled)(tokens[:, SPLIT:], after[:, SPLIT:])
+    whole = alone(name, labelled)(tokens, after)
     close(logits[0, SPLIT:], expected[0])
     close(logits[1], whole[0][1])
     row = lambda tree, i: jax.tree.map(lambda a: a[i : i + 1], tree)  # noqa: E731
