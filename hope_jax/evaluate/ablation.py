@@ -144,7 +144,7 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def texts(
-    documents: Sequence[Int[np.ndarray, " N"]], *, count: int, length: int
+    documents: Sequence[Int[np.ndarray, "_"]], *, count: int, length: int
 ) -> Int[np.ndarray, "B T"]:
     """Rows of `length` tokens spread over all the text, which is read as one.
 
