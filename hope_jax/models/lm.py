@@ -577,6 +577,11 @@ def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read
     return _blame_constant(graphdef, params, chunk)
 
 
+# A first-order move is traced as a value, as the forward half of its derivative and
+# inside a scan, which traces twice. The compiled program is the same.
+_traced_once = functools.partial(jax.jit, static_argnums=0)
+
+
 class _Chunk(NamedTuple):
     """A base chunk and the states at its start, bare."""
 
@@ -586,6 +591,7 @@ class _Chunk(NamedTuple):
     fast: tuple
 
 
+@_traced_once
 def _read_chunk(graphdef, params, chunk):
     model = nnx.merge(graphdef, params)
     return _read(
@@ -599,6 +605,7 @@ def _read_chunk(graphdef, params, chunk):
     )
 
 
+@_traced_once
 def _blame(graphdef, params, chunk):
     model = nnx.merge(graphdef, params)
     moving = _moving(model.config, chunk.fast)
