@@ -307,12 +307,15 @@ class SelfModifyingState(NamedTuple):
     @property
     def projection(self) -> MemoryState:
         """The memories of the projections, leaves `[..., P, V, K]`."""
-        return _some(self.memories, slice(-1))
+        return _some(self.memories, _OWN)
 
     @property
     def main(self) -> MemoryState:
         """The main memory, leaves `[..., V, K]`."""
         return _some(self.memories, -1)
+
+
+_OWN = slice(-1)  # of the memories, those of the projections
 
 
 def _some(memories: MemoryState, which: int | slice) -> MemoryState:
@@ -481,23 +484,24 @@ class SelfModifyingTitans(nnx.Module):
         learn = learning.of(learn)
         if state is None:
             state = self.initial_state(x.shape[0])
+        given = self._given()  # before any loop over chunks
         if x.shape[1] > 1 and not aligned:
 
             def step(state, x_t):
-                state, y = self._step(x_t[:, None], state, learn)
+                state, y = self._step(x_t[:, None], state, learn, given)
                 return self.end(state), y
 
             state, y = jax.lax.scan(step, state, jnp.moveaxis(x, 1, 0))
             return jnp.moveaxis(y[:, :, 0], 0, 1), state
         if x.shape[1] == 1 and not aligned:
-            state, y = self._step(x, state, learn)
+            state, y = self._step(x, state, learn, given)
             return y, self.end(state) if ends else state
 
         seen, gate, tail = self._static(x, state.tails.q)
         by_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), seen)
         state, y = scan_chunks(
-            lambda s, c: self._chunk(s, c, learn, whole=True),
-            lambda s, c: self._chunk(s, c, learn, whole=False),
+            lambda s, c: self._chunk(s, c, learn, given, whole=True),
+            lambda s, c: self._chunk(s, c, learn, given, whole=False),
             self.config.projection_chunk,
             state,
             by_time,
@@ -553,15 +557,15 @@ class SelfModifyingTitans(nnx.Module):
         y = self.norm(y.astype(self.dtype)).reshape(rows, length, self.d_model)
         return self.out(y * gate)
 
-    def _step(self, x, state, learn):
+    def _step(self, x, state, learn, given):
         """One token, wherever each row stands in its chunk."""
         seen, gate, tail = self._static(x, state.tails.q)
         chunk = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), seen)
-        state, y = self._chunk(state, chunk, learn, whole=None)
+        state, y = self._chunk(state, chunk, learn, given, whole=None)
         state = self._keep_tail(state, tail)
         return state, self._output(jnp.moveaxis(y, 0, 1), gate)
 
-    def _chunk(self, state, chunk, learn, whole):
+    def _chunk(self, state, chunk, learn, given, whole):
         """Tokens of one chunk, time first; with `whole` None one token of it."""
         # [B, H, T, ...]
         seen = Seen(*(jnp.moveaxis(jnp.moveaxis(a, 0, 1), 2, 1) for a in chunk))
@@ -571,7 +575,7 @@ class SelfModifyingTitans(nnx.Module):
         generated, tails = self._generate(state, seen)
         generated = generated._replace(tokens=learn.controls.on(generated.tokens))
         live = self._live_as_one if self._is_one(learn) else self._live_apart
-        memories, y = live(state.memories, generated, learn, whole)
+        memories, y = live(state.memories, generated, learn, given, whole)
         state = SelfModifyingState(memories, tails, state.position + length)
         return state, jnp.moveaxis(y, 2, 0)
 
@@ -584,14 +588,12 @@ class SelfModifyingTitans(nnx.Module):
             and learn.controls.steps == memory.steps == 1
         )
 
-    def _live_as_one(self, memories, generated, learn, whole):
+    def _live_as_one(self, memories, generated, learn, given, whole):
         """Every memory learns its own targets at the shared keys; the main is read."""
         config = self.config.memory
         own = self._main_value(_some(memories, -1).anchor, generated.tokens.v)
         targets = _joined(generated.targets, own, axis=2)
         tokens = generated.tokens if learn.main else learning.still(generated.tokens)
-        main_share = jnp.ones((self.heads,), jnp.float32)
-        shares = _joined(self._shares(), main_share, axis=1)
 
         def write(state, tokens, target, start, share):
             tokens = tokens._replace(v=target, eta=tokens.eta * share)
@@ -605,22 +607,27 @@ class SelfModifyingTitans(nnx.Module):
             return after, kernel.read(config, main, tokens.q)
 
         over_rows = jax.vmap(jax.vmap(live), (0, 0, 0, None, None))
-        after, y = over_rows(memories, tokens, targets, self._start(), shares)
+        after, y = over_rows(memories, tokens, targets, *given)
         if not learn.main:
             after = after._replace(momentum=memories.momentum)
         return commit(after) if whole else after, y
 
-    def _live_apart(self, memories, generated, learn, whole):
+    def _live_apart(self, memories, generated, learn, given, whole):
         """The same where the main memory has smaller chunks, or learns otherwise."""
-        tokens = generated.tokens
+        tokens, (start, shares) = generated.tokens, given
         still = learning.still(tokens)
-        before, before_main = _some(memories, slice(-1)), _some(memories, -1)
+        own, main_start = ({n: w[:, i] for n, w in start.items()} for i in (_OWN, -1))
+        before, before_main = _some(memories, _OWN), _some(memories, -1)
         projection = self._write_projections(
-            before, generated._replace(tokens=tokens if learn.projections else still)
+            before,
+            generated._replace(tokens=tokens if learn.projections else still),
+            own,
+            shares[:, _OWN],
         )
         main, y = self._live_main(
             before_main,
             tokens if learn.main else still,
+            main_start,
             whole is not None,
             learn.controls.steps if learn.main else 1,
         )
@@ -643,7 +650,7 @@ class SelfModifyingTitans(nnx.Module):
         )
         flat = lambda a: jnp.moveaxis(a, 1, 2).reshape(rows, length, -1)  # noqa: E731
 
-        anchor = _some(state.memories, slice(-1)).anchor
+        anchor = _some(state.memories, _OWN).anchor
         inputs = (seen.k, seen.v, seen.gates, seen.gates)
         inputs += (seen.q,) * config.adaptive_q
         made = every(over_memories)(anchor, jnp.stack(inputs, axis=2))
@@ -690,12 +697,14 @@ class SelfModifyingTitans(nnx.Module):
             return target
         return target * jnp.minimum(1.0, _length(value) / _length(target))
 
-    def _shares(self) -> Float[Array, "H P"]:
-        """Of the main memory's rate, what each projection memory takes."""
-        if self.config.projection_rate is None:
-            shape = (self.heads, len(self.config.projections))
-            return jnp.ones(shape, jnp.float32)
-        return jax.nn.sigmoid(self.shares[...])
+    def _given(self) -> tuple[Weights, Float[Array, "H M"]]:
+        """Of all memories, the weights to which they return and what they take of the
+        main one's rate."""
+        heads, count = self.heads, len(self.config.projections)
+        shares = jnp.ones((heads, count), jnp.float32)
+        if self.config.projection_rate is not None:
+            shares = jax.nn.sigmoid(self.shares[...])
+        return self._start(), _joined(shares, jnp.ones((heads,), jnp.float32), axis=1)
 
     def _main_value(self, anchor, v):
         """What the main memory stores for values `[B, H, T, K]`."""
@@ -703,7 +712,7 @@ class SelfModifyingTitans(nnx.Module):
             return v
         return self._bounded(jax.vmap(jax.vmap(self._recall))(anchor, v), v)
 
-    def _write_projections(self, memory, generated):
+    def _write_projections(self, memory, generated, start, shares):
         """Each projection memory learns its own targets at the shared keys."""
         config = self.config
         own_chunk = dataclasses.replace(config.memory, chunk=config.projection_chunk)
@@ -715,11 +724,11 @@ class SelfModifyingTitans(nnx.Module):
         over_memories = jax.vmap(write, (0, None, 0, 0, 0))
         over_heads = jax.vmap(over_memories)
         over_rows = jax.vmap(over_heads, (0, 0, 0, None, None))
-        start, _ = self.starts()
-        shares = self._shares()
         return over_rows(memory, generated.tokens, generated.targets, start, shares)
 
-    def _live_main(self, memory, tokens, commits, steps=1) -> tuple[MemoryState, Any]:
+    def _live_main(
+        self, memory, tokens, start, commits, steps=1
+    ) -> tuple[MemoryState, Any]:
         """The main memory lives through the tokens, in its own smaller chunks."""
         config = self.config.memory
 
@@ -742,7 +751,6 @@ class SelfModifyingTitans(nnx.Module):
             rest = lambda s, t: write(s, t, start)  # noqa: E731
             return scan_chunks(whole, rest, config.chunk, state, tokens)
 
-        _, start = self.starts()
         return jax.vmap(jax.vmap(live), (0, 0, None))(memory, tokens, start)
 
 
