@@ -1,11 +1,12 @@
 """Benchmarks run at their small sizes, and time what they say they time."""
 
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import hope_layer, timing
+from experiments.benchmarks import hope_layer, models, timing
 from hope_jax.train.metrics import read_benchmark
 
 
@@ -97,3 +98,26 @@ def test_hope_layer(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "layer and reference, training, T 4, agree to" in output
     assert path.name in output
+
+
+def test_models_are_timed_beside_another_checkout(tmp_path, monkeypatch, capsys):
+    """In workers of its own; here the other checkout is this one."""
+    small = {"d_model": 32, "heads": 1, "vocab": 64, "layers": 1}
+    spec = {"model": "transformer_tiny", "task": "decode", "rows": 1, "T": 4}
+    case = models.Case(
+        name="decode", spec=spec | {"set": small}, rounds=2, twin="transformer_tiny"
+    )
+    monkeypatch.setattr(models, "cases", lambda quick: [case] if quick else [])
+    root = Path(models.__file__).parents[2]
+    models.main(["--quick", f"--before={root}", f"--out={tmp_path}"])
+    (path,) = (tmp_path / "benchmarks").iterdir()
+    found = {w["workload"] for w in read_benchmark(path)["workloads"]}
+    assert found == {"decode, against before", "decode, against twin"}
+    said = capsys.readouterr().out
+    assert said.count("tokens ") >= 3 and "not timed" not in said
+
+
+def test_what_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        models.main([f"--before={tmp_path}"])
+    assert "is no checkout of this project" in str(stopped.value.code)

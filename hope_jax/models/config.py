@@ -31,7 +31,7 @@ class ModelConfig:
       cms: the chain of MLPs; one level of infinite period is a Transformer block.
       dtype: compute type of projections and MLPs; memories stay in float32.
       remat: whether the backward pass recomputes the inside of each layer rather than
-        keep it: less memory for a third more time.
+        keep it: less memory, for the time of another forward pass.
     """
 
     name: str = "custom"

@@ -240,6 +240,11 @@ def apply(
     anywhere = state is not None and aligned is None
     if count is not None and not anywhere:
         raise ValueError("count needs a state, and aligned=None.")
+    if count is not None and not isinstance(count, Tracer):
+        if not 0 <= int(count) <= tokens.shape[1]:
+            raise ValueError(
+                f"count must be of the {tokens.shape[1]} tokens of a row, got {count}."
+            )
     aligned = state is None if aligned is None else aligned
     model = nnx.merge(graphdef, params)
     tokens = ids("tokens", tokens, model.config.vocab)
@@ -860,6 +865,7 @@ def _read_anywhere(model, tokens, state, count, learn):
     rows, length = tokens.shape
     span = model.config.span
     steps = jnp.asarray(length if count is None else count, jnp.int32)
+    steps = jnp.minimum(steps, length)
     by_time = tokens.T
 
     def chosen(logits, i):

@@ -130,7 +130,7 @@ def generate(
     key: Array,
     sampling: Sampling | None = None,
     learn: bool = True,
-    block: int = 16,
+    block: int = 8,
 ) -> Iterator[int]:
     """Token ids that go on after `prompt`, as they are made.
 

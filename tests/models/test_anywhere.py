@@ -134,3 +134,7 @@ def test_how_many_tokens_there_are_needs_a_state():
     graphdef, params = small.built(small.HOPE)
     with pytest.raises(ValueError, match="count needs a state, and aligned=None"):
         lm.apply(graphdef, params, small.some_tokens(), count=jnp.int32(3))
+    state = small.start(small.HOPE)
+    for count in (-1, small.LENGTH + 1):
+        with pytest.raises(ValueError, match=f"count must be of the .* got {count}"):
+            lm.apply(graphdef, params, small.some_tokens(), state, count=count)

@@ -9,7 +9,9 @@ import pytest
 
 from hope_jax.data.tokenizer import ByteTokenizer, train_bpe
 from hope_jax.stream import generate as g
+from hope_jax.stream import reader as reader_lib
 from hope_jax.stream.reader import Reader
+from tests.models import small
 from tests.stream import fakes
 
 BYTES = ByteTokenizer()
@@ -194,3 +196,9 @@ def test_bad_arguments_are_named(key):
         g.generate(reader, ONE, BYTES, b"", tokens=5, key=key, block=0)
     with pytest.raises(ValueError, match=r"257 ids, more than .* vocab \(9\)"):
         g.generate(fakes.uniform(9), ONE, BYTES, b"", tokens=5, key=key)
+
+
+def test_reading_with_other_chunks_is_told(caplog):
+    changed = reader_lib._rechunked(small.HOPE, 0.5)
+    assert changed.mixer.memory.chunk == small.HOPE.mixer.memory.chunk // 2
+    assert "chunks 0.5 times as long as in training" in caplog.text

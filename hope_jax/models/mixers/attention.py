@@ -177,7 +177,7 @@ def causal(
     return jax.lax.platform_dependent(q, k, v, default=in_blocks, **kernels)
 
 
-_BLOCK = 256  # tokens, at least; on CPUs the fastest of 128, 256 and 512
+_BLOCK = 256  # tokens, at least
 _MOST = 8  # blocks, each of which is compiled
 
 
