@@ -864,6 +864,7 @@ def _read_anywhere(model, tokens, state, count, learn):
     """Blocks of tokens to the next boundary, and whole chunks from there."""
     rows, length = tokens.shape
     span = model.config.span
+    size = span * max(1, _AT_ONCE // span)  # attention alone has boundaries anywhere
     steps = jnp.asarray(length if count is None else count, jnp.int32)
     steps = jnp.minimum(steps, length)
     by_time = tokens.T
@@ -877,22 +878,27 @@ def _read_anywhere(model, tokens, state, count, learn):
         return made.at[i].set(logits)
 
     def chunk(walk):
-        here = jax.lax.dynamic_slice_in_dim(tokens, walk.at, span, axis=1)
+        here = jax.lax.dynamic_slice_in_dim(tokens, walk.at, size, axis=1)
         logits, state = _read_aligned(
             model, here, None, walk.state, False, learn, settled=True
         )
         logits = jnp.moveaxis(logits, 1, 0)
         made = jax.lax.dynamic_update_slice_in_dim(walk.made, logits, walk.at, axis=0)
-        return _Walk(walk.at + span, logits[-1], state, made)
+        return _Walk(walk.at + size, logits[-1], state, made)
 
-    block = functools.partial(_block, model, chosen, put, steps, learn=learn)
+    def block(walk):
+        # As far as a place to read on in parallel, if enough is left for that.
+        ahead = span - jnp.max(walk.state.position % span)
+        enough = walk.at + ahead + size <= steps
+        stop = jnp.where(enough, walk.at + ahead, steps)
+        return _block(model, chosen, put, stop, walk, learn=learn, settled=True)
 
     def body(walk):
         walk = walk._replace(state=_settled(model, walk.state, by_time[walk.at], learn))
-        if length < span:
-            return block(walk, settled=True)
-        whole = jnp.all(walk.state.position % span == 0) & (walk.at + span <= steps)
-        return jax.lax.cond(whole, chunk, functools.partial(block, settled=True), walk)
+        if length < size:
+            return block(walk)
+        whole = jnp.all(walk.state.position % span == 0) & (walk.at + size <= steps)
+        return jax.lax.cond(whole, chunk, block, walk)
 
     dtype = wide_type(DTYPES[model.config.dtype])
     logits = jnp.zeros((rows, model.config.vocab), dtype)
@@ -900,6 +906,9 @@ def _read_anywhere(model, tokens, state, count, learn):
     walk = _Walk(jnp.zeros((), jnp.int32), logits, state, made)
     walk = jax.lax.while_loop(lambda walk: walk.at < steps, body, walk)
     return jnp.moveaxis(walk.made, 0, 1), walk.state
+
+
+_AT_ONCE = 128  # tokens that are read in parallel, about
 
 
 def _block(model, chosen, put, steps, walk, *, learn, settled=False):

@@ -25,6 +25,12 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    """Texts of a few tokens have whole chunks too."""
+    monkeypatch.setattr(lm, "_AT_ONCE", 3)
+
+
 @functools.cache
 def programs(name, learn=True):
     """Reading anywhere and one by one, and writing, compiled once a model."""
