@@ -105,7 +105,7 @@ class Reply(NamedTuple):
         much they surprised; NaN if none was.
       ended: `length`, all was done; `document`, the model would start another one;
         `stop`, a text of `Sampling.stop` is complete, and read; `reset` or `undo`, see
-        `Policy.not_finite`; `closed`, the session was.
+        `Policy.not_finite`; `cancelled`; `closed`, the session was.
     """
 
     ids: tuple[int, ...]
@@ -168,6 +168,7 @@ class _Job:
     text: bytes = b""
     stopped: int | None = None  # where the text that ended it begins
     nats: float = 0.0
+    cancelled: bool = False
     ended: str = ""
 
     @property
@@ -293,6 +294,12 @@ class Sessions:
         if session.slot is not None:
             self._clear(session)
 
+    def cancel(self, name: str) -> None:
+        """Lets the next tick end the request of a session where it stands."""
+        job = self._session(name).job
+        if job is not None:
+            job.cancelled = True
+
     def info(self, name: str) -> Info:
         """What is known of a session without its memory."""
         session = self._session(name)
@@ -350,6 +357,10 @@ class Sessions:
           The replies of those whose request is done, by name.
         """
         done, self._done = self._done, {}
+        for session in [self._sessions[name] for name in self._queue]:
+            if session.job is not None and session.job.cancelled:
+                session.job.ended = "cancelled"
+                done[session.name] = self._let_go(session)
         self._seat()
         groups: dict[bool | Learning, list[_Session]] = {}
         for name in filter(None, self._seats):
@@ -359,14 +370,18 @@ class Sessions:
         self._clock += 1
         for learn, sessions in groups.items():
             self._step(learn, sessions)
-        for session in (s for group in groups.values() for s in group):
-            assert session.job is not None
-            session.used = self._clock
-            if session.job.ended:
-                done[session.name] = session.job.reply()
-                session.job = None
-                del self._queue[session.name]
+            for session in sessions:
+                session.used = self._clock
+                assert session.job is not None
+                if session.job.ended:
+                    done[session.name] = self._let_go(session)
         return done
+
+    def _let_go(self, session) -> Reply:
+        """The reply to a request that has ended, which is then forgotten."""
+        reply, session.job = session.job.reply(), None
+        del self._queue[session.name]
+        return reply
 
     def run(self) -> dict[str, Reply]:
         """Ticks until no request is under way; the replies by name."""
@@ -422,10 +437,11 @@ class Sessions:
             at = 0
             while not job.ended:
                 self._done |= self.tick()
-                end = len(job.text) - (0 if job.ended else back)
-                end = end if job.stopped is None else job.stopped
-                yield from job.text[at : max(at, end)]
-                at = max(at, end)
+                if not job.ended:
+                    end = max(at, len(job.text) - back)
+                    yield from job.text[at:end]
+                    at = end
+            yield from job.text[at : job.stopped]
 
         yield from as_text(_Bytes(), pieces())
         self._done.pop(name, None)
