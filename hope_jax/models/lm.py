@@ -453,6 +453,7 @@ def serve(
     walk = _Walk(start, logits, _layers_first(state), made, ledger)
     walk = jax.lax.while_loop(lambda walk: walk.at < jnp.max(counts), body, walk)
     tokens, losses = walk.made
+    assert walk.ledger is not None
     return (tokens.T, losses.T), walk.logits, walk.ledger, _rows_first(walk.state)
 
 

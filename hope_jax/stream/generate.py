@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from hope_jax.data.tokenizer import Tokenizer
@@ -87,10 +86,10 @@ class Sampling:
 class Drawing(NamedTuple):
     """A `Sampling` a row, as arrays, so that others need no other program."""
 
-    temperature: Float[ArrayLike, "*B"]
-    top_k: Int[ArrayLike, "*B"]
-    top_p: Float[ArrayLike, "*B"]
-    min_p: Float[ArrayLike, "*B"]
+    temperature: Float[Array | np.ndarray, "*B"]
+    top_k: Int[Array | np.ndarray, "*B"]
+    top_p: Float[Array | np.ndarray, "*B"]
+    min_p: Float[Array | np.ndarray, "*B"]
 
 
 def drawing(samplings: Sequence[Sampling], vocab: int) -> Drawing:
@@ -307,9 +306,14 @@ def as_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     >>> list(as_text(ByteTokenizer(), "a\N{EURO SIGN}".encode()))
     ['a', '\N{EURO SIGN}']
     """
+    return in_characters(tokenizer.decode([token]) for token in ids)
+
+
+def in_characters(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Text of bytes, as `as_text` gives it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in ids:
-        if text := decoder.decode(tokenizer.decode([token])):
+    for piece in pieces:
+        if text := decoder.decode(piece):
             yield text
     if text := decoder.decode(b"", final=True):
         yield text

@@ -31,7 +31,7 @@ from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.optim.leaves import path_names
 from hope_jax.stream import saved, slots
-from hope_jax.stream.generate import Sampling, as_text, drawing, find_stop
+from hope_jax.stream.generate import Sampling, drawing, find_stop, in_characters
 from hope_jax.train.checkpoint import Damaged, manifest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -428,7 +428,7 @@ class Sessions:
         What may be the beginning of a text that stops it is held back.
         """
         self.ask(name, text, tokens=tokens, key=key, sampling=sampling)
-        return self._stream(name, self._sessions[name].job)
+        return self._stream(name, self._job(name))
 
     def _stream(self, name, job):
         back = max([len(one.encode()) - 1 for one in job.sampling.stop], default=0)
@@ -439,11 +439,11 @@ class Sessions:
                 self._done |= self.tick()
                 if not job.ended:
                     end = max(at, len(job.text) - back)
-                    yield from job.text[at:end]
+                    yield job.text[at:end]
                     at = end
-            yield from job.text[at : job.stopped]
+            yield job.text[at : job.stopped]
 
-        yield from as_text(_Bytes(), pieces())
+        yield from in_characters(pieces())
         self._done.pop(name, None)
         yield job.reply()
 
@@ -580,7 +580,7 @@ class Sessions:
                 )
         for field, kind in _KEPT.items():
             value = about.get(field)
-            if type(value) is not kind or not 0 <= value < math.inf:
+            if type(value) is not kind or not 0 <= kind(value) < math.inf:
                 raise Damaged(f"The session in {path} has {_short(value)} as {field}.")
         leaves = [arrays[name] for name in _named(self._start)]
         one = jax.tree.unflatten(jax.tree.structure(self._start), leaves)
@@ -606,8 +606,8 @@ class Sessions:
             self.close(name)
         elif not there:
             raise LookupError(f"There is no session {name!r}, neither open nor saved.")
-        if there:
-            path.unlink()
+        if path is not None:
+            path.unlink(missing_ok=True)
 
     def saved(self) -> tuple[str, ...]:
         """Names of the sessions in `folder`, in order."""
@@ -635,7 +635,7 @@ class Sessions:
 
     def _finish(self, name, text, **more):
         self.ask(name, text, **more)
-        job = self._sessions[name].job
+        job = self._job(name)
         while not job.ended:
             self._done |= self.tick()
         self._done.pop(name, None)
@@ -652,6 +652,11 @@ class Sessions:
         if name not in self._sessions:
             raise LookupError(f"There is no open session {_short(name)}.")
         return self._sessions[name]
+
+    def _job(self, name) -> _Job:
+        job = self._session(name).job
+        assert job is not None
+        return job
 
     def _idle(self, name) -> _Session:
         session = self._session(name)
@@ -713,7 +718,7 @@ class Sessions:
             if slot is None:
                 return
             session = self._sessions[name]
-            self._slots = slots.put(self._slots, session.parked, np.int32(slot))
+            self._slots = slots.put(self._slots, session.parked, slot)
             session.slot, session.parked = slot, None
             self._seats[slot] = name
 
@@ -721,7 +726,7 @@ class Sessions:
         """An empty slot, or that of the session which was idle longest."""
         if None in self._seats:
             return self._seats.index(None)
-        seated = [self._sessions[name] for name in self._seats]
+        seated = [self._sessions[name] for name in self._seats if name is not None]
         idle = [session for session in seated if session.job is None]
         if not idle:
             return None
@@ -733,20 +738,20 @@ class Sessions:
 
     def _clear(self, session):
         """Leaves nothing of a session in its slot."""
-        self._slots = slots.put(self._slots, self._start, np.int32(session.slot))
+        self._slots = slots.put(self._slots, self._start, session.slot)
         self._seats[session.slot] = None
         session.slot = None
 
     def _row(self, session) -> slots.Slots:
         if session.slot is None:
             return session.parked
-        return slots.take(self._slots, np.int32(session.slot))
+        return slots.take(self._slots, session.slot)
 
     def _put(self, session, one):
         if session.slot is None:
             session.parked = one
         else:
-            self._slots = slots.put(self._slots, one, np.int32(session.slot))
+            self._slots = slots.put(self._slots, one, session.slot)
 
     def _bounded(self, one, policy):
         longest = math.inf if policy.longest_move is None else policy.longest_move
@@ -781,7 +786,7 @@ class Sessions:
             session.tokens += kept
             session.fresh = session.fresh and not kept
             if kept < count:  # it has read on beyond its end
-                self._put(session, slots.take(before, np.int32(slot)))
+                self._put(session, slots.take(before, slot))
                 again[slot] = tokens[:kept]
         if any(len(tokens) for tokens in again.values()):
             _, self._slots = self._turn(learn, again, sessions)
@@ -840,7 +845,7 @@ class Sessions:
         logging.warning(
             "Session %s is not finite: %s.", session.name, session.policy.not_finite
         )
-        old = slots.take(before, np.int32(session.slot))
+        old = slots.take(before, session.slot)
         self._put(session, old)
         if session.policy.not_finite == "reset":
             self._reset(session, slots.parts(self.config))
@@ -876,13 +881,6 @@ _KEPT = {
 }
 _GREEDY = Sampling(temperature=0)
 _NO_KEY = np.zeros(2, np.uint32)
-
-
-class _Bytes:
-    """The tokenizer of what are bytes already."""
-
-    def decode(self, ids):
-        return bytes(ids)
 
 
 def _named(tree):

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from hope_jax.memory.state import MemoryState
@@ -52,11 +51,11 @@ class Turn(NamedTuple):
       order: token t is drawn with `fold_in(key, order[t])`.
     """
 
-    given: Int[ArrayLike, "B T"]
-    counts: Int[ArrayLike, " B"]
+    given: Int[Array | np.ndarray, "B T"]
+    counts: Int[Array | np.ndarray, " B"]
     drawing: Drawing
-    keys: UInt32[ArrayLike, "B S"]
-    order: Int[ArrayLike, "B T"]
+    keys: UInt32[Array | np.ndarray, "B S"]
+    order: Int[Array | np.ndarray, "B T"]
 
 
 class Said(NamedTuple):
@@ -114,10 +113,12 @@ def step(
       turn: what each does.
     """
 
+    own = jax.random.wrap_key_data(jnp.asarray(turn.keys))
+
     def choose(logits, x):
         given, order = x
         known = jnp.arange(logits.shape[1]) < vocab
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(turn.keys), order)
+        keys = jax.vmap(jax.random.fold_in)(own, order)
         drawn = draw(jnp.where(known, logits, -jnp.inf), turn.drawing, keys)
         return jnp.where(given < 0, drawn, given)
 
@@ -129,7 +130,7 @@ def step(
         slots.ledger,
         choose,
         (turn.given.T, turn.order.T),
-        turn.counts,
+        jnp.asarray(turn.counts),
         learn=learn,
     )
     finite = _finite((state, logits))
@@ -159,7 +160,7 @@ def sound(slots: Slots) -> bool:
 
 
 @jax.jit
-def take(slots: Slots, i: Int[ArrayLike, ""]) -> Slots:
+def take(slots: Slots, i: int) -> Slots:
     """Slot `i` alone."""
     return jax.tree.map(
         lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=True), slots
@@ -167,7 +168,7 @@ def take(slots: Slots, i: Int[ArrayLike, ""]) -> Slots:
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def put(slots: Slots, one: Slots, i: Int[ArrayLike, ""]) -> Slots:
+def put(slots: Slots, one: Slots, i: int) -> Slots:
     """`slots`, whose buffers are used, with what stands in slot `i` replaced."""
     return jax.tree.map(
         lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, axis=0), slots, one
