@@ -24,6 +24,8 @@ from launch import command
 from launch.evaluate import define_checkpoint, fail_in_words
 from launch.generate import define_sampling, sampling_of
 
+SLOTS, BLOCK = 1, 16  # one session talks, and what it says is shown as it comes
+
 
 def _define(define) -> None:
     define_checkpoint(define)
@@ -55,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             opened.config.model,
             opened.params,
             opened.tokenizer,
-            limits=Limits(slots=1),
+            limits=Limits(slots=SLOTS),
+            block=BLOCK,
             folder=folder,
         )
         chat = Chat(sessions, sampling, options.tokens, options.seed, policy)

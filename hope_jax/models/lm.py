@@ -413,7 +413,8 @@ def serve(
 ]:
     """`write` for rows of different readers: each reads as many tokens as it is given.
 
-    No bit of a row depends on another row, or on how its tokens are cut into calls.
+    No bit of a row depends on what other rows hold, or on how its tokens are cut into
+    calls.
 
     Args:
       graphdef, params: of `build`.
@@ -446,6 +447,7 @@ def serve(
     def body(walk):
         reading = walk.at < counts
         stop = jnp.min(jnp.where(reading, counts, steps))
+        reading = None if rows == 1 else reading  # a row alone reads to its end
         return _block(model, chosen, put, stop, walk, learn=learn, reading=reading)
 
     made = jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows), logits.dtype)

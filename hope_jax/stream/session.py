@@ -212,6 +212,7 @@ class Sessions:
       tokenizer: as in training.
       limits: what sessions may take.
       block: most tokens between two looks at the host; a speed choice, never a result.
+      together: of `slots.step`: True gives up the last bit for the speed of a batch.
       folder: where sessions are saved; None keeps none.
 
     Raises:
@@ -226,6 +227,7 @@ class Sessions:
         *,
         limits: Limits = Limits(),
         block: int = 16,
+        together: bool = False,
         folder: str | Path | None = None,
     ):
         if tokenizer.vocab_size > config.vocab:
@@ -236,7 +238,7 @@ class Sessions:
         if block < 1:
             raise ValueError(f"block must be at least 1 token, got {block}.")
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.limits, self.block = limits, block
+        self.limits, self.block, self.together = limits, block, together
         self.folder = None if folder is None else Path(folder).expanduser()
         self._start = slots.begin(config, params, 1)
         self._slots = slots.begin(config, params, limits.slots)
@@ -815,6 +817,7 @@ class Sessions:
             self.config,
             self.tokenizer.vocab_size,
             learn,
+            self.together,
             self.params,
             self._slots,
             turn,

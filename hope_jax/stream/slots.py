@@ -2,8 +2,8 @@
 
 A slot is a row of every array. In one step each slot reads what it is given, draws what
 it says, or keeps still; which of these, how long and with what settings are arrays, so
-one compiled program serves them all. No bit of a slot depends on another one, on where
-it is, or on how what it reads is cut into steps.
+one compiled program serves them all. No bit of a slot depends on another one, on which
+slot it is, or on how what it reads is cut into steps.
 """
 
 import functools
@@ -93,11 +93,12 @@ def begin(config: ModelConfig, params: PyTree, rows: int = 1) -> Slots:
     return Slots(state, jnp.zeros((rows, config.vocab)), ledger)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "vocab", "learn"))
+@functools.partial(jax.jit, static_argnames=("config", "vocab", "learn", "together"))
 def step(
     config: ModelConfig,
     vocab: int,
     learn: bool | Learning,
+    together: bool,
     params: PyTree,
     slots: Slots,
     turn: Turn,
@@ -108,11 +109,27 @@ def step(
       config: of the model.
       vocab: ids from here on are never drawn.
       learn: whether memories move; of all slots that have a turn.
+      together: whether slots are rows of one batch, for accelerators that have room for
+        more than one. A compiler may round the last rows of a batch otherwise, so what
+        slot a reader has may then show in the last bit; what others do does not. Else
+        one slot after another goes through the same code, and those that keep still
+        cost nothing.
       params: of the model; they never change.
       slots: where the readers stand.
       turn: what each does.
     """
+    turns = functools.partial(_turns, config, vocab, learn, params)
+    if together:
+        return turns(slots, turn)
 
+    def one(both):
+        made = turns(*jax.tree.map(lambda a: a[None], both))
+        return jax.tree.map(lambda a: a[0], made)
+
+    return jax.lax.map(one, (slots, turn))
+
+
+def _turns(config, vocab, learn, params, slots, turn):
     own = jax.random.wrap_key_data(jnp.asarray(turn.keys))
 
     def choose(logits, x):

@@ -12,7 +12,7 @@ from hope_jax.stream.reader import Opened, reader_of
 from launch import chat
 from tests.launch.test_evaluate import refusal
 from tests.models import small
-from tests.stream.test_session import CONFIG
+from tests.stream.test_session import BLOCK, CONFIG, SLOTS
 from tests.train import tiny
 
 
@@ -27,6 +27,8 @@ def talk(tmp_path, monkeypatch, capsys):
         1,
     )
     monkeypatch.setattr(chat, "open_checkpoint", lambda *_: opened)
+    monkeypatch.setattr(chat, "SLOTS", SLOTS)  # the program of tests/stream
+    monkeypatch.setattr(chat, "BLOCK", BLOCK)
 
     def say(text, flags=""):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))

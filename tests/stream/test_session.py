@@ -124,6 +124,25 @@ def test_a_user_is_as_alone_in_any_slot_beside_any_others():
         assert_as_alone(made, 1, "a", replies)
 
 
+def test_slots_in_one_batch_are_apart_too():
+    """To rounding as one after another, and to the bit whatever others do."""
+    rows = []
+    for other in (TEXT, b"another"):
+        made = opened("a", "b", limits=Limits(slots=2), together=True)
+        made.open("c", Policy(longest_move=0.02))
+        for wish in wishes(1):
+            made.ask("a", **wish)
+            made.ask("b", other, tokens=2, sampling=GREEDY)
+            made.run()
+            made.ask("c", TEXT[:5])
+        rows.append(made.row("a"))
+        made.run()
+    change = made.diff("c")["CMS 1"]
+    assert change.shortened == change.moves == 2
+    assert same_bits(*rows)
+    close(rows[0], alone(1)[2])
+
+
 def test_many_sessions_interleaved_are_never_mixed():
     """64 of them on 4 slots, in an order of no meaning: as if each had been alone."""
     count = 64
