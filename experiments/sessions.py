@@ -2,8 +2,8 @@
 
 Run:     python -m experiments.sessions  (some rows: --rows=hope)
 Smoke:   add --scale=smoke --out=DIR (seconds, most of them to compile).
-Expect:  0 of 64 sessions differ, by any bit, from what each was alone; experiments/
-         README.md has the table.
+Expect:  0 of 64 sessions differ, by any bit, from what each was alone. No full run is
+         committed yet.
 Cost:    a quarter of an hour a row on one CPU core.
 
 Sessions ask, in an order of no meaning, to read random bytes and to go on from them,
@@ -40,6 +40,7 @@ class Setting:
     model: ModelConfig
     sessions: int = 64
     slots: int = 8
+    block: int = 16
     requests: int = 10_000
 
 
@@ -88,7 +89,8 @@ def measure(task: lab.Task) -> dict[str, float]:
 
     def server(*numbers):
         limits = session.Limits(slots=config.slots)
-        made = session.Sessions(config.model, params, ByteTokenizer(), limits=limits)
+        more = {"limits": limits, "block": config.block}
+        made = session.Sessions(config.model, params, ByteTokenizer(), **more)
         for number in numbers:
             made.open(f"s{number}")
         return made
