@@ -900,7 +900,7 @@ def _read_anywhere(model, tokens, state, count, learn):
         whole = jnp.all(walk.state.position % span == 0) & (walk.at + size <= steps)
         return jax.lax.cond(whole, chunk, block, walk)
 
-    dtype = wide_type(DTYPES[model.config.dtype])
+    dtype = wide_type(jnp.dtype(DTYPES[model.config.dtype]))
     logits = jnp.zeros((rows, model.config.vocab), dtype)
     made = jnp.zeros((length, *logits.shape), dtype)
     walk = _Walk(jnp.zeros((), jnp.int32), logits, state, made)
