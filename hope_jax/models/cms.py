@@ -22,9 +22,13 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax import optim
 from hope_jax.core import level as level_lib
+from hope_jax.core.config import one_of
 from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
+from hope_jax.optim.leaves import wide
 from hope_jax.optim.rules import RULES, saved
+
+_ACCUMULATORS = ("float32", "bfloat16")
 
 
 def _check_shared(config: "CMSLevel | CMSConfig") -> None:
@@ -53,6 +57,7 @@ class CMSLevel:
       rule: inner optimizer, one of `hope_jax.optim.RULES`; in Python its name will do.
       clip: bound on the norm of one row's inner gradient, over the level's whole stack.
       pull: how much of the way back to its start a move also takes the level.
+      accumulator: the type that its gradients are kept in until it moves.
     """
 
     period: float
@@ -61,6 +66,7 @@ class CMSLevel:
     rule: Annotated[optim.Rule, RULES] | None = None
     clip: float | None = None
     pull: float | None = None
+    accumulator: Literal["float32", "bfloat16"] | None = None
 
     def __post_init__(self):
         if self.period != math.inf and (
@@ -72,6 +78,8 @@ class CMSLevel:
             )
         if self.rate < 0:
             raise ValueError(f"rate must be at least 0, got {self.rate}.")
+        if self.accumulator is not None:
+            one_of(self, accumulator=_ACCUMULATORS)
         _check_shared(self)
 
 
@@ -93,6 +101,9 @@ class CMSConfig:
       pull: how much of the way back to its start a move also takes a level,
         w <- w - step - pull (w - start). Its weights then stay within the longest step
         over `pull` of where they start, however long the text. 0 is equation 71.
+      accumulator: the type in which each row keeps the sums of a level's gradients
+        until its next move. `bfloat16` halves them and has 8 bits: beyond a few hundred
+        base chunks a period, what a chunk adds is lost.
       rate_bound: upper bound of the learned inner rates.
       rates: who says how long a move is: `learned`, a rate a level alone; `generated`,
         what the mixer of each block has read as well: its output at every token gives
@@ -110,6 +121,7 @@ class CMSConfig:
     gradient: Literal["exact", "first_order", "none"] = "first_order"
     clip: float = 1.0
     pull: float = 0.01
+    accumulator: Literal["float32", "bfloat16"] = "float32"
     rate_bound: float = 1.0
     rates: Literal["learned", "generated"] = "learned"
 
@@ -122,18 +134,14 @@ class CMSConfig:
                     "levels must be listed from fast to slow, got periods "
                     f"{a.period} before {b.period}; `order` turns the chain round."
                 )
-        choices = {
-            "order": ("fast_to_slow", "slow_to_fast"),
-            "reduction": ("mean", "sum"),
-            "gradient": ("exact", "first_order", "none"),
-            "rates": ("learned", "generated"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got "
-                    f"{getattr(self, name)!r}."
-                )
+        one_of(
+            self,
+            order=("fast_to_slow", "slow_to_fast"),
+            reduction=("mean", "sum"),
+            gradient=("exact", "first_order", "none"),
+            accumulator=_ACCUMULATORS,
+            rates=("learned", "generated"),
+        )
         if self.rate_bound <= 0:
             raise ValueError(f"rate_bound must be positive, got {self.rate_bound}.")
         if self.rates == "generated" and not self.fast:
@@ -177,7 +185,7 @@ class CMSConfig:
         def filled(level):
             return {
                 name: getattr(self if getattr(level, name) is None else level, name)
-                for name in ("hidden", "rule", "clip", "pull")
+                for name in ("hidden", "rule", "clip", "pull", "accumulator")
             }
 
         return tuple(dataclasses.replace(v, **filled(v)) for v in self.levels)
@@ -252,8 +260,14 @@ def begin_level(level: CMSLevel, weights: PyTree, axis: int) -> FastLevel:
     """The level before its first token; `weights` carry the rows on `axis`."""
     opt = jax.vmap(flow(level, 0.0).init, axis)(weights)
     nothing = jax.eval_shape(lambda w: learned(level, noted(level, w)), weights)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
-    return FastLevel(zeros, opt)
+    return FastLevel(_kept(level, jax.tree.map(jnp.zeros_like, nothing)), opt)
+
+
+def _kept(level: CMSLevel, sums: Collected) -> Collected:
+    """Sums as the level keeps them."""
+    if level.accumulator != "bfloat16":
+        return sums  # as they come, of whatever type
+    return jax.tree.map(lambda a: a.astype(jnp.bfloat16), sums)
 
 
 def move(
@@ -284,7 +298,7 @@ def move(
     rule = flow(level, rate)
 
     def move_row(weights, learned, opt, opened):
-        learned = jax.tree.map(lambda a: scale * a, learned)
+        learned = jax.tree.map(lambda a: scale * wide(a), learned)
         at = weights
         if config.gradient == "first_order":  # a move is a constant
             at = jax.lax.stop_gradient(weights)
@@ -298,7 +312,7 @@ def move(
             moved = jax.tree.map(
                 lambda new, old, s: new - level.pull * (old - s), moved, weights, start
             )
-        return moved, FastLevel(fresh, opt, level_lib.nothing(opened))
+        return moved, FastLevel(_kept(level, fresh), opt, level_lib.nothing(opened))
 
     axes: Any = (axis, 0, axis)
     over_rows = jax.vmap(move_row, (axis, *axes), (axis, FastLevel(*axes)))

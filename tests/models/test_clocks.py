@@ -16,7 +16,7 @@ from flax import nnx
 
 import hope_jax
 from hope_jax import optim
-from hope_jax.core.level import Collected
+from hope_jax.core.level import Collected, collect
 from hope_jax.data.text import Document
 from hope_jax.data.tokenizer import ByteTokenizer
 from hope_jax.evaluate import language_model
@@ -590,3 +590,29 @@ def test_matched_widths_are_those_of_levels_without_their_own():
 def test_bad_levels(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("rule", ["sgd", "dgd"])
+def test_sums_of_gradients_may_be_bfloat16(rule):
+    """Half as large, and 8 bits of each sum, rounded once for what each chunk adds."""
+    narrow, whole = (
+        level_of(rule=rule, accumulator=a) for a in ("bfloat16", "float32")
+    )
+    rng = np.random.default_rng(0)
+    grams = jax.tree.map(
+        lambda a: np.float32(rng.uniform(size=a.shape)),
+        cms.begin_level(whole[1], WEIGHTS, axis=1).learned,
+    )
+    moved = []
+    for config, level in (narrow, whole):
+        state = cms.begin_level(level, WEIGHTS, axis=1)
+        for _ in range(3):
+            state = state._replace(learned=collect(state.learned, grams))
+        moved.append(cms.move(config, level, 0.5, START, WEIGHTS, state, axis=1))
+    (half, half_state), (weights, state) = moved
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert 2 * size(half_state.learned) == size(state.learned)
+    largest = lambda a, b: max(  # noqa: E731
+        jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b))
+    )
+    assert 0 < largest(half, weights) < 2**-7 * largest(weights, WEIGHTS)
