@@ -108,9 +108,8 @@ def _mlp_gains(function, weights, rows):
 
     z = function.product(weights["w2"], rows)
     (_, skip), (slope, _) = jax.jvp(features, (z,), (jnp.ones_like(z),))
-    gain = jnp.sum(
-        function.product(weights["w1"] * weights["w1"], slope * slope), axis=-1
-    )
+    columns = jnp.sum(weights["w1"] * weights["w1"], axis=0)
+    gain = jnp.sum(slope * slope * jnp.broadcast_to(columns, slope.shape), axis=-1)
     return {"w2": gain, "w1": jnp.ones_like(gain)}, skip
 
 
