@@ -115,6 +115,9 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps of the whole run.
       batch: sequences of a step, over all devices.
+      accumulate: parts in which each device reads its sequences of a step, one after
+        another; the gradient is their mean. There is memory for the residuals of one
+        part alone, and small parts stay in a CPU's caches.
       seq_len: tokens of a sequence; those that attention to whole rows looks back over
         (`check_rows`).
       stretch: tokens, a multiple of the model's `span`: every document begins at a
@@ -130,6 +133,7 @@ class TrainConfig:
 
     steps: int
     batch: int = 8
+    accumulate: int = 1
     seq_len: int = 256
     stretch: int = 0
     workers: int = 0
@@ -144,6 +148,7 @@ class TrainConfig:
             self,
             steps=1,
             batch=1,
+            accumulate=1,
             seq_len=1,
             stretch=0,
             workers=0,

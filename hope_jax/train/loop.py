@@ -129,7 +129,7 @@ def train(
             f"{jax.process_count()}. Signals and logs are not shared between processes."
         )
     mesh = sharding.make_mesh()
-    sharding.check_batch(config.train.batch, mesh)
+    sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
     begun = _has_checkpoints(workdir)
     if begun and not resume:
         raise FileExistsError(
@@ -185,6 +185,7 @@ def train(
             functools.partial(optim.differentiation, config.optimizer, layers),
             mesh,
             config.train.stretch,
+            config.train.accumulate,
         )
         step = sharding.jit_step(step, mesh)
         validate = _validation(graphdef, config, source, mesh)
