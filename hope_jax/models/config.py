@@ -63,14 +63,6 @@ class ModelConfig:
                     "d_model / heads must be even for the rotary positions of "
                     f"{mixer.kind}, got {self.d_model // self.heads}."
                 )
-        chunks = [self.mixer_chunk] + [int(p) for p in self.fast_periods]
-        for inner, outer in zip(chunks, chunks[1:], strict=False):
-            if outer % inner:
-                raise ValueError(
-                    f"cms.levels: a period ({outer}) must be a multiple of the next "
-                    f"faster chunk ({inner}), so that clocks nest; a level of rate 0 "
-                    "never moves while reading and needs no clock."
-                )
 
     @classmethod
     def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -114,7 +106,8 @@ class ModelConfig:
         return math.gcd(*strides) if all(strides) else 0
 
     def bare(self, mixers: Any) -> Any:
-        """As `MixerConfig.bare`, of the states of all mixers of a block or group."""
+        """As `MixerConfig.bare`, of the states of all mixers of a block or group at the
+        start of a base chunk: as they are where a mixer is in mid-chunk there."""
         return self._each("bare", mixers)
 
     def full(self, mixers: Any) -> Any:
@@ -122,6 +115,8 @@ class ModelConfig:
         return self._each("full", mixers)
 
     def _each(self, what, mixers):
+        if not self.nests:
+            return mixers
         if len(self.pattern) == 1:
             return getattr(self.pattern[0], what)(mixers)
         pairs = zip(self.pattern, mixers, strict=True)
@@ -144,14 +139,21 @@ class ModelConfig:
 
     @property
     def base_chunk(self) -> int | None:
-        """Tokens between two moves of the fastest CMS level; None without one."""
-        return self.fast_periods[0] if self.fast else None
+        """Tokens after which a CMS level may move, the largest that every period is a
+        multiple of: where periods nest, the fastest one. None without fast levels."""
+        return math.gcd(*self.fast_periods) if self.fast else None
+
+    @property
+    def nests(self) -> bool:
+        """Whether the mixers stand at a boundary wherever a CMS level may move. Else
+        they read base chunks token by token, which is slower, with the same answers."""
+        return self.base_chunk is None or self.base_chunk % self.mixer_chunk == 0
 
     @property
     def span(self) -> int:
-        """Tokens after which the mixers and the fastest CMS level are at a boundary:
+        """Tokens after which the mixers stand at a boundary and a CMS level may move:
         there a row may be read in parallel."""
-        return self.base_chunk or self.mixer_chunk  # which divides the former
+        return math.lcm(self.base_chunk or 1, self.mixer_chunk)
 
 
 def with_context(config: ModelConfig, context: int) -> ModelConfig:

@@ -604,7 +604,7 @@ def _read_chunk(graphdef, params, chunk):
         chunk.tokens,
         model.config.full(chunk.mixers),
         chunk.fast,
-        aligned=True,
+        aligned=model.config.nests,
         learn=model.learning,
         targets=chunk.labels if model.losses else None,
     )
@@ -738,7 +738,7 @@ def _read_aligned(
             rest,
             mixers,
             life.fast,
-            aligned=True,
+            aligned=config.nests,
             learn=learn,
             targets=None if targets is None else targets[:, known:],
         )

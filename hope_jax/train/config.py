@@ -213,10 +213,11 @@ def check_rows(config: RunConfig) -> None:
                 "be the same: rows are what attention looks back over. Set "
                 f"{place}.context={seq_len}, or train.seq_len={mixer.context}."
             )
-    if model.base_chunk is not None and seq_len <= model.base_chunk:
+    if model.fast and seq_len <= model.fast_periods[0]:
         raise ValueError(
             f"train.seq_len ({seq_len}) must be more than the fastest period of "
-            f"model.cms.levels ({model.base_chunk}): no level would move inside a row, "
-            "and inner rates would learn nothing. Use longer rows or a shorter period, "
-            "or set the rates of the levels to 0 to train them between rows alone."
+            f"model.cms.levels ({model.fast_periods[0]}): no level would move inside a "
+            "row, and inner rates would learn nothing. Use longer rows or a shorter "
+            "period, or set the rates of the levels to 0 to train them between rows "
+            "alone."
         )

@@ -96,6 +96,39 @@ def test_every_level_moves_when_its_tokens_have_come():
         assert moves(state) == moves(end)
 
 
+@pytest.mark.parametrize(
+    ("periods", "base", "length"), [((7, 50, 350), 1, 353), ((10, 1000), 10, 1013)]
+)
+def test_periods_need_not_nest(periods, base, length):
+    config = chain(*(CMSLevel(period=p, rate=0.5) for p in periods))
+    assert config.base_chunk == base
+    _, state = small.read(config, some_tokens(length=length))
+    assert moves(state) == [[(length - 1) // p] * 2 for p in periods]
+
+
+def test_levels_may_move_in_mid_chunk_of_the_memories():
+    """Chunks of 4, moves after 6 and 9 tokens: in one call, in parallel pieces, token
+    by token, and without looking ahead."""
+    levels = CMSLevel(period=6, rate=0.5), CMSLevel(period=9, rate=0.5)
+    config = dataclasses.replace(
+        small.HOPE, layers=1, cms=CMSConfig(levels=levels, hidden=6)
+    )
+    assert (config.base_chunk, config.span, config.nests) == (3, 12, False)
+    tokens = small.some_tokens(length=24)
+    whole, end = small.read(config, tokens)
+    assert moves(end) == [[3, 3], [2, 2]]
+    for aligned, cuts in ((True, [12]), (False, range(1, 24)), (None, [7, 14, 21])):
+        logits, state = pieces(config, tokens, cuts, aligned)
+        np.testing.assert_allclose(logits, whole, atol=2e-5)
+        assert_same_state(state, end)
+    hope_jax.check_causality(
+        lambda t: small.read(config, t)[0],
+        jnp.asarray(tokens),
+        vocab=config.vocab,
+        positions=[0, 3, 4, 5, 6, 11, 12, 23],
+    )
+
+
 @pytest.mark.slow
 def test_the_slowest_level_changes_what_is_read_after_its_move_and_only_that():
     tokens = some_tokens()
