@@ -41,10 +41,12 @@ __all__ = [
     "apply",
     "build",
     "count_parameters",
+    "fold",
     "ids",
     "initial_state",
     "periods",
     "state_bytes",
+    "unfold",
     "write",
 ]
 
@@ -310,6 +312,7 @@ def state_bytes(config: ModelConfig) -> dict[str, int]:
     A row that reads has its mixers' states, and of every level that moves meanwhile its
     own weights, what has been learned since the last move, and what its rule carries;
     and the mixers' states at the start of the base chunk whose loss is not yet known.
+    At rest (`fold`) it has these alone of the mixers.
     """
     graphdef, params = abstract_model(config)
     state = jax.eval_shape(lambda params: initial_state(graphdef, params, 1), params)
@@ -325,7 +328,68 @@ def state_bytes(config: ModelConfig) -> dict[str, int]:
         made[f"CMS {place + 1} rule"] = size(level.opt)
     if state.held is not None:
         made["held chunk"] = size(state.held)
+        made["at rest"] = size(state) - made["mixers"]
     return made | {"all": size(state)}
+
+
+def fold(config: ModelConfig, state: LMState) -> LMState:
+    """`state` without what can be found again, for rows that rest.
+
+    A model whose levels move while reading keeps the mixers' states at the start of
+    the base chunk, for the gradient of its loss, and the chunk's tokens. From these
+    `unfold` makes the states where the rows stand. Of other models it is the state
+    itself.
+
+    Raises:
+      ValueError: a row has read a part of its base chunk without learning, which is
+        then not held.
+    """
+    held, chunk = state.held, config.base_chunk
+    if held is None or chunk is None:
+        return state
+    place = np.asarray(state.position) % chunk
+    if (np.asarray(held.count) % chunk != place).any():
+        raise ValueError(
+            "state has rows that read a part of their chunk without learning, got "
+            f"positions {np.asarray(state.position).tolist()} and held tokens "
+            f"{np.asarray(held.count).tolist()}: read on to a multiple of {chunk}."
+        )
+    now = config.bare(state.blocks.mixer)
+    mixers = _where(held.count == 0, now, held.mixers, axis=0)
+    blocks = state.blocks._replace(mixer=None)
+    return state._replace(blocks=blocks, held=held._replace(mixers=mixers))
+
+
+def unfold(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    state: LMState,
+    *,
+    learn: bool | Learning = True,
+) -> LMState:
+    """The state that was folded, but for rounding: reads the held tokens once more.
+
+    Args:
+      graphdef, params: of `build`.
+      state: of `fold`.
+      learn: static; as when the rows read them.
+    """
+    if state.held is None:
+        return state
+    model = nnx.merge(graphdef, params)
+    model.learning = learn = learning.resolve(model.config, learn)
+    state = _layers_first(state)
+    held, fast = state.held, state.blocks.fast
+
+    def read(i, mixers):
+        token = jax.lax.dynamic_index_in_dim(held.tokens, i, axis=1)
+        _, after, _ = _read(model, token, mixers, fast, aligned=False, learn=learn)
+        return _where(i < held.count, after, mixers)
+
+    mixers = model.config.full(held.mixers)
+    mixers = jax.lax.fori_loop(0, jnp.max(held.count), read, mixers)
+    blocks = state.blocks._replace(mixer=mixers)
+    return _rows_first(state._replace(blocks=blocks))
 
 
 def write(
@@ -405,6 +469,8 @@ def _check_state(model, state, rows, aligned):
             f"state must be an LMState, of initial_state or an earlier call, got "
             f"{type(state).__name__}."
         )
+    if state.held is not None and state.blocks.mixer is None:
+        raise ValueError("state is folded: give lm.unfold(graphdef, params, state).")
     if state.position.shape != (rows,):
         raise ValueError(
             f"state is of {state.position.shape[0]} rows, tokens of {rows}."
