@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import DTYPES, SwiGLU
+from hope_jax.models.layers import DTYPES, GatedMLP, rms_norm
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig
 from hope_jax.optim.leaves import wide
@@ -37,9 +37,11 @@ class CMSBlock(nnx.Module):
     """One MLP of the chain with its norm."""
 
     def __init__(self, config: ModelConfig, hidden: int, *, rngs: nnx.Rngs):
-        dtype = DTYPES[config.dtype]
-        self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
-        self.mlp = SwiGLU(config.d_model, hidden, dtype, rngs=rngs)
+        dtype, cms = DTYPES[config.dtype], config.cms
+        self.norm = rms_norm(config.d_model, dtype, rngs, config.norm_epsilon)
+        self.mlp = GatedMLP(
+            config.d_model, hidden, dtype, cms.activation, cms.bias, rngs=rngs
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], fast: PyTree | None = None
@@ -63,7 +65,7 @@ class Block(nnx.Module):
     ):
         dtype = DTYPES[config.dtype]
         self.config = config
-        self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(config.d_model, dtype, rngs, config.norm_epsilon)
         if mixer is None:
             (mixer,) = config.pattern
         self.mixer: Any = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)

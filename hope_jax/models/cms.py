@@ -49,7 +49,7 @@ class CMSLevel:
         own: the MLP of an ordinary Transformer block, a parameter like any other.
       rate: inner rate at the start; it is learned, between 0 and
         `CMSConfig.rate_bound`. A level of rate 0 never moves while reading.
-      hidden: hidden width of the SwiGLU MLP.
+      hidden: hidden width of the MLP.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; in Python its name will do.
       clip: bound on the norm of one row's inner gradient, over the level's whole stack.
       pull: how much of the way back to its start a move also takes the level.
@@ -81,7 +81,9 @@ class CMSConfig:
 
     Attributes:
       levels: from fast to slow, the order in which the chain applies them.
-      hidden: hidden width of each SwiGLU MLP.
+      hidden: hidden width of each MLP.
+      activation: of the gate: `silu` is SwiGLU, `gelu` (exact) and `gelu_tanh` GeGLU.
+      bias: whether the MLPs' projections have one.
       order: `fast_to_slow` (the paper's figures) or `slow_to_fast` (equation 70 as
         printed).
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
@@ -104,6 +106,8 @@ class CMSConfig:
 
     levels: tuple[CMSLevel, ...] = (CMSLevel(period=math.inf),)
     hidden: int = 256
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    bias: bool = False
     order: Literal["fast_to_slow", "slow_to_fast"] = "fast_to_slow"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
@@ -123,6 +127,7 @@ class CMSConfig:
                     f"{a.period} before {b.period}; `order` turns the chain round."
                 )
         choices = {
+            "activation": ("silu", "gelu", "gelu_tanh"),
             "order": ("fast_to_slow", "slow_to_fast"),
             "reduction": ("mean", "sum"),
             "gradient": ("exact", "first_order", "none"),

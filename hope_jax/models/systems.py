@@ -172,7 +172,7 @@ def living(
 
     def embed(weights, item):
         token, _ = item
-        return nnx.merge(graphdef, weights).embed(token) * config.d_model**0.5
+        return nnx.merge(graphdef, weights).embedded(token)
 
     def attend(seen: Seen, item):
         del item  # the last one seen
