@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,6 +26,9 @@ from hope_jax.core import level as level_lib
 from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
 from hope_jax.optim.rules import RULES, saved
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 def _check_shared(config: "CMSLevel | CMSConfig") -> None:
@@ -106,7 +110,7 @@ class CMSConfig:
 
     levels: tuple[CMSLevel, ...] = (CMSLevel(period=math.inf),)
     hidden: int = 256
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     bias: bool = False
     order: Literal["fast_to_slow", "slow_to_fast"] = "fast_to_slow"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
@@ -127,7 +131,7 @@ class CMSConfig:
                     f"{a.period} before {b.period}; `order` turns the chain round."
                 )
         choices = {
-            "activation": ("silu", "gelu", "gelu_tanh"),
+            "activation": typing.get_args(Activation),
             "order": ("fast_to_slow", "slow_to_fast"),
             "reduction": ("mean", "sum"),
             "gradient": ("exact", "first_order", "none"),

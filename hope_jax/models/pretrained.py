@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from hope_jax.core import config as config_lib
 from hope_jax.core.config import did_you_mean
 from hope_jax.models import convert, lm, safetensors
-from hope_jax.models.cms import CMSConfig
+from hope_jax.models.cms import Activation, CMSConfig
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.models.rotary import Linear, Llama3, Plain, Rotary
@@ -56,7 +56,7 @@ class Family(NamedTuple):
     qk_norm: bool = False
     norm_from: float = 0.0
     scaled: bool = False
-    gelu: str = "gelu"
+    gelu: Activation = "gelu"
 
 
 _GEMMA = {
@@ -81,7 +81,11 @@ _DEFAULTS = {
     "mlp_bias": False,
     "max_position_embeddings": _CONTEXT,
 }
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+}
 # What they would change is not computed here: any other value is refused.
 _NEUTRAL = {
     "use_sliding_window": (False,),
@@ -293,9 +297,9 @@ def _config_of(
             raise _unsupported("layer_types", kind)
     given = {key: value for key, value in said.items() if value is not None}
     get = {**_DEFAULTS, **of.defaults, **given}
-    activation = get.get("hidden_activation", get["hidden_act"])
-    if activation not in _ACTIVATIONS:
-        raise _unsupported("hidden_act", activation)
+    act = get.get("hidden_activation", get["hidden_act"])
+    if act not in _ACTIVATIONS:
+        raise _unsupported("hidden_act", act)
     try:
         heads, width = get["num_attention_heads"], get["hidden_size"]
         longest = get["max_position_embeddings"]

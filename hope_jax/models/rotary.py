@@ -15,6 +15,9 @@ class Rotary(Protocol):
     @property
     def kind(self) -> str: ...
 
+    @property
+    def base(self) -> float: ...
+
     def frequencies(self, half: int) -> np.ndarray:
         """Radians a token of each of the `half` pairs of coordinates, float64."""
         ...

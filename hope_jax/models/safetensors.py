@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +128,8 @@ def _shard(i, count):
 
 def _write_file(path, tensors, dtype):
     (code,) = (name for name, known in TYPES.items() if known == dtype)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, made in tensors.items():
         start, end = end, end + math.prod(made.shape) * dtype.itemsize
         header[name] = {
