@@ -27,7 +27,6 @@ from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
 from hope_jax.optim.rules import RULES, saved
 
-
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
@@ -88,8 +87,9 @@ class CMSConfig:
       hidden: hidden width of each MLP.
       activation: of the gate: `silu` is SwiGLU, `gelu` (exact) and `gelu_tanh` GeGLU.
       bias: whether the MLPs' projections have one.
-      order: `fast_to_slow` (the paper's figures) or `slow_to_fast` (equation 70 as
-        printed).
+      order: `fast_to_slow` (the paper's figures), `slow_to_fast` (equation 70 as
+        printed), or `independent`: each level reads what the mixer leaves, and the mean
+        of what they say is added (equation 74 with equal weights).
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
@@ -112,7 +112,7 @@ class CMSConfig:
     hidden: int = 256
     activation: Activation = "silu"
     bias: bool = False
-    order: Literal["fast_to_slow", "slow_to_fast"] = "fast_to_slow"
+    order: Literal["fast_to_slow", "slow_to_fast", "independent"] = "fast_to_slow"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
     gradient: Literal["exact", "first_order", "none"] = "first_order"
@@ -132,7 +132,7 @@ class CMSConfig:
                 )
         choices = {
             "activation": typing.get_args(Activation),
-            "order": ("fast_to_slow", "slow_to_fast"),
+            "order": ("fast_to_slow", "slow_to_fast", "independent"),
             "reduction": ("mean", "sum"),
             "gradient": ("exact", "first_order", "none"),
             "rates": ("learned", "generated"),

@@ -321,9 +321,7 @@ def _config_of(
             ),
             cms=CMSConfig(
                 hidden=get["intermediate_size"],
-                activation=of.gelu
-                if activation == "gelu"
-                else _ACTIVATIONS[activation],
+                activation=of.gelu if act == "gelu" else _ACTIVATIONS[act],
                 bias=of.mlp_bias and get["mlp_bias"],
             ),
             scaled_embedding=of.scaled,
