@@ -126,10 +126,7 @@ def _leveled(config, params, levels, order, placed):
                 f"{trained_level.hidden}, got {level.hidden}; leave it None."
             )
     leveled = dataclasses.replace(config, cms=cms)
-    trained = {
-        path_names(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    trained = _by_name(params)
 
     def convert(path, leaf):
         names = path_names(path)
@@ -177,30 +174,12 @@ def unstack_levels(config: ModelConfig, params: PyTree) -> tuple[ModelConfig, Py
         rates="learned",
     )
     single = dataclasses.replace(config, cms=cms)
-    leaves = {
-        path_names(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = _by_name(params)
+    adds = {}
     if config.cms.order == "independent":
         _check_copies(leaves)
-    alone = count > 1 and config.cms.order != "independent"
-    adds = {}  # by what is before `levels`: of each level and layer, whether it adds
-    for names, leaf in leaves.items() if alone else ():
-        if "mixer" not in names and "levels" in names and "down" in names:
-            at = names.index("levels")
-            found = adds.setdefault(names[:at], np.zeros((count, len(leaf)), bool))
-            each = np.any(np.asarray(leaf), axis=tuple(range(1, leaf.ndim)))
-            found[int(names[at + 1])] |= each
-    for before, found in adds.items():
-        for layer in np.flatnonzero(found.sum(axis=0) > 1):
-            part = int(before[-1]) if "parts" in before else 0
-            levels = [int(level) for level in np.flatnonzero(found[:, layer])]
-            raise ValueError(
-                f"params of layer {layer * len(config.pattern) + part} have MLPs in "
-                f"levels {levels} whose output projections are not zero, and one MLP a "
-                "layer cannot hold them: stack levels with extra='rest', then places "
-                "that no MLP was assigned to stay empty in training."
-            )
+    elif count > 1:
+        adds = _adding(config, leaves)
 
     def kept(path, leaf):
         del leaf
@@ -217,7 +196,32 @@ def unstack_levels(config: ModelConfig, params: PyTree) -> tuple[ModelConfig, Py
     return single, jax.tree_util.tree_map_with_path(kept, lm.abstract(single))
 
 
-def _check_copies(leaves):
+def _adding(config, leaves) -> dict[tuple[str, ...], np.ndarray]:
+    """Whether each level of each layer adds something, bool[levels, layers], by what
+    is before `levels` in the names of parameters; one of a layer at most."""
+    adds = {}
+    for names, leaf in leaves.items():
+        if "mixer" not in names and "levels" in names and "down" in names:
+            at = names.index("levels")
+            empty = np.zeros((len(config.cms.levels), len(leaf)), bool)
+            found = adds.setdefault(names[:at], empty)
+            each = np.any(np.asarray(leaf), axis=tuple(range(1, leaf.ndim)))
+            found[int(names[at + 1])] |= each
+    for before, found in adds.items():
+        for layer in np.flatnonzero(found.sum(axis=0) > 1):
+            part = int(before[-1]) if "parts" in before else 0
+            levels = [int(level) for level in np.flatnonzero(found[:, layer])]
+            raise ValueError(
+                f"params of layer {layer * len(config.pattern) + part} have MLPs in "
+                f"levels {levels} whose output projections are not zero, and one MLP a "
+                "layer cannot hold them: stack levels with extra='rest', then places "
+                "that no MLP was assigned to stay empty in training."
+            )
+    return adds
+
+
+def _check_copies(leaves) -> None:
+    """Refuses levels that are not all equal."""
     for names, leaf in leaves.items():
         if "mixer" in names or "levels" not in names:
             continue

@@ -166,7 +166,8 @@ def read_pretrained(
     """
     family, said = _read_config(Path(folder))
     config = _config_of(family, said, context)
-    stored, parts = safetensors.find(folder), _parts(config)
+    stored, fresh = safetensors.find(folder), lm.abstract(config)
+    parts = _parts(config, fresh)
     _check(stored, [part for several in parts.values() for part in several])
     norm_from = FAMILIES[family].norm_from
 
@@ -179,7 +180,7 @@ def read_pretrained(
             at[..., part.columns] = value + norm_from if part.norm else value
         return jnp.asarray(made)
 
-    return config, jax.tree_util.tree_map_with_path(load, lm.abstract(config))
+    return config, jax.tree_util.tree_map_with_path(load, fresh)
 
 
 def write_pretrained(
@@ -245,7 +246,7 @@ def write_pretrained(
 
     tensors = {
         part.name: made(leaves[ours], part)
-        for ours, several in _parts(config).items()
+        for ours, several in _parts(config, params).items()
         for part in several
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -449,9 +450,9 @@ def _check_family(family: str, said: Mapping[str, Any], config: ModelConfig) -> 
 # Tensors -----------------------------------------------------------------------------
 
 
-def _parts(config: ModelConfig) -> dict[str, list[_Part]]:
-    """What each of our parameters is made of."""
-    leaves = jax.tree_util.tree_leaves_with_path(lm.abstract(config))
+def _parts(config: ModelConfig, params: PyTree) -> dict[str, list[_Part]]:
+    """What each of our parameters, or of their shapes, is made of."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     shapes = {".".join(path_names(path)): leaf.shape for path, leaf in leaves}
     return {
         ours: list(_parts_of(config, ours, shape)) for ours, shape in shapes.items()
