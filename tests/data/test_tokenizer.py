@@ -195,6 +195,11 @@ def test_the_library_reads_what_is_saved_and_encodes_alike(tok, tmp_path):
         assert theirs.decode(ids.tolist()) == data.decode()
 
 
+def test_bpe_without_merges_is_not_taken_for_bytes(tmp_path):
+    BpeTokenizer(()).save(tmp_path / "t.json")
+    assert tokenizer.load(tmp_path / "t.json") == BpeTokenizer(())
+
+
 @_BOTH
 def test_files_of_the_former_format_are_read(tok, tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(tok.definition))
