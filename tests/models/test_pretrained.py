@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from hope_jax.core import config as config_lib
-from hope_jax.models import convert, lm, pretrained, safetensors
+from hope_jax.models import convert, lm, pretrained, safetensors, systems
+from hope_jax.models.block import Block
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.config import ModelConfig, with_context
 from hope_jax.models.rotary import Linear, Llama3, Plain
@@ -409,3 +411,26 @@ def test_levels_that_a_model_cannot_have_are_refused(opened):
     copies = convert.copy_levels(config, params, LEVELS[:1])
     with pytest.raises(ValueError, match="order must be that of a chain"):
         convert.stack_levels(*copies, LEVELS)
+
+
+def test_independent_levels_add_their_mean():
+    """Each reads what the mixer leaves; in the picture too."""
+    cms = CMSConfig(levels=(*STILL, CMSLevel(period=16)), hidden=5, order="independent")
+    config = ModelConfig(d_model=8, heads=2, layers=1, mixer="attention", cms=cms)
+    graphdef, params = small.shaken(Block(config, rngs=nnx.Rngs(0)))
+    x = small.drawn(2, 7, 8)
+
+    @jax.jit
+    def both(params):
+        block = nnx.merge(graphdef, params)
+        left = x + block.mixer(block.norm(x))[0]
+        said = [level.mlp(level.norm(left)) for level in block.levels]
+        return block(x)[0], left + sum(said) / 3
+
+    made, expected = both(params)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+    drawn = systems.system(config, 32)
+    readers = {e.target for e in drawn.edges if e.source == "attention"}
+    assert readers == {"CMS 1", "CMS 2", "CMS 3"}
+    with pytest.raises(ValueError, match="cms.order that of a chain .* 'independent'"):
+        systems.living(*lm.abstract_model(config), 32)
