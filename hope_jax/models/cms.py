@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ from hope_jax.optim.leaves import wide
 from hope_jax.optim.rules import RULES, saved
 
 _ACCUMULATORS = ("float32", "bfloat16")
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 def _check_shared(config: "CMSLevel | CMSConfig") -> None:
@@ -53,7 +55,7 @@ class CMSLevel:
         own: the MLP of an ordinary Transformer block, a parameter like any other.
       rate: inner rate at the start; it is learned, between 0 and
         `CMSConfig.rate_bound`. A level of rate 0 never moves while reading.
-      hidden: hidden width of the SwiGLU MLP.
+      hidden: hidden width of the MLP.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; in Python its name will do.
       clip: bound on the norm of one row's inner gradient, over the level's whole stack.
       pull: how much of the way back to its start a move also takes the level.
@@ -89,9 +91,12 @@ class CMSConfig:
 
     Attributes:
       levels: from fast to slow, the order in which the chain applies them.
-      hidden: hidden width of each SwiGLU MLP.
-      order: `fast_to_slow` (the paper's figures) or `slow_to_fast` (equation 70 as
-        printed).
+      hidden: hidden width of each MLP.
+      activation: of the gate: `silu` is SwiGLU, `gelu` (exact) and `gelu_tanh` GeGLU.
+      bias: whether the MLPs' projections have one.
+      order: `fast_to_slow` (the paper's figures), `slow_to_fast` (equation 70 as
+        printed), or `independent`: each level reads what the mixer leaves, and the mean
+        of what they say is added (equation 74 with equal weights).
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
@@ -115,7 +120,9 @@ class CMSConfig:
 
     levels: tuple[CMSLevel, ...] = (CMSLevel(period=math.inf),)
     hidden: int = 256
-    order: Literal["fast_to_slow", "slow_to_fast"] = "fast_to_slow"
+    activation: Activation = "silu"
+    bias: bool = False
+    order: Literal["fast_to_slow", "slow_to_fast", "independent"] = "fast_to_slow"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
     gradient: Literal["exact", "first_order", "none"] = "first_order"
@@ -136,7 +143,8 @@ class CMSConfig:
                 )
         one_of(
             self,
-            order=("fast_to_slow", "slow_to_fast"),
+            activation=typing.get_args(Activation),
+            order=("fast_to_slow", "slow_to_fast", "independent"),
             reduction=("mean", "sum"),
             gradient=("exact", "first_order", "none"),
             accumulator=_ACCUMULATORS,

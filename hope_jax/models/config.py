@@ -21,7 +21,8 @@ class ModelConfig:
     Attributes:
       name: what the zoo calls it.
       vocab: entries of its vocabulary.
-      d_model: width of the residual stream, a multiple of `heads`.
+      d_model: width of the residual stream, a multiple of `heads` where the mixer has
+        no width of a head of its own.
       layers: number of blocks.
       heads: heads of the mixer.
       mixer: a config of `models.mixers.MIXERS`, or its kind for the one it stands for:
@@ -29,6 +30,9 @@ class ModelConfig:
         or several, a pattern which the layers repeat
         (`("gated_delta_net", "sliding_window")`, or the same with commas).
       cms: the chain of MLPs; one level of infinite period is a Transformer block.
+      scaled_embedding: whether embeddings are multiplied by the square root of d_model.
+      tied_embedding: whether the head is the embedding, or a table of its own.
+      norm_epsilon: added to the mean square in the norms of blocks and head.
       dtype: compute type of projections and MLPs; memories stay in float32.
       remat: whether the backward pass recomputes the inside of each layer rather than
         keep it: less memory, for the time of another forward pass.
@@ -41,16 +45,17 @@ class ModelConfig:
     heads: int = 4
     mixer: Mixer | tuple[Mixer, ...] = SelfModifyingConfig()
     cms: CMSConfig = CMSConfig()
+    scaled_embedding: bool = True
+    tied_embedding: bool = True
+    norm_epsilon: float = 1e-6
     dtype: str = "float32"
     remat: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "mixer", _mixers(self.mixer))
         at_least(self, vocab=1, d_model=1, layers=1, heads=1)
-        if self.d_model % self.heads:
-            raise ValueError(
-                f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})."
-            )
+        if not self.norm_epsilon > 0:
+            raise ValueError(f"norm_epsilon must be positive, got {self.norm_epsilon}.")
         if self.layers % len(self.pattern):
             raise ValueError(
                 f"layers ({self.layers}) must be a multiple of the {len(self.pattern)} "
@@ -58,11 +63,7 @@ class ModelConfig:
             )
         one_of(self, dtype=DTYPES)
         for mixer in self.pattern:
-            if mixer.even and (self.d_model // self.heads) % 2:
-                raise ValueError(
-                    "d_model / heads must be even for the rotary positions of "
-                    f"{mixer.kind}, got {self.d_model // self.heads}."
-                )
+            mixer.check_heads(self.d_model, self.heads)
 
     @classmethod
     def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -29,7 +29,7 @@ from hope_jax.kernels.select import scan_chunks
 from hope_jax.models import cms, learning
 from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import DTYPES
+from hope_jax.models.layers import DTYPES, rms_norm
 from hope_jax.models.learning import Learning
 from hope_jax.optim.leaves import path_names, wide_type
 
@@ -87,7 +87,8 @@ class LMState(NamedTuple):
 
 
 class LanguageModel(nnx.Module):
-    """What the outermost level learns: embedding, blocks, norm and inner rates.
+    """What the outermost level learns: embedding, blocks, norm and inner rates, and the
+    head where it is not the embedding.
 
     `blocks` is one `Block` whose parameters lead with layers, L; with a pattern of
     mixers one `Group`, whose parameters lead with its repetitions.
@@ -109,7 +110,12 @@ class LanguageModel(nnx.Module):
             lambda key: nnx.state(repeated(config, rngs=nnx.Rngs(key)), nnx.Param)
         )(keys)
         self.blocks = nnx.merge(graphdef, stacked)
-        self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(width, dtype, rngs, config.norm_epsilon)
+        if not config.tied_embedding:
+            init = nnx.initializers.normal(width**-0.5)
+            self.head = nnx.Embed(
+                config.vocab, width, embedding_init=init, dtype=dtype, rngs=rngs
+            )
         if config.fast:
             self.rates = nnx.Param(first_rates(config))
 
@@ -117,11 +123,17 @@ class LanguageModel(nnx.Module):
         """The learned rates of the fast CMS levels, in (0, rate_bound)."""
         return self.config.cms.rate_bound * jax.nn.sigmoid(self.rates[...])
 
+    def embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """What the first block reads."""
+        x = self.embed(tokens)
+        return x * self.config.d_model**0.5 if self.config.scaled_embedding else x
+
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B N"]:
         """Of the next token, from the last block: products of the model's type that are
         summed in float32 or wider."""
         x = self.norm(x)
-        table = self.embed.embedding[...].astype(x.dtype)
+        head = self.embed if self.config.tied_embedding else self.head
+        table = head.embedding[...].astype(x.dtype)
         return jnp.einsum(
             "...d,nd->...n", x, table, preferred_element_type=wide_type(x.dtype)
         )
@@ -603,7 +615,7 @@ class _Read(NamedTuple):
 def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
     """What `[B, T]` tokens make of a model, the fast weights fixed."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
-    x = model.embed(tokens) * model.config.d_model**0.5
+    x = model.embedded(tokens)
 
     def layer(x, block):
         params, mixer, fast = block
@@ -1040,7 +1052,7 @@ def _layer_by_layer(model, fast, learn):
     layers = _apart((params, fast), _count(params))
 
     def read(token, mixers):
-        x = model.embed(token[:, None]) * model.config.d_model**0.5
+        x = model.embedded(token[:, None])
         after = []
         for (params, fast), mixer in zip(layers, mixers, strict=True):
             x, state = nnx.merge(graphdef, params)(

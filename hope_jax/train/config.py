@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any
 
 from hope_jax import optim
 from hope_jax.core.config import at_least
@@ -18,7 +19,8 @@ class DataConfig:
 
     Attributes:
       path: a text file, a folder or a glob; None for the standard library's sources.
-      tokenizer: plain bytes, or byte-level BPE trained on the training files.
+      tokenizer: `bytes`, `bpe` (byte-level BPE trained on the training files), or the
+        path of a `tokenizer.json`, as that of a checkpoint.
       vocab: entries of the BPE; bytes always have 257.
       undecodable: what to do with files that are not UTF-8.
       max_train_bytes: most bytes of training text, None for all.
@@ -26,7 +28,7 @@ class DataConfig:
     """
 
     path: str | None = None
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    tokenizer: str = "bytes"
     vocab: int = 4096
     undecodable: text.Undecodable = "raise"
     max_train_bytes: int | None = None
@@ -34,6 +36,13 @@ class DataConfig:
 
     def __post_init__(self):
         at_least(self, vocab=257)
+        if self.tokenizer not in ("bytes", "bpe") and Path(self.tokenizer).suffix != (
+            ".json"
+        ):
+            raise ValueError(
+                "tokenizer must be bytes, bpe or the path of a tokenizer.json, got "
+                f"{self.tokenizer!r}."
+            )
 
     def load(self, path: str | None = None) -> text.Corpus:
         """The text, or that of another `path` under the same limits; errors are those
