@@ -22,11 +22,30 @@ from launch.evaluate import define_checkpoint, fail_in_words
 def _define(define) -> None:
     define_checkpoint(define)
     define.string("prompt", "", "text to go on from")
+    define_sampling(define)
+    define.bool("frozen", False, "no level moves while reading")
+
+
+def define_sampling(define) -> None:
+    """The flags of how tokens are drawn, and how many."""
     define.integer("tokens", 256, "most tokens to make")
     define.float("temperature", 0.8, "0 takes the likeliest token")
     define.integer("top_k", None, "draw among this many likeliest tokens only")
+    define.float("top_p", 1.0, "among the fewest with this probability together")
+    define.float("min_p", 0.0, "among those with this share of the likeliest one's")
+    define.multi_string("stop", [], "a text that ends the text; may be repeated")
     define.integer("seed", 0, "of the draws")
-    define.bool("frozen", False, "no level moves while reading")
+
+
+def sampling_of(options) -> Sampling:
+    """What those flags say."""
+    return Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        stop=tuple(options.stop),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = command.parse(__doc__, _define, arguments)
     command.quiet_libraries()
     with fail_in_words():
-        sampling = Sampling(temperature=options.temperature, top_k=options.top_k)
+        sampling = sampling_of(options)
         opened = open_checkpoint(options.checkpoint, options.set, options.rechunk)
         ids = generate(
             opened.reader,

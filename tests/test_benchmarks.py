@@ -1,12 +1,14 @@
 """Benchmarks run at their small sizes, and time what they say they time."""
 
+import dataclasses
 import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import hope_layer, models, timing
+from experiments.benchmarks import hope_layer, models, serving, timing
+from hope_jax.models.config import with_context
 from hope_jax.train.metrics import read_benchmark
 
 
@@ -115,6 +117,51 @@ def test_models_are_timed_beside_another_checkout(tmp_path, monkeypatch, capsys)
     assert found == {"decode, against before", "decode, against twin"}
     said = capsys.readouterr().out
     assert said.count("tokens ") >= 3 and "not timed" not in said
+
+
+def test_serving(tmp_path, monkeypatch, capsys):
+    """With the Transformer in the place of Hope, which takes a minute to compile."""
+    get = serving.zoo.get
+    options = ["--slots=2", "--memory=0.00002", "--contexts=8,900"]
+    monkeypatch.setattr(
+        serving.Sizes, "get", lambda self, name: _served(self, name, get)
+    )
+    serving.main(["--quick", *options, f"--out={tmp_path}"])
+    (path,) = (tmp_path / "benchmarks").iterdir()
+    found = {(w["workload"], w["metric"]): w for w in read_benchmark(path)["workloads"]}
+    per_cpu = "tokens per CPU second"
+    for task in (
+        "decode, 2 slots, apart",
+        "read, 2 slots, together",
+        "prefill, 2 rows",
+    ):
+        assert found[f"{task}, against a context of 8", per_cpu]["ours"] > 0
+    small, large = (
+        found[f"sessions, against a context of {n}", "sessions per GB"]
+        for n in (8, 900)
+    )
+    assert small["ours"] == large["ours"] and large["peer"] < small["peer"] / 20
+    assert "2 slots, context 900: left out" in capsys.readouterr().out
+    assert not any("prefill" in name and "900" in name for name, _ in found)
+
+
+def _served(sizes, name, get):
+    made = dataclasses.replace(get("transformer_tiny"), **dict(sizes.model))
+    return with_context(made, 4) if name == "hope_tiny" else made
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--slots=0", "slots and contexts must be at least 1"),
+        ("--memory=0", "memory must be above 0 GB, got 0"),
+        ("--contexts=x", "invalid literal"),
+    ],
+)
+def test_serving_refuses(flag, message):
+    with pytest.raises(SystemExit) as stopped:
+        serving.main(["--quick", flag])
+    assert message in str(stopped.value.code)
 
 
 def test_what_is_no_checkout_is_refused(tmp_path):

@@ -36,6 +36,7 @@ from hope_jax.optim.leaves import path_names, wide_type
 __all__ = [
     "LMState",
     "LanguageModel",
+    "Ledger",
     "ModelConfig",
     "abstract",
     "apply",
@@ -45,6 +46,7 @@ __all__ = [
     "ids",
     "initial_state",
     "periods",
+    "serve",
     "state_bytes",
     "unfold",
     "write",
@@ -84,6 +86,26 @@ class LMState(NamedTuple):
     levels: tuple[cms.FastLevel, ...]
     held: Held | None
     position: Int[Array, " B"]
+
+
+class Ledger(NamedTuple):
+    """What the F fast CMS levels of each row may do, and what they did.
+
+    Attributes:
+      longest: bound on the norm of one move of a level, over its whole stack; inf is
+        none.
+      most: moves that all levels together may make; what is learned for one beyond
+        them is dropped.
+      moves: that they made.
+      shortened: of these, how many were longer.
+      way: the sum of their norms.
+    """
+
+    longest: Float[Array, " B"]
+    most: Int[Array, " B"]
+    moves: Int[Array, "B F"]
+    shortened: Int[Array, "B F"]
+    way: Float[Array, "B F"]
 
 
 class LanguageModel(nnx.Module):
@@ -440,8 +462,8 @@ def write(
     def chosen(logits, i):
         return choose(logits, jax.tree.map(lambda a: a[i], xs))
 
-    def put(tokens, i, token, logits):
-        del logits
+    def put(tokens, i, token, said):
+        del said
         return tokens.at[i].set(token)
 
     tokens = jnp.zeros((steps, logits.shape[0]), jnp.int32)
@@ -449,6 +471,68 @@ def write(
     body = functools.partial(_block, model, chosen, put, steps, learn=learn)
     walk = jax.lax.while_loop(lambda walk: walk.at < steps, body, walk)
     return walk.made.T, walk.logits, _rows_first(walk.state)
+
+
+def serve(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    state: LMState,
+    logits: Float[Array, "B N"],
+    ledger: Ledger,
+    choose: Callable[[Array, PyTree], Int[Array, " B"]],
+    xs: PyTree,
+    counts: Int[Array, " B"],
+    *,
+    learn: bool | Learning = True,
+) -> tuple[
+    tuple[Int[Array, "B T"], Float[Array, "B T"]], Float[Array, "B N"], Ledger, LMState
+]:
+    """`write` for rows of different readers: each reads as many tokens as it is given.
+
+    No bit of a row depends on what other rows hold, or on how its tokens are cut into
+    calls.
+
+    Args:
+      graphdef, params: of `build`.
+      state, logits, choose, xs: as of `write`.
+      ledger: what the levels of each row may do.
+      counts: tokens of each row, of the T of `xs`; a row of none keeps its state, its
+        logits and its ledger bit for bit.
+      learn: static; as of `apply`.
+
+    Returns:
+      The tokens and their losses in nats under what was said before each, 0 beyond
+      the counts; then logits, ledger and state.
+    """
+    model = nnx.merge(graphdef, params)
+    model.learning = learn = learning.resolve(model.config, learn)
+    model.losses = False
+    rows, steps = logits.shape[0], jax.tree.leaves(xs)[0].shape[0]
+    _check_state(model, state, rows, False)
+
+    def chosen(logits, i):
+        return choose(logits, jax.tree.map(lambda a: a[i], xs))
+
+    def put(made, i, token, said):
+        tokens, losses = made
+        read = i < counts
+        loss = jnp.where(read, next_token_loss(said.before, token), 0.0)
+        token = jnp.where(read, token, 0)
+        return tokens.at[i].set(token), losses.at[i].set(loss)
+
+    def body(walk):
+        reading = walk.at < counts
+        stop = jnp.min(jnp.where(reading, counts, steps))
+        reading = None if rows == 1 else reading  # a row alone reads to its end
+        return _block(model, chosen, put, stop, walk, learn=learn, reading=reading)
+
+    made = jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows), logits.dtype)
+    start = jnp.zeros((), jnp.int32)
+    walk = _Walk(start, logits, _layers_first(state), made, ledger)
+    walk = jax.lax.while_loop(lambda walk: walk.at < jnp.max(counts), body, walk)
+    tokens, losses = walk.made
+    assert walk.ledger is not None
+    return (tokens.T, losses.T), walk.logits, walk.ledger, _rows_first(walk.state)
 
 
 def ids(name: str, tokens: Array | np.ndarray, vocab: int) -> Int[Array, "..."]:
@@ -772,12 +856,14 @@ class _Life(NamedTuple):
     Attributes:
       mixers: bare, for chunks begin at boundaries.
       position: tokens read; one number for all rows where these are fresh.
+      ledger: of rows that are served.
     """
 
     mixers: PyTree
     fast: tuple
     levels: tuple
     position: Int[Array, "*B"]
+    ledger: Ledger | None = None
 
 
 def _read_aligned(
@@ -795,7 +881,7 @@ def _read_aligned(
 
     config, chunk = model.config, model.config.base_chunk
     if not (fresh or settled):
-        state = _settle(model, state, tokens[:, 0])
+        state, _ = _settle(model, state, tokens[:, 0])
     start = jnp.zeros((), jnp.int32) if fresh else state.position
     mixers = config.bare(state.blocks.mixer)
     life = _Life(mixers, state.blocks.fast, state.levels, start)
@@ -844,14 +930,14 @@ def _live(model, life, xs):
 
 def _move_due(model, life, rows=None):
     """Moves every level whose period ends where a row stands; of `rows`, or of all."""
-    config = model.config
+    config, ledger = model.config, life.ledger
     fast, levels = list(life.fast), list(life.levels)
     for which, period in enumerate(config.fast_periods[: len(fast)]):
         if not model.learning.levels[config.fast[which]]:
             continue
-        old = fast[which], levels[which]
+        old = fast[which], levels[which], ledger
         if rows is None and period == config.base_chunk:
-            fast[which], levels[which] = _move(model, which, *old)
+            fast[which], levels[which], ledger = _move(model, which, *old)
             continue
         due = Clock(period=period).moves(life.position)
         due = due if rows is None else due & rows
@@ -862,11 +948,13 @@ def _move_due(model, life, rows=None):
         def stay(*old):
             return old
 
-        fast[which], levels[which] = jax.lax.cond(jnp.any(due), move, stay, *old)
-    return life._replace(fast=tuple(fast), levels=tuple(levels))
+        fast[which], levels[which], ledger = jax.lax.cond(
+            jnp.any(due), move, stay, *old
+        )
+    return life._replace(fast=tuple(fast), levels=tuple(levels), ledger=ledger)
 
 
-def _move(model, which, weights, state, rows=None):
+def _move(model, which, weights, state, ledger, rows=None):
     """Moves one fast level of the rows that are chosen, by default of all."""
     config = model.config
     rate, start = model.inner_rates()[which], model.blocks.starts()[which]
@@ -874,15 +962,48 @@ def _move(model, which, weights, state, rows=None):
         rate, start, state = jax.lax.stop_gradient((rate, start, state))
     level = config.cms.whole[config.fast[which]]
     moved, after = cms.move(config.cms, level, rate, start, weights, state, axis=1)
+    if ledger is not None:
+        moved, allowed, ledger = _keep_account(ledger, which, rows, weights, moved)
+        opt = _where(allowed, after.opt, state.opt, axis=0)
+        after = after._replace(opt=opt)
     if rows is not None:
         moved = _where(rows, moved, weights)
         after = _where_level(rows, after, state)
-    return moved, after
+    return moved, after, ledger
 
 
-def _settle(model, state, token):
+def _keep_account(ledger, which, due, weights, moved):
+    """A move as the ledger allows it, the rows that may make it, and what it says then.
+
+    A move that is short enough is left as it is, bit for bit.
+    """
+    longest = ledger.longest
+    square = lambda a, b: jnp.sum(  # noqa: E731
+        jnp.square(a - b), axis=[i for i in range(a.ndim) if i != 1]
+    )
+    length = jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(square, moved, weights))))
+    allowed = due & (jnp.sum(ledger.moves, axis=1) < ledger.most)
+    long = length > longest
+    share = jnp.where(long, longest / length, 1.0)
+
+    def shorter(new, old):
+        by = share.reshape(1, -1, *[1] * (new.ndim - 2))
+        return old + by * (new - old)
+
+    moved = _where(long, jax.tree.map(shorter, moved, weights), moved)
+    ledger = ledger._replace(
+        moves=ledger.moves.at[:, which].add(allowed.astype(jnp.int32)),
+        shortened=ledger.shortened.at[:, which].add((allowed & long).astype(jnp.int32)),
+        way=ledger.way.at[:, which].add(jnp.where(allowed, share * length, 0.0)),
+    )
+    return _where(allowed, moved, weights), allowed, ledger
+
+
+def _settle(model, state, token, ledger=None, reading=None):
     """Moves the levels of rows whose held chunk the arrival of `token` completes."""
     complete = state.held.count == model.config.base_chunk
+    if reading is not None:
+        complete = complete & reading
 
     def settle():
         labels = jnp.concatenate([state.held.tokens[:, 1:], token[:, None]], axis=1)
@@ -897,20 +1018,22 @@ def _settle(model, state, token):
                 strict=True,
             )
         )
-        life = _Life(state.blocks.mixer, state.blocks.fast, levels, state.position)
+        mixers, fast, _ = state.blocks
+        life = _Life(mixers, fast, levels, state.position, ledger)
         life = _move_due(model, life, complete)
         held = state.held._replace(count=jnp.where(complete, 0, state.held.count))
         blocks = state.blocks._replace(fast=life.fast)
-        return state._replace(blocks=blocks, levels=life.levels, held=held)
+        settled = state._replace(blocks=blocks, levels=life.levels, held=held)
+        return settled, life.ledger
 
-    return jax.lax.cond(jnp.any(complete), settle, lambda: state)
+    return jax.lax.cond(jnp.any(complete), settle, lambda: (state, ledger))
 
 
 def _step(model, state, token, *, learn):
     """One token a row, wherever each row stands."""
     config = model.config
     if state.levels and learn.cms:
-        state = _settled(model, state, token, learn)
+        state, _ = _settle(model, state, token)
         held = _hold(config, state, token)
     else:
         held = _let_go(state.held)
@@ -930,12 +1053,21 @@ class _Walk(NamedTuple):
       logits: after the last of them.
       state: leaves of the blocks lead with layers.
       made: what the loop is for.
+      ledger: of rows that are served.
     """
 
     at: Int[Array, ""]
     logits: Array
     state: LMState
-    made: Array
+    made: PyTree
+    ledger: Ledger | None = None
+
+
+class _Said(NamedTuple):
+    """Logits before a token and after it."""
+
+    before: Array
+    after: Array
 
 
 def _read_anywhere(model, tokens, state, count, learn):
@@ -951,9 +1083,9 @@ def _read_anywhere(model, tokens, state, count, learn):
         del logits
         return by_time[i]
 
-    def put(made, i, token, logits):
+    def put(made, i, token, said):
         del token
-        return made.at[i].set(logits)
+        return made.at[i].set(said.after)
 
     def chunk(walk):
         here = jax.lax.dynamic_slice_in_dim(tokens, walk.at, size, axis=1)
@@ -972,7 +1104,7 @@ def _read_anywhere(model, tokens, state, count, learn):
         return _block(model, chosen, put, stop, walk, learn=learn, settled=True)
 
     def body(walk):
-        walk = walk._replace(state=_settled(model, walk.state, by_time[walk.at], learn))
+        walk = _settled(model, walk, by_time[walk.at], learn)
         if length < size:
             return block(walk)
         whole = jnp.all(walk.state.position % span == 0) & (walk.at + size <= steps)
@@ -989,18 +1121,28 @@ def _read_anywhere(model, tokens, state, count, learn):
 _AT_ONCE = 128  # tokens that are read in parallel, about
 
 
-def _block(model, chosen, put, steps, walk, *, learn, settled=False):
-    """Tokens up to the end of the base chunk of the first row that reaches one."""
-    config, state = model.config, walk.state
+def _block(model, chosen, put, steps, walk, *, learn, settled=False, reading=None):
+    """Tokens up to the end of the base chunk of the first row that reaches one.
+
+    Of rows that do not read, whatever the loop makes of them is given up.
+    """
+    config = model.config
     if not settled:
         first = chosen(walk.logits, walk.at)
-        state = _settled(model, state, first, learn)
+        walk = _settled(model, walk, first, learn, reading)
+    state = walk.state
     left = steps - walk.at
+    # Where rows stand: of those that do not read, somewhere no loop ends early.
+    place = state.position
+    if reading is not None:
+        place = jnp.where(reading, place, 0)
     holds = state.levels and learn.cms
     held, count = _let_go(state.held), left
     if holds:
         slot = state.position % config.base_chunk
-        count = jnp.minimum(left, config.base_chunk - jnp.max(slot))
+        count = jnp.minimum(
+            left, config.base_chunk - jnp.max(place % config.base_chunk)
+        )
         held = _begin_chunk(config, state, slot)
         follows = held.count == slot
         held = held._replace(count=held.count + jnp.where(follows, count, 0))
@@ -1008,12 +1150,13 @@ def _block(model, chosen, put, steps, walk, *, learn, settled=False):
     read, end = _layer_by_layer(model, fast, learn)
 
     def step(i, carry):
-        logits, mixers, tokens, made = carry
-        token = chosen(logits, walk.at + i)
+        before, mixers, tokens, made = carry
+        token = chosen(before, walk.at + i)
         logits, mixers = read(token, mixers)
         if holds:
             tokens = _put(tokens, token, slot + i, follows)
-        return logits, mixers, tokens, put(made, walk.at + i, token, logits)
+        made = put(made, walk.at + i, token, _Said(before, logits))
+        return logits, mixers, tokens, made
 
     carry = walk.logits, _apart(mixers, _count(mixers)), held and held.tokens, walk.made
     stride = config.stride
@@ -1023,8 +1166,8 @@ def _block(model, chosen, put, steps, walk, *, learn, settled=False):
 
         def chunk(at_and_carry):
             at, carry = at_and_carry
-            place = state.position + at
-            stop = jnp.minimum(count, at + stride - jnp.max(place % stride))
+            here = place + at if reading is None else jnp.where(reading, place + at, 0)
+            stop = jnp.minimum(count, at + stride - jnp.max(here % stride))
             carry = jax.lax.fori_loop(at, stop, step, carry)
             return stop, (carry[0], end(carry[1]), *carry[2:])
 
@@ -1032,13 +1175,16 @@ def _block(model, chosen, put, steps, walk, *, learn, settled=False):
         _, carry = jax.lax.while_loop(lambda c: c[0] < count, chunk, start)
     logits, mixers, tokens, made = carry
     mixers = jax.tree.map(lambda *layers: jnp.stack(layers), *mixers)
-    state = LMState(
+    after = LMState(
         BlockState(mixers, fast),
         state.levels,
         held and held._replace(tokens=tokens),
         state.position + count,
     )
-    return _Walk(walk.at + count, logits, state, made)
+    if reading is not None:
+        after = _where_state(reading, after, state)
+        logits = _where(reading, logits, walk.logits, axis=0)
+    return _Walk(walk.at + count, logits, after, made, walk.ledger)
 
 
 def _layer_by_layer(model, fast, learn):
@@ -1083,8 +1229,11 @@ def _count(layers):
     return jax.tree.leaves(layers)[0].shape[0]
 
 
-def _settled(model, state, token, learn):
-    return _settle(model, state, token) if state.levels and learn.cms else state
+def _settled(model, walk, token, learn, reading=None):
+    if not (walk.state.levels and learn.cms):
+        return walk
+    state, ledger = _settle(model, walk.state, token, walk.ledger, reading)
+    return walk._replace(state=state, ledger=ledger)
 
 
 def _begin_chunk(config, state, slot):

@@ -4,12 +4,13 @@ import codecs
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.models import lm
@@ -20,15 +21,26 @@ _WINDOW = 256  # tokens of a prompt read in parallel, at least
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn from the logits.
+    """How the next token is drawn from the logits, and where a text ends.
+
+    What is likely enough is looked at after the temperature; tokens as likely as the
+    last that is kept are kept too.
 
     Attributes:
       temperature: divides the logits; 0 takes the likeliest token (greedy).
       top_k: draw among this many likeliest tokens only; None draws among all.
+      top_p: of these, among the fewest likeliest that together have this probability
+        (arXiv:1904.09751).
+      min_p: among those with at least this share of the likeliest one's probability
+        (arXiv:2407.01082).
+      stop: a text ends with the token that completes one of these.
     """
 
     temperature: float = 0.8
     top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -40,15 +52,101 @@ class Sampling:
             raise ValueError(
                 f"top_k must be at least 1, or None for all tokens, got {self.top_k}."
             )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                "top_p must be above 0, and at most 1, for all tokens, got"
+                f" {self.top_p}."
+            )
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(
+                f"min_p must lie between 0, for all tokens, and 1, got {self.min_p}."
+            )
+        if isinstance(self.stop, str) or not all(
+            isinstance(one, str) and one for one in self.stop
+        ):
+            raise ValueError(
+                f"stop must be a tuple of texts, none of them empty, got {self.stop!r}."
+            )
 
     def __call__(self, logits: Float[Array, " N"], key: Array | None) -> Int[Array, ""]:
         if self.temperature == 0:
             return jnp.argmax(logits).astype(jnp.int32)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = jax.lax.top_k(logits, self.top_k)[0][-1]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
+        one = jax.tree.map(lambda a: a[0], drawing([self], logits.shape[-1]))
+        if self.cuts:
+            logits = jnp.where(logits < _least(logits, one), -jnp.inf, logits)
         assert key is not None  # only the likeliest token needs none
         return jax.random.categorical(key, logits / self.temperature).astype(jnp.int32)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any token is too unlikely."""
+        return self.top_k is not None or self.top_p < 1 or self.min_p > 0
+
+
+class Drawing(NamedTuple):
+    """A `Sampling` a row, as arrays, so that others need no other program."""
+
+    temperature: Float[Array | np.ndarray, "*B"]
+    top_k: Int[Array | np.ndarray, "*B"]
+    top_p: Float[Array | np.ndarray, "*B"]
+    min_p: Float[Array | np.ndarray, "*B"]
+
+
+def drawing(samplings: Sequence[Sampling], vocab: int) -> Drawing:
+    """Of each row, for logits of `vocab` tokens."""
+    made = [
+        (s.temperature, min(s.top_k or vocab, vocab), s.top_p, s.min_p)
+        for s in samplings
+    ]
+    types = np.float32, np.int32, np.float32, np.float32
+    columns = zip(zip(*made, strict=True), types, strict=True)
+    return Drawing(*(np.array(column, dtype) for column, dtype in columns))
+
+
+def draw(
+    logits: Float[Array, "B N"], how: Drawing, keys: Shaped[Array, " B"]
+) -> Int[Array, " B"]:
+    """A token a row, each by its own settings and key; what `Sampling` does."""
+    hot = jnp.where(how.temperature == 0, 1.0, how.temperature)
+
+    def cut():
+        least = jax.vmap(_least)(logits, how._replace(temperature=hot))
+        return jnp.where(logits < least[:, None], -jnp.inf, logits)
+
+    cuts = (how.top_k < logits.shape[-1]) | (how.top_p < 1) | (how.min_p > 0)
+    kept = jax.lax.cond(jnp.any(cuts), cut, lambda: logits)
+    drawn = jax.vmap(jax.random.categorical)(keys, kept / hot[:, None])
+    likeliest = jnp.argmax(logits, axis=-1)
+    return jnp.where(how.temperature == 0, likeliest, drawn).astype(jnp.int32)
+
+
+def _least(logits: Float[Array, " N"], how: Drawing) -> Float[Array, ""]:
+    """The lowest logit that may still be drawn; with nothing to cut, all may."""
+    falling = jnp.sort(logits, descending=True)
+    k_th = falling[how.top_k - 1]
+    kept = jnp.where(falling < k_th, -jnp.inf, falling)
+    likely = jax.nn.softmax(kept / how.temperature)
+    count = jnp.sum(jnp.cumsum(likely) - likely < how.top_p)
+    p_th = jnp.where(how.top_p < 1, kept[count - 1], -jnp.inf)
+    near = falling[0] + how.temperature * jnp.log(how.min_p)
+    return jnp.maximum(k_th, jnp.maximum(p_th, near))
+
+
+def find_stop(text: bytes, stop: Sequence[str], new: int) -> int | None:
+    """Where the first text of `stop` begins that ends within the last `new` bytes.
+
+    >>> find_stop(b"one two", ("two", "o t"), 3)
+    2
+    """
+    if not stop:
+        return None
+    ends = len(text) - new
+    found = []
+    for one in (one.encode() for one in stop):
+        at = text.find(one, max(0, ends - len(one) + 1))
+        if at >= 0:
+            found.append(at)
+    return min(found, default=None)
 
 
 def prefill(
@@ -135,7 +233,8 @@ def generate(
     """Token ids that go on after `prompt`, as they are made.
 
     The prompt is read as the start of a document; an empty one leaves that start alone.
-    The text ends early where the model starts another document.
+    The text ends early where the model starts another document, and with the token
+    that completes a text of `sampling.stop`.
 
     Args:
       reader: the model.
@@ -168,6 +267,8 @@ def generate(
 
 def _generate(reader, params, tokenizer, read, tokens, key, sampling, learn, block):
     state, logits = prefill(reader, params, read, learn)
+    stop, text = sampling.stop, b""
+    sampling = dataclasses.replace(sampling, stop=())  # which no program depends on
     for drawn in range(0, tokens, block):
         made, logits, state = decode(
             reader,
@@ -189,6 +290,11 @@ def _generate(reader, params, tokenizer, read, tokens, key, sampling, learn, blo
             if token == tokenizer.bos:
                 return
             yield token
+            if stop:
+                new = tokenizer.decode([token])
+                text += new
+                if find_stop(text, stop, len(new)) is not None:
+                    return
 
 
 def as_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -200,9 +306,14 @@ def as_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     >>> list(as_text(ByteTokenizer(), "a\N{EURO SIGN}".encode()))
     ['a', '\N{EURO SIGN}']
     """
+    return in_characters(tokenizer.decode([token]) for token in ids)
+
+
+def in_characters(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Text of bytes, as `as_text` gives it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in ids:
-        if text := decoder.decode(tokenizer.decode([token])):
+    for piece in pieces:
+        if text := decoder.decode(piece):
             yield text
     if text := decoder.decode(b"", final=True):
         yield text

@@ -14,10 +14,12 @@ from launch import command
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
-    *(f"launch.{n}" for n in ("train", "evaluate", "generate", "quickstart", "table")),
+    *(f"launch.{n}" for n in ("train", "evaluate", "generate", "chat", "quickstart")),
+    "launch.table",
     *(f"experiments.{n}" for n in ("fig4_toy", "orthogonal_tasks", "noisy_gradients")),
     *(f"experiments.{n}" for n in ("learned_optimizers", "fig11_vit", "memory")),
     *(f"experiments.{n}" for n in ("twins", "stability", "long_text", "sweep")),
+    "experiments.sessions",
 )
 
 

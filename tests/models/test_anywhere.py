@@ -123,6 +123,47 @@ def test_what_is_written_is_read_before_the_next_token(name):
     assert_same_state(made[2], expected[2])
 
 
+def test_rows_read_as_many_tokens_as_they_are_given():
+    """Whatever the cuts and the other row, to the bit. Of Hope see tests/stream."""
+    config = MODELS["hybrid"]
+    graphdef, params = small.built(config)
+    tokens, fast = small.some_tokens(length=LENGTH), len(config.fast)
+    none = jnp.zeros((2, fast), jnp.int32)
+    ledger = lm.Ledger(
+        jnp.full(2, jnp.inf), jnp.full(2, 99), none, none, jnp.zeros((2, fast))
+    )
+    begin = small.start(config), jnp.zeros((2, small.VOCAB)), ledger
+    known = lambda logits, x: x  # noqa: E731
+
+    @jax.jit
+    def serve(now, xs, counts):
+        made = lm.serve(graphdef, params, *now, known, xs, counts)
+        (read, losses), logits, ledger, state = made
+        return read, losses, (state, logits, ledger)
+
+    def read(*calls):
+        now, at, total = begin, np.zeros(2, int), np.zeros(2)
+        for counts in calls:
+            xs = np.stack([np.roll(tokens[i], -at[i]) for i in (0, 1)], axis=1)
+            made, losses, now = serve(now, xs, np.int32(counts))
+            for i in (0, 1):
+                np.testing.assert_array_equal(made[i, : counts[i]], xs[: counts[i], i])
+                assert not np.any(made[i, counts[i] :] != 0)
+            at, total = at + counts, total + np.sum(losses, axis=1)
+        return now, total
+
+    end, total = read((LENGTH, 5), (0, LENGTH - 5))
+    again, _ = read((3, 5), (LENGTH - 3, 0), (0, LENGTH - 5))
+    jax.tree.map(np.testing.assert_array_equal, end, again)
+    expected, state = programs("hybrid")["one by one"](tokens, begin[0])
+    close(end[1], expected[:, -1])
+    assert_same_state(end[0], state)
+    said = jnp.concatenate([begin[1][:, None], expected[:, :-1]], axis=1)
+    losses = lm.next_token_loss(said, jnp.asarray(tokens))
+    close(total, np.sum(losses, axis=1))
+    np.testing.assert_array_equal(end[2].moves[:, 0], (LENGTH - 1) // 4)
+
+
 def test_a_state_has_no_copies_of_itself():
     """Bytes of one row: anchors but of the running memories, and nothing twice."""
     config = small.HOPE

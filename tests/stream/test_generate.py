@@ -92,6 +92,63 @@ def test_top_k_draws_among_the_likeliest(key):
     assert drawn(g.Sampling(temperature=0.0)) == {1}
 
 
+def test_unlikely_tokens_are_not_drawn(key):
+    likely = np.array([0.1, 0.5, 0.25, 0.15])
+    logits, keys = jnp.log(likely.astype(np.float32)), jax.random.split(key, 200)
+
+    def drawn(**settings):
+        sampling = g.Sampling(**{"temperature": 1.0, **settings})
+        return set(jax.vmap(lambda k: sampling(logits, k))(keys).tolist())
+
+    assert drawn(top_p=0.4) == {1} and drawn(top_p=0.6) == {1, 2}
+    assert drawn(top_p=0.8) == {1, 2, 3} and drawn(top_p=1.0) == {0, 1, 2, 3}
+    assert drawn(min_p=0.4) == {1, 2} and drawn(min_p=0.25) == {1, 2, 3}
+    assert drawn(min_p=1.0) == {1} and drawn(min_p=0.0) == {0, 1, 2, 3}
+    assert drawn(min_p=0.4, top_k=1) == {1}
+    # Of the two likeliest, 2/3 and 1/3, the first alone has 0.6.
+    assert drawn(top_p=0.6, top_k=2) == {1}
+    assert drawn(min_p=0.4, temperature=2.0) == {0, 1, 2, 3}  # 0.1 is 0.45 of 0.5 now
+
+
+def test_settings_of_rows_are_those_of_sampling(key):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(6, 50)), jnp.float32)
+    samplings = [
+        g.Sampling(temperature=0),
+        g.Sampling(temperature=1.3),
+        g.Sampling(temperature=0.7, top_k=3),
+        g.Sampling(temperature=2.0, top_p=0.8),
+        g.Sampling(temperature=1.0, min_p=0.3),
+        g.Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.1),
+    ]
+    draw = jax.jit(g.draw)
+    for _ in range(5):
+        key, own = jax.random.split(key)
+        keys = jax.random.split(own, len(samplings))
+        rows = zip(samplings, logits, keys, strict=True)
+        expected = [int(one(row, k)) for one, row, k in rows]
+        assert draw(logits, g.drawing(samplings, 50), keys).tolist() == expected
+        plain = [samplings[1]] * len(samplings)  # nothing is cut in any row
+        rows = zip(plain, logits, keys, strict=True)
+        expected = [int(one(row, k)) for one, row, k in rows]
+        assert draw(logits, g.drawing(plain, 50), keys).tolist() == expected
+    assert draw._cache_size() == 1
+
+
+def test_a_text_ends_with_what_stops_it(key):
+    reader, text = fakes.reciting(257, b"0123456789"), {"tokens": 25}
+    for stop, ids in (
+        (("34",), b"01234"),
+        (("567890", "9"), b"0123456789"),
+        (("no",), b"0123456789012345678901234"),
+    ):
+        sampling = g.Sampling(temperature=0, stop=stop)
+        assert bytes(made(reader, key, sampling=sampling, **text)) == ids
+    before = g.decode._cache_size()
+    made(reader, key, sampling=g.Sampling(temperature=0, stop=("7",)), **text)
+    assert g.decode._cache_size() == before
+
+
 def test_temperature_divides_the_logits(key):
     logits = jnp.array([0.0, 2.0])
     keys = jax.random.split(key, 4000)
@@ -189,6 +246,15 @@ def test_bad_arguments_are_named(key):
     for top_k in (0, -5):
         with pytest.raises(ValueError, match=f"top_k must .* got {top_k}"):
             g.Sampling(top_k=top_k)
+    for top_p in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"top_p must .* got {top_p}"):
+            g.Sampling(top_p=top_p)
+    for min_p in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"min_p must .* got {min_p}"):
+            g.Sampling(min_p=min_p)
+    for stop in ("text", ("",), (b"x",)):
+        with pytest.raises(ValueError, match="stop must be a tuple of texts"):
+            g.Sampling(stop=stop)
     reader = fakes.uniform(257)
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         g.generate(reader, ONE, BYTES, b"", tokens=0, key=key)
