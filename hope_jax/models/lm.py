@@ -414,6 +414,7 @@ def unfold(
     model.learning = learn = learning.resolve(model.config, learn)
     state = _layers_first(state)
     held, fast = state.held, state.blocks.fast
+    assert held is not None
 
     def read(i, mixers):
         token = jax.lax.dynamic_index_in_dim(held.tokens, i, axis=1)
