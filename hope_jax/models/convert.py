@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSLevel
@@ -238,3 +238,177 @@ def _check_copies(leaves) -> None:
 def _by_name(params):
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {path_names(path): leaf for path, leaf in leaves}
+
+
+def add_level(
+    config: ModelConfig, params: PyTree, level: CMSLevel, key: Array
+) -> tuple[ModelConfig, PyTree]:
+    """One more level in the chain, which adds nothing until it learns.
+
+    It stands where its period belongs, after those of the same period; its MLP is drawn
+    as that of a new model, with a zero output projection.
+
+    Args:
+      config, params: a trained model, whose levels are a chain.
+      level: the new one.
+      key: decides its MLP.
+
+    Returns:
+      The new model's config and parameters. Logits are the same while the level has not
+      learned, those of its other levels' moves among them.
+
+    Raises:
+      ValueError: levels of which the mean is taken.
+    """
+    levels = list(config.cms.levels)
+    at = sum(level.period >= other.period for other in levels)
+    sources: list[int | None] = list(range(len(levels)))
+    levels.insert(at, level)
+    sources.insert(at, None)
+    return _rearranged(config, params, levels, sources, empty={at}, key=key)
+
+
+def split_level(
+    config: ModelConfig, params: PyTree, index: int, faster: CMSLevel, slower: CMSLevel
+) -> tuple[ModelConfig, PyTree]:
+    """Two levels in place of one: what it knows goes to the slower of them.
+
+    The faster begins as a copy with a zero output projection, which adds nothing until
+    it learns.
+
+    Args:
+      config, params: a trained model, whose levels are a chain.
+      index: of the level, in `config.cms.levels`.
+      faster, slower: what it becomes, with clocks of their own.
+
+    Returns:
+      As `add_level`.
+
+    Raises:
+      ValueError: as `add_level`, no such level, or clocks out of order.
+    """
+    levels = list(config.cms.levels)
+    _check_index(config, index)
+    sources: list[int | None] = list(range(len(levels)))
+    levels[index : index + 1] = [faster, slower]
+    sources.insert(index, index)
+    return _rearranged(config, params, levels, sources, empty={index})
+
+
+def remove_level(
+    config: ModelConfig, params: PyTree, index: int, *, forget: bool = False
+) -> tuple[ModelConfig, PyTree]:
+    """The chain without one of its levels.
+
+    Args:
+      config, params: a trained model, whose levels are a chain.
+      index: of the level, in `config.cms.levels`.
+      forget: whether a level may be removed that adds something, which is then lost.
+
+    Returns:
+      Config and parameters of the others.
+
+    Raises:
+      ValueError: as `split_level`, the only level, or one that adds something.
+    """
+    _check_index(config, index)
+    levels = list(config.cms.levels)
+    if len(levels) == 1:
+        raise ValueError("config.cms.levels has one level, and a chain needs one.")
+    adds = [
+        np.any(np.asarray(leaf))
+        for names, leaf in _by_name(params).items()
+        if _level_of(names) == index and "down" in names
+    ]
+    if any(adds) and not forget:
+        raise ValueError(
+            f"level {index} adds something in {sum(adds)} of its {len(adds)} output "
+            "projections: the model would be another one without. To give it up say "
+            "forget=True."
+        )
+    sources: list[int | None] = list(range(len(levels)))
+    del levels[index], sources[index]
+    return _rearranged(config, params, levels, sources)
+
+
+def freeze_level(
+    config: ModelConfig, params: PyTree, index: int
+) -> tuple[ModelConfig, PyTree]:
+    """The model with a level that no longer moves while reading; its MLP stays, and is
+    learned between sequences alone.
+
+    Args:
+      config, params: a trained model.
+      index: of the level, in `config.cms.levels`.
+
+    Raises:
+      ValueError: no such level.
+    """
+    _check_index(config, index)
+    levels = list(config.cms.levels)
+    levels[index] = dataclasses.replace(levels[index], rate=0.0)
+    return _rearranged(config, params, levels, list(range(len(levels))), chain=False)
+
+
+def _check_index(config, index):
+    if not 0 <= index < len(config.cms.levels):
+        raise ValueError(
+            f"index must be of config.cms.levels, 0..{len(config.cms.levels) - 1}, got "
+            f"{index}."
+        )
+
+
+def _level_of(names) -> int | None:
+    """The level whose parameter this is; None of others."""
+    if "mixer" in names or "levels" not in names:
+        return None
+    return int(names[names.index("levels") + 1])
+
+
+def _rearranged(config, params, levels, sources, empty=(), key=None, chain=True):
+    """A model of other `levels`, each with the MLP of the level in `sources`, or a new
+    one; those that are `empty` have a zero output projection."""
+    if chain and config.cms.order == "independent":
+        raise ValueError(
+            "config.cms.order must be that of a chain, got 'independent', which takes "
+            "the mean of a layer's levels: with one more or less it is another one."
+        )
+    rates = config.cms.rates
+    if not any(level.rate > 0 and level.period != math.inf for level in levels):
+        rates = "learned"  # none is left to be ruled
+    cms = dataclasses.replace(config.cms, levels=tuple(levels), rates=rates)
+    made = dataclasses.replace(config, cms=cms)
+    trained = _by_name(params)
+    fresh = {} if key is None else _by_name(lm.build(made, key)[1])
+    # Where each level that moves was among those that moved, if it did.
+    before = [
+        config.fast.index(sources[i])
+        if i not in empty and sources[i] in config.fast
+        else None
+        for i in made.fast
+    ]
+
+    def column(start, old):
+        """`start` with what was learned of levels that are still there, last axis."""
+        for new, was in enumerate(before):
+            if was is not None:
+                start = start.at[..., new].set(old[..., was])
+        return start
+
+    def convert(path, leaf):
+        names = path_names(path)
+        if "rates" in names:
+            return column(lm.first_rates(made), trained.get(names))
+        if "open" in names:  # a new factor is 1 at the start
+            return column(jnp.zeros(leaf.shape, leaf.dtype), trained[names])
+        level = _level_of(names)
+        if level is None:
+            return trained[names]
+        source, at = sources[level], names.index("levels") + 1
+        if source is None:
+            value = fresh[names]
+        else:
+            value = trained[(*names[:at], str(source), *names[at + 1 :])]
+        return jnp.zeros_like(value) if level in empty and "down" in names else value
+
+    return made, jax.tree_util.tree_map_with_path(convert, lm.abstract(made))
