@@ -418,7 +418,7 @@ def test_independent_levels_add_their_mean():
     cms = CMSConfig(levels=(*STILL, CMSLevel(period=16)), hidden=5, order="independent")
     config = ModelConfig(d_model=8, heads=2, layers=1, mixer="attention", cms=cms)
     graphdef, params = small.shaken(Block(config, rngs=nnx.Rngs(0)))
-    x = small.drawn(2, 7, 8)
+    x = jnp.asarray(small.drawn(2, 7, 8))
 
     @jax.jit
     def both(params):
