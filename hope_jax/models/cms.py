@@ -1,11 +1,11 @@
 """Continuum memory: a chain of MLPs, each moved by the task loss on its own clock.
 
-Section 7 of arXiv:2512.24695, sequential variant (equations 70, 71 and 73). Every row
-has its own fast copy of a level, which starts at the learned parameters and descends
-the next-token loss of the text read so far: it moves whenever as many tokens as its
-period have been read, however long the text is. In training a level that is slower
-than the rows would never move inside one. It then holds no fast copy and is an ordinary
-parameter, which the training loop's optimizer moves on a slower clock.
+Section 7 of arXiv:2512.24695, by default its sequential variant (equations 70, 71 and
+73). Every row has its own fast copy of a level, which starts at the learned parameters
+and descends the next-token loss of the text read so far: it moves whenever as many
+tokens as its period have been read, however long the text is. In training a level that
+is slower than the rows would never move inside one. It then holds no fast copy and is
+an ordinary parameter, which the training loop's optimizer moves on a slower clock.
 """
 
 import dataclasses
@@ -28,6 +28,24 @@ from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
 from hope_jax.optim.leaves import wide
 from hope_jax.optim.rules import RULES, saved
+
+
+def _check_nested(config: "CMSConfig") -> None:
+    """Refuses what the variant is not about."""
+    if config.order == "independent" or len(config.fast) < 2:
+        raise ValueError(
+            "variant='nested' is about a chain of at least two levels that move while "
+            f"reading, got order={config.order!r} and {len(config.fast)} such levels: "
+            "use variant='sequential'."
+        )
+    for i in config.fast:
+        if _rule(config.whole[i]).inputs is not None:
+            raise ValueError(
+                "variant='nested' moves starts by gradients alone, and rule "
+                f"{_rule(config.whole[i]).kind!r} of levels.{i} takes more than these: "
+                "use another, or variant='sequential'."
+            )
+
 
 _ACCUMULATORS = ("float32", "bfloat16")
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -97,6 +115,12 @@ class CMSConfig:
       order: `fast_to_slow` (the paper's figures), `slow_to_fast` (equation 70 as
         printed), or `independent`: each level reads what the mixer leaves, and the mean
         of what they say is added (equation 74 with equal weights).
+      variant: `sequential` (equation 73): levels go on as long as the text does.
+        `nested` (equation 72): whenever a level moves, the next faster one that moves
+        begins again, at a start that the slower one owns: a copy a row of the learned
+        one, which moves with the slower level, by its rule, on the gradients of all
+        that the faster one read meanwhile. They are taken where the faster level stood
+        (first order), not through its moves, as equation 72 has them.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
@@ -123,6 +147,7 @@ class CMSConfig:
     activation: Activation = "silu"
     bias: bool = False
     order: Literal["fast_to_slow", "slow_to_fast", "independent"] = "fast_to_slow"
+    variant: Literal["sequential", "nested"] = "sequential"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
     gradient: Literal["exact", "first_order", "none"] = "first_order"
@@ -145,6 +170,7 @@ class CMSConfig:
             self,
             activation=typing.get_args(Activation),
             order=("fast_to_slow", "slow_to_fast", "independent"),
+            variant=("sequential", "nested"),
             reduction=("mean", "sum"),
             gradient=("exact", "first_order", "none"),
             accumulator=_ACCUMULATORS,
@@ -164,6 +190,8 @@ class CMSConfig:
                     f"rate ({level.rate}) must be below rate_bound ({self.rate_bound})."
                 )
         _check_shared(self)
+        if self.variant == "nested":
+            _check_nested(self)
 
     @classmethod
     def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -205,6 +233,20 @@ class CMSConfig:
         return tuple(i for i, moves in enumerate(moving) if moves)
 
 
+class Owned(NamedTuple):
+    """The start of a level that the next slower one owns (`CMSConfig.variant`).
+
+    Attributes:
+      start: where the level begins again; rows as in its weights.
+      learned: the sums over its tokens since the slower level's last move.
+      opt: the state of the slower level's rule.
+    """
+
+    start: PyTree
+    learned: PyTree
+    opt: PyTree
+
+
 class FastLevel(NamedTuple):
     """Where a fast level of every row stands, apart from its weights.
 
@@ -214,11 +256,13 @@ class FastLevel(NamedTuple):
       opt: the state of its rule, whose leaves always lead with rows.
       opened: the sums of `generated` factors since its last move, of a row in each
         layer; a prefix of the weights without their own axes. None without them.
+      owned: its start; None where no level owns it.
     """
 
     learned: Collected
     opt: PyTree
     opened: PyTree | None = None
+    owned: Owned | None = None
 
 
 def noted(level: CMSLevel, weights: PyTree) -> PyTree:
@@ -264,11 +308,16 @@ def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
     )
 
 
-def begin_level(level: CMSLevel, weights: PyTree, axis: int) -> FastLevel:
-    """The level before its first token; `weights` carry the rows on `axis`."""
-    opt = jax.vmap(flow(level, 0.0).init, axis)(weights)
+def begin_level(
+    level: CMSLevel, weights: PyTree, axis: int, owner: CMSLevel | None = None
+) -> FastLevel:
+    """The level before its first token; `weights` carry the rows on `axis`. `owner` is
+    the level that owns its start."""
+    begin = lambda level: jax.vmap(flow(level, 0.0).init, axis)(weights)  # noqa: E731
     nothing = jax.eval_shape(lambda w: learned(level, noted(level, w)), weights)
-    return FastLevel(_kept(level, jax.tree.map(jnp.zeros_like, nothing)), opt)
+    sums = _kept(level, jax.tree.map(jnp.zeros_like, nothing))
+    owned = None if owner is None else Owned(weights, sums.gradient, begin(owner))
+    return FastLevel(sums, begin(level), owned=owned)
 
 
 def _kept(level: CMSLevel, sums: Collected) -> Collected:
@@ -320,11 +369,44 @@ def move(
             moved = jax.tree.map(
                 lambda new, old, s: new - level.pull * (old - s), moved, weights, start
             )
-        return moved, FastLevel(_kept(level, fresh), opt, level_lib.nothing(opened))
+        return moved, _kept(level, fresh), opt, level_lib.nothing(opened)
 
     axes: Any = (axis, 0, axis)
-    over_rows = jax.vmap(move_row, (axis, *axes), (axis, FastLevel(*axes)))
-    return over_rows(weights, *state)
+    over_rows = jax.vmap(move_row, (axis, *axes), (axis, *axes))
+    moved, *after = over_rows(weights, *state[:3])
+    return moved, FastLevel(*after, owned=state.owned)
+
+
+def begin_again(
+    config: CMSConfig,
+    level: CMSLevel,
+    owner: CMSLevel,
+    rate: Float[Array, ""] | float,
+    start: PyTree,
+    state: FastLevel,
+    opened: PyTree | None,
+    axis: int,
+) -> tuple[PyTree, FastLevel]:
+    """Where `owner` moves: its start of the faster `level` moves too, as `move` moves
+    weights, and the level is there, with nothing learned.
+
+    Args:
+      config: the chain.
+      level, owner: of `config.whole`.
+      rate: of the owner.
+      start: the learned weights of the level, which have no rows.
+      state: of the level.
+      opened: of the owner, before its move.
+      axis: of the rows.
+    """
+    owned = state.owned
+    assert owned is not None
+    sums = FastLevel(Collected(owned.learned, None), owned.opt, opened)
+    moved, after = move(config, owner, rate, start, owned.start, sums, axis)
+    fresh = begin_level(level, moved, axis, owner)
+    nothing = level_lib.nothing(state.opened)
+    kept = Owned(moved, level_lib.nothing(owned.learned), after.opt)
+    return moved, fresh._replace(opened=nothing, owned=kept)
 
 
 def _scaled(by, opened, updates):

@@ -11,6 +11,7 @@ it should not.
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -360,6 +361,8 @@ def state_bytes(config: ModelConfig) -> dict[str, int]:
         made[f"CMS {place + 1} weights"] = size(weights)
         made[f"CMS {place + 1} learned"] = size((level.learned, level.opened))
         made[f"CMS {place + 1} rule"] = size(level.opt)
+        if level.owned is not None:
+            made[f"CMS {place + 1} start"] = size(level.owned)
     if state.held is not None:
         made["held chunk"] = size(state.held)
         made["at rest"] = size(state) - made["mixers"]
@@ -636,7 +639,14 @@ def _rows_first(state: LMState) -> LMState:
     if held is not None:
         held = held._replace(mixers=_swap(held.mixers))
     levels = tuple(
-        v._replace(learned=_swap(v.learned), opened=_swap(v.opened))
+        v._replace(
+            learned=_swap(v.learned),
+            opened=_swap(v.opened),
+            owned=v.owned
+            and v.owned._replace(
+                start=_swap(v.owned.start), learned=_swap(v.owned.learned)
+            ),
+        )
         for v in state.levels
     )
     return state._replace(blocks=_swap(state.blocks), levels=levels, held=held)
@@ -653,9 +663,13 @@ def _begin(model, rows, horizon=None):
     config = model.config
     if config.cms.gradient == "none":
         blocks = blocks._replace(fast=jax.lax.stop_gradient(blocks.fast))
+    moving = _moving(config, blocks.fast)
+    owners = (
+        [level for level, _ in moving[1:]] if config.cms.variant == "nested" else ()
+    )
     levels = tuple(
-        cms.begin_level(level, weights, axis=1)._replace(opened=_closed(config, rows))
-        for level, weights in _moving(config, blocks.fast)
+        cms.begin_level(level, weights, 1, owner)._replace(opened=_closed(config, rows))
+        for (level, weights), owner in itertools.zip_longest(moving, owners)
     )
     held = None
     if levels:
@@ -818,9 +832,14 @@ def _accumulate(model, levels, learned, read):
         if not model.learning.levels[model.config.fast[which]]:
             return level
         opened = jax.tree.map(lambda a: jnp.sum(a[..., which], axis=2), read.opened)
+        owned = level.owned
+        if owned is not None:
+            sums = collect(owned.learned, learned[which].gradient)
+            owned = owned._replace(learned=sums)
         return level._replace(
             learned=collect(level.learned, learned[which]),
             opened=collect(level.opened, opened),
+            owned=owned,
         )
 
     return tuple(gathered(which, level) for which, level in enumerate(levels))
@@ -936,9 +955,11 @@ def _move_due(model, life, rows=None):
     for which, period in enumerate(config.fast_periods[: len(fast)]):
         if not model.learning.levels[config.fast[which]]:
             continue
-        old = fast[which], levels[which], ledger
+        # With the next faster level, which may begin again.
+        those = slice(max(0, which - 1), which + 1)
+        old = tuple(fast[those]), tuple(levels[those]), ledger
         if rows is None and period == config.base_chunk:
-            fast[which], levels[which], ledger = _move(model, which, *old)
+            fast[those], levels[those], ledger = _move(model, which, *old)
             continue
         due = Clock(period=period).moves(life.position)
         due = due if rows is None else due & rows
@@ -949,28 +970,56 @@ def _move_due(model, life, rows=None):
         def stay(*old):
             return old
 
-        fast[which], levels[which], ledger = jax.lax.cond(
+        fast[those], levels[those], ledger = jax.lax.cond(
             jnp.any(due), move, stay, *old
         )
     return life._replace(fast=tuple(fast), levels=tuple(levels), ledger=ledger)
 
 
-def _move(model, which, weights, state, ledger, rows=None):
-    """Moves one fast level of the rows that are chosen, by default of all."""
+def _move(model, which, fast, states, ledger, rows=None):
+    """Moves one fast level of the rows that are chosen, by default of all: the last of
+    those that are given, the next faster of which begins again where levels nest."""
     config = model.config
-    rate, start = model.inner_rates()[which], model.blocks.starts()[which]
+    rate, start = model.inner_rates()[which], model.blocks.starts()
+    (*faster, weights), (*faster_states, state) = fast, states
     if config.cms.gradient == "none":
-        rate, start, state = jax.lax.stop_gradient((rate, start, state))
+        rate, start, state, faster_states = jax.lax.stop_gradient(
+            (rate, start, state, faster_states)
+        )
     level = config.cms.whole[config.fast[which]]
-    moved, after = cms.move(config.cms, level, rate, start, weights, state, axis=1)
+    moved, after = cms.move(
+        config.cms, level, rate, start[which], weights, state, axis=1
+    )
+    may = rows
     if ledger is not None:
-        moved, allowed, ledger = _keep_account(ledger, which, rows, weights, moved)
-        opt = _where(allowed, after.opt, state.opt, axis=0)
+        moved, may, ledger = _keep_account(ledger, which, rows, weights, moved)
+        opt = _where(may, after.opt, state.opt, axis=0)
         after = after._replace(opt=opt)
     if rows is not None:
         moved = _where(rows, moved, weights)
         after = _where_level(rows, after, state)
-    return moved, after, ledger
+    for i, (old, own) in enumerate(zip(faster, faster_states, strict=True)):
+        if own.owned is None or not model.learning.levels[config.fast[which - 1]]:
+            continue
+        at, begun = cms.begin_again(
+            config.cms,
+            config.cms.whole[config.fast[which - 1]],
+            level,
+            rate,
+            start[which - 1],
+            own,
+            state.opened,
+            axis=1,
+        )
+        if ledger is not None:
+            at, *_ = _shortened(ledger, own.owned.start, at)
+            owned = begun.owned
+            assert owned is not None
+            begun = begun._replace(owned=owned._replace(start=at))
+        if may is not None:
+            at, begun = _where(may, at, old), _where_level(may, begun, own)
+        faster[i], faster_states[i] = at, begun
+    return (*faster, moved), (*faster_states, after), ledger
 
 
 def _keep_account(ledger, which, due, weights, moved):
@@ -978,26 +1027,31 @@ def _keep_account(ledger, which, due, weights, moved):
 
     A move that is short enough is left as it is, bit for bit.
     """
-    longest = ledger.longest
+    allowed = due & (jnp.sum(ledger.moves, axis=1) < ledger.most)
+    moved, long, way = _shortened(ledger, weights, moved)
+    ledger = ledger._replace(
+        moves=ledger.moves.at[:, which].add(allowed.astype(jnp.int32)),
+        shortened=ledger.shortened.at[:, which].add((allowed & long).astype(jnp.int32)),
+        way=ledger.way.at[:, which].add(jnp.where(allowed, way, 0.0)),
+    )
+    return _where(allowed, moved, weights), allowed, ledger
+
+
+def _shortened(ledger, weights, moved):
+    """A move no longer than may be, whether it would have been, and how long it is."""
     square = lambda a, b: jnp.sum(  # noqa: E731
         jnp.square(a - b), axis=[i for i in range(a.ndim) if i != 1]
     )
     length = jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(square, moved, weights))))
-    allowed = due & (jnp.sum(ledger.moves, axis=1) < ledger.most)
-    long = length > longest
-    share = jnp.where(long, longest / length, 1.0)
+    long = length > ledger.longest
+    share = jnp.where(long, ledger.longest / length, 1.0)
 
     def shorter(new, old):
         by = share.reshape(1, -1, *[1] * (new.ndim - 2))
         return old + by * (new - old)
 
     moved = _where(long, jax.tree.map(shorter, moved, weights), moved)
-    ledger = ledger._replace(
-        moves=ledger.moves.at[:, which].add(allowed.astype(jnp.int32)),
-        shortened=ledger.shortened.at[:, which].add((allowed & long).astype(jnp.int32)),
-        way=ledger.way.at[:, which].add(jnp.where(allowed, share * length, 0.0)),
-    )
-    return _where(allowed, moved, weights), allowed, ledger
+    return moved, long, share * length
 
 
 def _settle(model, state, token, ledger=None, reading=None):
@@ -1301,8 +1355,16 @@ def _where_state(rows, new, old):
 
 
 def _where_level(rows, new, old):
+    owned = old.owned
+    if owned is not None:
+        owned = cms.Owned(
+            _where(rows, new.owned.start, owned.start),
+            _where(rows, new.owned.learned, owned.learned),
+            _where(rows, new.owned.opt, owned.opt, axis=0),
+        )
     return cms.FastLevel(
         _where(rows, new.learned, old.learned),
         _where(rows, new.opt, old.opt, axis=0),
         _where(rows, new.opened, old.opened),
+        owned,
     )

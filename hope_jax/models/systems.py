@@ -76,7 +76,9 @@ def system(config: ModelConfig, row: int) -> System:
             Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
         )
         if fast:
-            edges.append(Edge(slow.name, name, "initialise"))
+            owned = config.cms.variant == "nested" and i + 1 in inside
+            owner = _called(i + 1) if owned else slow.name
+            edges.append(Edge(owner, name, "initialise"))
             if config.cms.rates == "generated":
                 edges += [Edge(reader, name, "generate") for reader in readers]
         edges += [Edge(below, name, kind) for below, kind in ends.items()]
@@ -159,12 +161,13 @@ def living(
         or any(part.period for part in mixer.parts)
         or config.cms.rates != "learned"
         or config.cms.order == "independent"
+        or config.cms.variant != "sequential"
     ):
         raise ValueError(
-            "layers must be 1, the mixer attention, cms.rates 'learned' and cms.order "
-            "that of a chain for levels that live token by token, got "
-            f"{config.layers}, {mixer.kind!r}, {config.cms.rates!r} and "
-            f"{config.cms.order!r}."
+            "layers must be 1, the mixer attention, cms.rates 'learned', cms.order "
+            "that of a chain and cms.variant 'sequential' for levels that live token "
+            f"by token, got {config.layers}, {mixer.kind!r}, {config.cms.rates!r}, "
+            f"{config.cms.order!r} and {config.cms.variant!r}."
         )
     described, inside = system(config, row), config.within(row)
     block = _only_block(model)

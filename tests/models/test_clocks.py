@@ -208,6 +208,99 @@ def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
     assert moves(state)[slow] == [2, 2]
 
 
+NESTED = chain(*(CMSLevel(period=p, rate=0.5) for p in (4, 16, 32)), variant="nested")
+
+
+def test_a_nested_level_begins_again_where_the_slower_one_moved_its_start():
+    """By hand: the start moves by the slower level's rule, on the mean of all gradients
+    that came to the faster level since, wherever that stood (first-order MAML)."""
+    tokens = some_tokens(length=38)
+    model = nnx.merge(*small.built(NESTED))
+    state, layers_first = small.start(NESTED), jax.jit(lm._layers_first)
+    rates = np.asarray(model.inner_rates())
+    learned = jax.device_get(layers_first(state).blocks.fast)
+
+    @jax.jit
+    def gradient(inside, mixer, tokens, labels):
+        def loss(fast):
+            logits, *_ = lm._read(
+                model, tokens, mixer, fast, aligned=True, learn=lm.learning.of(True)
+            )
+            return lm.next_token_loss(logits, labels).sum()
+
+        return jax.grad(loss)(inside.blocks.fast)
+
+    sums = {}
+    for begin in range(0, 37, 4):
+        one = tokens[:, begin : begin + 1]
+        _, settled = small.read(NESTED, one, state, aligned=False)
+        before, after = (jax.device_get(layers_first(s)) for s in (state, settled))
+        for i, period in ((0, 16), (1, 32)):
+            if begin and begin % period == 0:
+                mean = jax.tree.map(lambda g, p=period: g / p, sums.pop(i))
+                start = before.levels[i].owned.start
+                want = expected_move(start, mean, learned[i], rates[i + 1])
+                for got in (after.levels[i].owned.start, after.blocks.fast[i]):
+                    jax.tree.map(
+                        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+                        *(got, want),
+                    )
+                assert not any(map(np.any, jax.tree.leaves(after.levels[i].learned)))
+        found = (
+            jax.device_get(
+                gradient(
+                    layers_first(settled),
+                    layers_first(state).blocks.mixer,
+                    tokens[:, begin : begin + 4],
+                    tokens[:, begin + 1 : begin + 5],
+                )
+            )
+            if begin < 32
+            else ()
+        )
+        for i, g in enumerate(found):
+            sums[i] = jax.tree.map(np.add, sums[i], g) if i in sums else g
+        for t in range(begin, min(begin + 4, 37)):
+            part = tokens[:, t : t + 1]
+            _, state = small.read(NESTED, part, state, aligned=False)
+
+
+def test_nested_levels_read_as_one_however_they_are_cut():
+    tokens = some_tokens(length=36)
+    whole, end = small.read(NESTED, tokens)
+    for aligned, cuts in ((True, [12, 24]), (False, range(1, 36))):
+        logits, state = pieces(NESTED, tokens, cuts, aligned)
+        np.testing.assert_allclose(logits, whole, atol=2e-5)
+        assert_same_state(state, end)
+    hope_jax.check_causality(
+        lambda t: small.read(NESTED, t)[0],
+        jnp.asarray(tokens),
+        vocab=NESTED.vocab,
+        positions=[0, 4, 15, 16, 17, 31, 32, 35],
+    )
+    sequential = dataclasses.replace(
+        NESTED, cms=dataclasses.replace(NESTED.cms, variant="sequential")
+    )
+    other = np.abs(small.read(sequential, tokens)[0] - whole).max(axis=(0, 2))
+    assert other[:16].max() < 1e-5 < 1e-4 < other[16:].max()
+    parts = lm.state_bytes(NESTED)
+    assert parts["CMS 1 start"] == 2 * parts["CMS 1 weights"] + parts["CMS 2 rule"]
+    assert "CMS 3 start" not in parts
+
+
+@pytest.mark.parametrize(
+    ("levels", "changes", "message"),
+    [
+        ((CMSLevel(period=4), CMSLevel(period=8, rate=0.0)), {}, "1 such levels"),
+        ((CMSLevel(period=4), CMSLevel(period=8)), {"order": "independent"}, "chain"),
+        ((CMSLevel(period=4), CMSLevel(period=8)), {"rule": "dgd"}, "rule 'dgd' of"),
+    ],
+)
+def test_what_cannot_nest_is_refused(levels, changes, message):
+    with pytest.raises(ValueError, match=message):
+        CMSConfig(levels=levels, variant="nested", **changes)
+
+
 def expected_move(weights, mean, start, rate):
     """w - rate clip(g) - pull (w - start), row by row; rows are axis 1."""
     norm = np.sqrt(
