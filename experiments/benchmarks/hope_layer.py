@@ -25,7 +25,7 @@ from flax import nnx
 
 from experiments import lab
 from experiments.benchmarks import timing
-from hope_jax.models.mixers.attention import Attention
+from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.models.mixers.self_modifying import (
     MLP,
     SelfModifyingConfig,
@@ -106,8 +106,8 @@ def build(sizes: Sizes) -> dict[tuple[str, str, int], tuple[Callable, tuple]]:
         "layer": SelfModifyingTitans(
             sizes.d_model, sizes.heads, config, jnp.float32, rngs=rngs
         ),
-        "attention": Attention(
-            sizes.d_model, sizes.heads, sizes.long, jnp.float32, rngs=rngs
+        "attention": AttentionConfig(context=sizes.long).build(
+            sizes.d_model, sizes.heads, jnp.float32, rngs=rngs
         ),
     }
     modules["reference"] = modules["layer"]

@@ -93,8 +93,13 @@ def nothing(tree: PyTree) -> PyTree:
 
 
 def collect(gathered: PyTree, more: PyTree) -> PyTree:
-    """The first half of a clock's tick: adds up, in the type of what is `gathered`."""
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), gathered, more)
+    """The first half of a clock's tick: adds up, and keeps the type of `gathered`."""
+
+    def add(a, b):
+        wider = max(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+        return (a.astype(wider) + b.astype(wider)).astype(a.dtype)
+
+    return jax.tree.map(add, gathered, more)
 
 
 def move(

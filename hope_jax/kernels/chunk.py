@@ -23,7 +23,7 @@ from hope_jax.kernels.mesa import mesa_chunk, mesa_weights
 from hope_jax.kernels.newton_schulz import orthogonalise
 from hope_jax.kernels.vector import scan_one, scan_two
 from hope_jax.memory import rates
-from hope_jax.memory.architecture import Weights, product
+from hope_jax.memory.architecture import PRODUCTS, Product, Weights
 from hope_jax.memory.compose import (
     MemoryConfig,
     Tokens,
@@ -82,11 +82,12 @@ def _form_of(config: MemoryConfig, tokens: Tokens) -> Form:
     if not apart or kind in ("channel", "states"):
         return kind
     exact = config.chosen.architecture.matrix and config.gradient == "exact"
-    if not exact or config.inertia:
+    if not exact or config.inertia or config.products != "float32":
         raise ValueError(
             "tokens.erase_key and a vector erase_rate need architecture='linear', "
-            "gradient='exact' and rule 'gd' or 'implicit', got "
-            f"{config.architecture!r}, {config.gradient!r} and {config.rule!r}."
+            "gradient='exact', rule 'gd' or 'implicit' and products='float32', got "
+            f"{config.architecture!r}, {config.gradient!r}, {config.rule!r} and "
+            f"{config.products!r}."
         )
     return "channel"
 
@@ -208,19 +209,21 @@ class _Matrix(NamedTuple):
       m: its weights, less the origin.
       s: its momentum.
       origin: its start; None where that is zero.
+      product: how its products are taken.
     """
 
     m: Array
     s: Array | None
     origin: Array | None
+    product: Product
 
     def finish(self, k, rows, gates):
-        m, s = delta.finish(self.m, self.s, k, rows, gates)
+        m, s = delta.finish(self.m, self.s, k, rows, gates, self.product)
         return m if self.origin is None else m + self.origin, s
 
     def read(self, k, rows, gates, q, before):
-        y = delta.read(self.m, self.s, k, rows, gates, q, before)
-        return y if self.origin is None else y + product(self.origin, q)
+        y = delta.read(self.m, self.s, k, rows, gates, q, before, self.product)
+        return y if self.origin is None else y + self.product(self.origin, q)
 
 
 def _layer(config: MemoryConfig, state: MemoryState, start: Weights | None, name: str):
@@ -228,9 +231,9 @@ def _layer(config: MemoryConfig, state: MemoryState, start: Weights | None, name
     s = None if state.momentum is None else state.momentum[name]
     if config.rate_law == "output" and name == "w1":
         s = None
-    if start is None:
-        return _Matrix(m, s, None)
-    return _Matrix(m - start[name], s, start[name])
+    origin = None if start is None else start[name]
+    m = m if origin is None else m - origin
+    return _Matrix(m, s, origin, PRODUCTS[config.products])
 
 
 def _rows(config, function, state, tokens, gates, layer):
@@ -240,8 +243,10 @@ def _rows(config, function, state, tokens, gates, layer):
     if config.gradient == "exact" and squares:
         k, eta = tokens.k, _rate(config, tokens.eta, tokens.k)
         b = _delta_coefficients(config, tokens, {"w": k}).get("w")
-        m, s, origin = layer("w")
-        rows = delta.exact_rows(m, s, k, tokens.v, eta, b, gates, origin, all_erased)
+        m, s, origin, product = layer("w")
+        rows = delta.exact_rows(
+            m, s, k, tokens.v, eta, b, gates, origin, all_erased, product
+        )
         return {"w": k}, {"w": rows}, gates
 
     k, v, limits = _pairs(config, state, tokens)
@@ -268,11 +273,12 @@ def _rows(config, function, state, tokens, gates, layer):
 
     rows = {}
     for name, x in inputs.items():
-        m, s, origin = layer(name)
+        m, s, origin, product = layer(name)
         if squares and (config.rate_law, name) == ("output", "w1"):
             plain = delta.transitions(tokens.alpha, None)
             rows[name] = delta.exact_rows(
-                m, s, x, v - met.skip, eta[name], b.get(name), plain, origin, all_erased
+                *(m, s, x, v - met.skip, eta[name], b.get(name), plain),
+                *(origin, all_erased, product),
             )
         else:
             own = gates
@@ -280,7 +286,7 @@ def _rows(config, function, state, tokens, gates, layer):
                 own = delta.transitions(tokens.alpha, None)
             erased = origin if all_erased else None
             rows[name] = delta.anchored_rows(
-                m, s, x, writes[name], b.get(name), own, erased
+                m, s, x, writes[name], b.get(name), own, erased, product
             )
     return inputs, rows, gates
 

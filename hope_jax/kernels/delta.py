@@ -9,6 +9,7 @@ one stream and one head; callers `vmap`, and what does not depend on the mapped 
 is solved for all tokens of a chunk by one unit lower-triangular inverse, because with
 uₜ = −bₜ Mₜ₋₁ kₜ the state is a sum of known matrices and of u and e rows. No retention
 is divided by: ratios of cumulative products are exponentials of differences of sums.
+Every function that meets M or S takes the `product` that does it.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hope_jax.kernels.triangular import unit_lower_inverse
-from hope_jax.memory.architecture import product
+from hope_jax.memory.architecture import Product, product
 
 _SMALLEST = 1e-12  # a gate below it is 0 in float32 arithmetic of these products
 _EXACT = 256.0  # float32 sums of 2,048 such logarithms in parts of 1 / 256 are exact
@@ -147,6 +148,7 @@ def anchored_rows(
     b: Float[Array, " P"] | None,
     gates: Transitions,
     origin: Float[Array, "V K"] | None = None,
+    product: Product = product,
 ) -> Rows:
     """Rows when the writes `e` are known at the chunk's start: anchored gradients.
 
@@ -157,7 +159,7 @@ def anchored_rows(
     if b is None:
         return Rows(None, e)
     overlap = k @ k.T
-    recalled = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
+    recalled = _start_read(product, m, s, k, gates.kept[:-1], gates.lag[:-1])
     recalled = recalled + _earlier(gates.spread, overlap, e)
     if origin is not None:
         recalled = recalled + product(origin, k)
@@ -178,6 +180,7 @@ def exact_rows(
     gates: Transitions,
     origin: Float[Array, "V K"] | None = None,
     erases_origin: bool = True,
+    product: Product = product,
 ) -> Rows:
     """Rows when each L2 gradient is taken where the memory stands: `P` are the recalls
     `Mₜ₋₁ kₜ`, of which u and e are multiples.
@@ -186,7 +189,7 @@ def exact_rows(
     too where `erases_origin`.
     """
     overlap = k @ k.T
-    base = _start_read(m, s, k, gates.kept[:-1], gates.lag[:-1])
+    base = _start_read(product, m, s, k, gates.kept[:-1], gates.lag[:-1])
     started = None
     if origin is not None:
         started = product(origin, k)
@@ -217,6 +220,7 @@ def read(
     gates: Transitions,
     q: Float[Array, "C K"],
     before_write: bool = False,
+    product: Product = product,
 ) -> Float[Array, "C V"]:
     """`Mₜ qₜ` for every token, or `Mₜ₋₁ qₜ` with `before_write`."""
     decay, spread = gates.decay, gates.spread
@@ -225,7 +229,7 @@ def read(
         decay, spread = _before(decay), _before(spread)
         kept, lag = gates.kept[:-1], gates.lag[:-1]
     match = q @ k.T
-    out = _start_read(m, s, q, kept, lag) + (spread * match) @ rows.e
+    out = _start_read(product, m, s, q, kept, lag) + (spread * match) @ rows.e
     return out if rows.u is None else out + (decay * match) @ rows.u
 
 
@@ -235,19 +239,21 @@ def finish(
     k: Float[Array, "P K"],
     rows: Rows,
     gates: Transitions,
+    product: Product = product,
 ) -> tuple[Array, Array | None]:
     """The memory and its momentum after the last token."""
     writes = gates.spread[-1][:, None] * rows.e
     if rows.u is not None:
         writes = writes + gates.decay[-1][:, None] * rows.u
-    m_end = gates.kept[-1] * m + writes.T @ k
+    m_end = gates.kept[-1] * m + product(k.T, writes.T)
     if s is None:
         return m_end, None
     m_end = m_end + gates.lag[-1] * s
-    return m_end, gates.coast_start * s + (gates.coast[:, None] * rows.e).T @ k
+    coasting = product(k.T, (gates.coast[:, None] * rows.e).T)
+    return m_end, gates.coast_start * s + coasting
 
 
-def _start_read(m, s, x, kept, lag):
+def _start_read(product, m, s, x, kept, lag):
     """What the state at the chunk's start answers to `x`, row by row."""
     out = kept[:, None] * product(m, x)
     return out if s is None else out + lag[:, None] * product(s, x)

@@ -133,6 +133,9 @@ class MemoryConfig:
       read: the state that answers a query: `post` (after the token's own write), `pre`
         (before it) or `anchor` (at the chunk's start, equation 90).
       chunk: tokens per chunk.
+      products: `bfloat16` rounds the factors of the products with weights and momentum
+        and sums in float32. Products of keys with keys, gates and the triangular
+        inverse are float32 always, and so is what is carried.
     """
 
     architecture: str = "mlp"
@@ -164,6 +167,7 @@ class MemoryConfig:
     gradient: Literal["anchored", "exact"] = "anchored"
     read: Literal["post", "pre", "anchor"] = "post"
     chunk: int = 16
+    products: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         self.chosen  # refuses unknown names  # noqa: B018
@@ -222,6 +226,7 @@ _CHOICES = {
     "recall": ("before", "after"),
     "gradient": ("anchored", "exact"),
     "read": ("post", "pre", "anchor"),
+    "products": tuple(architecture.PRODUCTS),
 }
 
 
@@ -415,6 +420,15 @@ def _conflicts(c: MemoryConfig):
         f"window={c.window}, rule={c.rule!r}, gradient={c.gradient!r}, "
         f"chunk={c.chunk}.",
     )
+    yield (
+        c.products != "float32"
+        and (shape.diagonal or rule_.solves or not (kept.uniform and rule_.linear)),
+        f"products={c.products!r} is about memories whose gradients are outer products "
+        "with known factors: it needs a matrix or an mlp with retention "
+        f"{_those(kinds['retention'], lambda r: r.uniform)} and rule "
+        f"{_those(kinds['rule'], lambda r: r.linear and not r.solves)}, got "
+        f"{c.architecture!r}, {c.retention!r} and {c.rule!r}.",
+    )
 
 
 def key_width(config: MemoryConfig, width: int) -> int:
@@ -430,6 +444,7 @@ def build_architecture(config: MemoryConfig, width: int) -> Architecture:
         return features.linear_part(config.features, config.degree, x, width)
 
     function = found.architecture.make(config, width, wide, skip)
+    function = function._replace(product=architecture.PRODUCTS[config.products])
     if found.architecture.linear or not found.retention.simplex:
         return function
 

@@ -43,7 +43,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from hope_jax.memory.architecture import product
 from hope_jax.memory.flow import transformation
 
 if TYPE_CHECKING:
@@ -100,14 +99,17 @@ def _mlp_gains(function, weights, rows):
 
         def multiply(name, x):
             met[name] = x
-            return z if name == "w2" else jnp.zeros_like(product(weights["w1"], x))
+            if name == "w2":
+                return z
+            return jnp.zeros((*x.shape[:-1], weights["w1"].shape[0]), x.dtype)
 
         skip = function.forward(multiply, rows)
         return met["w1"], skip
 
-    z = product(weights["w2"], rows)
+    z = function.product(weights["w2"], rows)
     (_, skip), (slope, _) = jax.jvp(features, (z,), (jnp.ones_like(z),))
-    gain = jnp.sum(product(weights["w1"] * weights["w1"], slope * slope), axis=-1)
+    columns = jnp.sum(weights["w1"] * weights["w1"], axis=0)
+    gain = jnp.sum(slope * slope * jnp.broadcast_to(columns, slope.shape), axis=-1)
     return {"w2": gain, "w1": jnp.ones_like(gain)}, skip
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import DTYPES, SwiGLU
+from hope_jax.models.layers import DTYPES, GatedMLP, rms_norm
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig
 from hope_jax.optim.leaves import wide
@@ -37,19 +37,27 @@ class CMSBlock(nnx.Module):
     """One MLP of the chain with its norm."""
 
     def __init__(self, config: ModelConfig, hidden: int, *, rngs: nnx.Rngs):
-        dtype = DTYPES[config.dtype]
-        self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
-        self.mlp = SwiGLU(config.d_model, hidden, dtype, rngs=rngs)
+        dtype, cms = DTYPES[config.dtype], config.cms
+        self.norm = rms_norm(config.d_model, dtype, rngs, config.norm_epsilon)
+        self.mlp = GatedMLP(
+            config.d_model, hidden, dtype, cms.activation, cms.bias, rngs=rngs
+        )
 
     def __call__(
+        self, x: Float[Array, "B T D"], fast: PyTree | None = None
+    ) -> Float[Array, "B T D"]:
+        """`x` and what it adds; `fast` as of `says`."""
+        return x + self.says(x, fast)
+
+    def says(
         self, x: Float[Array, "B T D"], fast: PyTree | None = None
     ) -> Float[Array, "B T D"]:
         """`fast` are weights that lead with rows and stand for the learned ones."""
         h = self.norm(x)
         if fast is None:
-            return x + self.mlp(h)
+            return self.mlp(h)
         graphdef = nnx.graphdef(self.mlp)
-        return x + jax.vmap(lambda w, h: nnx.merge(graphdef, w)(h))(fast, h)
+        return jax.vmap(lambda w, h: nnx.merge(graphdef, w)(h))(fast, h)
 
 
 class Block(nnx.Module):
@@ -63,7 +71,7 @@ class Block(nnx.Module):
     ):
         dtype = DTYPES[config.dtype]
         self.config = config
-        self.norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(config.d_model, dtype, rngs, config.norm_epsilon)
         if mixer is None:
             (mixer,) = config.pattern
         self.mixer: Any = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)
@@ -117,15 +125,24 @@ class Block(nnx.Module):
         opened = None
         if self.config.cms.rates == "generated":
             opened = 2.0 * jax.nn.sigmoid(self.open(wide(y)))
-        x = x + y
-        chain = range(len(self.levels))
-        if self.config.cms.order == "slow_to_fast":
-            chain = reversed(chain)
-        for i in chain:
-            x = self.levels[i](x, fast.get(i))
+        x = self._chain(x + y, fast)
         if state is None:
             state = self.initial_state(x.shape[0])
         return x, BlockState(mixer, state.fast, opened)
+
+    def _chain(self, x, fast):
+        chain = list(enumerate(self.levels))
+        match self.config.cms.order:
+            case "slow_to_fast":
+                chain.reverse()
+            case "independent":
+                first, *others = (level.says(x, fast.get(i)) for i, level in chain)
+                # The mean, which of equal levels is to the bit what one says.
+                mean = sum(((a - first) / len(chain) for a in others), first)
+                return x + mean
+        for i, level in chain:
+            x = level(x, fast.get(i))
+        return x
 
     def end(self, mixer: PyTree) -> PyTree:
         """The state of the mixer once what is over has ended."""

@@ -1,17 +1,18 @@
 """Continuum memory: a chain of MLPs, each moved by the task loss on its own clock.
 
-Section 7 of arXiv:2512.24695, sequential variant (equations 70, 71 and 73). Every row
-has its own fast copy of a level, which starts at the learned parameters and descends
-the next-token loss of the text read so far: it moves whenever as many tokens as its
-period have been read, however long the text is. In training a level that is slower
-than the rows would never move inside one. It then holds no fast copy and is an ordinary
-parameter, which the training loop's optimizer moves on a slower clock.
+Section 7 of arXiv:2512.24695, by default its sequential variant (equations 70, 71 and
+73). Every row has its own fast copy of a level, which starts at the learned parameters
+and descends the next-token loss of the text read so far: it moves whenever as many
+tokens as its period have been read, however long the text is. In training a level that
+is slower than the rows would never move inside one. It then holds no fast copy and is
+an ordinary parameter, which the training loop's optimizer moves on a slower clock.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,9 +23,32 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax import optim
 from hope_jax.core import level as level_lib
+from hope_jax.core.config import one_of
 from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
+from hope_jax.optim.leaves import wide
 from hope_jax.optim.rules import RULES, saved
+
+
+def _check_nested(config: "CMSConfig") -> None:
+    """Refuses what the variant is not about."""
+    if config.order == "independent" or len(config.fast) < 2:
+        raise ValueError(
+            "variant='nested' is about a chain of at least two levels that move while "
+            f"reading, got order={config.order!r} and {len(config.fast)} such levels: "
+            "use variant='sequential'."
+        )
+    for i in config.fast:
+        if _rule(config.whole[i]).inputs is not None:
+            raise ValueError(
+                "variant='nested' moves starts by gradients alone, and rule "
+                f"{_rule(config.whole[i]).kind!r} of levels.{i} takes more than these: "
+                "use another, or variant='sequential'."
+            )
+
+
+_ACCUMULATORS = ("float32", "bfloat16")
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 def _check_shared(config: "CMSLevel | CMSConfig") -> None:
@@ -49,10 +73,11 @@ class CMSLevel:
         own: the MLP of an ordinary Transformer block, a parameter like any other.
       rate: inner rate at the start; it is learned, between 0 and
         `CMSConfig.rate_bound`. A level of rate 0 never moves while reading.
-      hidden: hidden width of the SwiGLU MLP.
+      hidden: hidden width of the MLP.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; in Python its name will do.
       clip: bound on the norm of one row's inner gradient, over the level's whole stack.
       pull: how much of the way back to its start a move also takes the level.
+      accumulator: the type that its gradients are kept in until it moves.
     """
 
     period: float
@@ -61,6 +86,7 @@ class CMSLevel:
     rule: Annotated[optim.Rule, RULES] | None = None
     clip: float | None = None
     pull: float | None = None
+    accumulator: Literal["float32", "bfloat16"] | None = None
 
     def __post_init__(self):
         if self.period != math.inf and (
@@ -72,6 +98,8 @@ class CMSLevel:
             )
         if self.rate < 0:
             raise ValueError(f"rate must be at least 0, got {self.rate}.")
+        if self.accumulator is not None:
+            one_of(self, accumulator=_ACCUMULATORS)
         _check_shared(self)
 
 
@@ -81,9 +109,18 @@ class CMSConfig:
 
     Attributes:
       levels: from fast to slow, the order in which the chain applies them.
-      hidden: hidden width of each SwiGLU MLP.
-      order: `fast_to_slow` (the paper's figures) or `slow_to_fast` (equation 70 as
-        printed).
+      hidden: hidden width of each MLP.
+      activation: of the gate: `silu` is SwiGLU, `gelu` (exact) and `gelu_tanh` GeGLU.
+      bias: whether the MLPs' projections have one.
+      order: `fast_to_slow` (the paper's figures), `slow_to_fast` (equation 70 as
+        printed), or `independent`: each level reads what the mixer leaves, and the mean
+        of what they say is added (equation 74 with equal weights).
+      variant: `sequential` (equation 73): levels go on as long as the text does.
+        `nested` (equation 72): whenever a level moves, the next faster one that moves
+        begins again, at a start that the slower one owns: a copy a row of the learned
+        one, which moves with the slower level, by its rule, on the gradients of all
+        that the faster one read meanwhile. They are taken where the faster level stood
+        (first order), not through its moves, as equation 72 has them.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
@@ -93,6 +130,9 @@ class CMSConfig:
       pull: how much of the way back to its start a move also takes a level,
         w <- w - step - pull (w - start). Its weights then stay within the longest step
         over `pull` of where they start, however long the text. 0 is equation 71.
+      accumulator: the type in which each row keeps the sums of a level's gradients
+        until its next move. `bfloat16` halves them and has 8 bits: beyond a few hundred
+        base chunks a period, what a chunk adds is lost.
       rate_bound: upper bound of the learned inner rates.
       rates: who says how long a move is: `learned`, a rate a level alone; `generated`,
         what the mixer of each block has read as well: its output at every token gives
@@ -104,12 +144,16 @@ class CMSConfig:
 
     levels: tuple[CMSLevel, ...] = (CMSLevel(period=math.inf),)
     hidden: int = 256
-    order: Literal["fast_to_slow", "slow_to_fast"] = "fast_to_slow"
+    activation: Activation = "silu"
+    bias: bool = False
+    order: Literal["fast_to_slow", "slow_to_fast", "independent"] = "fast_to_slow"
+    variant: Literal["sequential", "nested"] = "sequential"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
     gradient: Literal["exact", "first_order", "none"] = "first_order"
     clip: float = 1.0
     pull: float = 0.01
+    accumulator: Literal["float32", "bfloat16"] = "float32"
     rate_bound: float = 1.0
     rates: Literal["learned", "generated"] = "learned"
 
@@ -122,18 +166,16 @@ class CMSConfig:
                     "levels must be listed from fast to slow, got periods "
                     f"{a.period} before {b.period}; `order` turns the chain round."
                 )
-        choices = {
-            "order": ("fast_to_slow", "slow_to_fast"),
-            "reduction": ("mean", "sum"),
-            "gradient": ("exact", "first_order", "none"),
-            "rates": ("learned", "generated"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got "
-                    f"{getattr(self, name)!r}."
-                )
+        one_of(
+            self,
+            activation=typing.get_args(Activation),
+            order=("fast_to_slow", "slow_to_fast", "independent"),
+            variant=("sequential", "nested"),
+            reduction=("mean", "sum"),
+            gradient=("exact", "first_order", "none"),
+            accumulator=_ACCUMULATORS,
+            rates=("learned", "generated"),
+        )
         if self.rate_bound <= 0:
             raise ValueError(f"rate_bound must be positive, got {self.rate_bound}.")
         if self.rates == "generated" and not self.fast:
@@ -148,6 +190,8 @@ class CMSConfig:
                     f"rate ({level.rate}) must be below rate_bound ({self.rate_bound})."
                 )
         _check_shared(self)
+        if self.variant == "nested":
+            _check_nested(self)
 
     @classmethod
     def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -177,7 +221,7 @@ class CMSConfig:
         def filled(level):
             return {
                 name: getattr(self if getattr(level, name) is None else level, name)
-                for name in ("hidden", "rule", "clip", "pull")
+                for name in ("hidden", "rule", "clip", "pull", "accumulator")
             }
 
         return tuple(dataclasses.replace(v, **filled(v)) for v in self.levels)
@@ -189,6 +233,20 @@ class CMSConfig:
         return tuple(i for i, moves in enumerate(moving) if moves)
 
 
+class Owned(NamedTuple):
+    """The start of a level that the next slower one owns (`CMSConfig.variant`).
+
+    Attributes:
+      start: where the level begins again; rows as in its weights.
+      learned: the sums over its tokens since the slower level's last move.
+      opt: the state of the slower level's rule.
+    """
+
+    start: PyTree
+    learned: PyTree
+    opt: PyTree
+
+
 class FastLevel(NamedTuple):
     """Where a fast level of every row stands, apart from its weights.
 
@@ -198,11 +256,13 @@ class FastLevel(NamedTuple):
       opt: the state of its rule, whose leaves always lead with rows.
       opened: the sums of `generated` factors since its last move, of a row in each
         layer; a prefix of the weights without their own axes. None without them.
+      owned: its start; None where no level owns it.
     """
 
     learned: Collected
     opt: PyTree
     opened: PyTree | None = None
+    owned: Owned | None = None
 
 
 def noted(level: CMSLevel, weights: PyTree) -> PyTree:
@@ -248,12 +308,23 @@ def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
     )
 
 
-def begin_level(level: CMSLevel, weights: PyTree, axis: int) -> FastLevel:
-    """The level before its first token; `weights` carry the rows on `axis`."""
-    opt = jax.vmap(flow(level, 0.0).init, axis)(weights)
+def begin_level(
+    level: CMSLevel, weights: PyTree, axis: int, owner: CMSLevel | None = None
+) -> FastLevel:
+    """The level before its first token; `weights` carry the rows on `axis`. `owner` is
+    the level that owns its start."""
+    begin = lambda level: jax.vmap(flow(level, 0.0).init, axis)(weights)  # noqa: E731
     nothing = jax.eval_shape(lambda w: learned(level, noted(level, w)), weights)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
-    return FastLevel(zeros, opt)
+    sums = _kept(level, jax.tree.map(jnp.zeros_like, nothing))
+    owned = None if owner is None else Owned(weights, sums.gradient, begin(owner))
+    return FastLevel(sums, begin(level), owned=owned)
+
+
+def _kept(level: CMSLevel, sums: Collected) -> Collected:
+    """Sums as the level keeps them."""
+    if level.accumulator != "bfloat16":
+        return sums  # as they come, of whatever type
+    return jax.tree.map(lambda a: a.astype(jnp.bfloat16), sums)
 
 
 def move(
@@ -284,7 +355,7 @@ def move(
     rule = flow(level, rate)
 
     def move_row(weights, learned, opt, opened):
-        learned = jax.tree.map(lambda a: scale * a, learned)
+        learned = jax.tree.map(lambda a: scale * wide(a), learned)
         at = weights
         if config.gradient == "first_order":  # a move is a constant
             at = jax.lax.stop_gradient(weights)
@@ -298,11 +369,44 @@ def move(
             moved = jax.tree.map(
                 lambda new, old, s: new - level.pull * (old - s), moved, weights, start
             )
-        return moved, FastLevel(fresh, opt, level_lib.nothing(opened))
+        return moved, _kept(level, fresh), opt, level_lib.nothing(opened)
 
     axes: Any = (axis, 0, axis)
-    over_rows = jax.vmap(move_row, (axis, *axes), (axis, FastLevel(*axes)))
-    return over_rows(weights, *state)
+    over_rows = jax.vmap(move_row, (axis, *axes), (axis, *axes))
+    moved, *after = over_rows(weights, *state[:3])
+    return moved, FastLevel(*after, owned=state.owned)
+
+
+def begin_again(
+    config: CMSConfig,
+    level: CMSLevel,
+    owner: CMSLevel,
+    rate: Float[Array, ""] | float,
+    start: PyTree,
+    state: FastLevel,
+    opened: PyTree | None,
+    axis: int,
+) -> tuple[PyTree, FastLevel]:
+    """Where `owner` moves: its start of the faster `level` moves too, as `move` moves
+    weights, and the level is there, with nothing learned.
+
+    Args:
+      config: the chain.
+      level, owner: of `config.whole`.
+      rate: of the owner.
+      start: the learned weights of the level, which have no rows.
+      state: of the level.
+      opened: of the owner, before its move.
+      axis: of the rows.
+    """
+    owned = state.owned
+    assert owned is not None
+    sums = FastLevel(Collected(owned.learned, None), owned.opt, opened)
+    moved, after = move(config, owner, rate, start, owned.start, sums, axis)
+    fresh = begin_level(level, moved, axis, owner)
+    nothing = level_lib.nothing(state.opened)
+    kept = Owned(moved, level_lib.nothing(owned.learned), after.opt)
+    return moved, fresh._replace(opened=nothing, owned=kept)
 
 
 def _scaled(by, opened, updates):

@@ -21,7 +21,8 @@ class ModelConfig:
     Attributes:
       name: what the zoo calls it.
       vocab: entries of its vocabulary.
-      d_model: width of the residual stream, a multiple of `heads`.
+      d_model: width of the residual stream, a multiple of `heads` where the mixer has
+        no width of a head of its own.
       layers: number of blocks.
       heads: heads of the mixer.
       mixer: a config of `models.mixers.MIXERS`, or its kind for the one it stands for:
@@ -29,6 +30,9 @@ class ModelConfig:
         or several, a pattern which the layers repeat
         (`("gated_delta_net", "sliding_window")`, or the same with commas).
       cms: the chain of MLPs; one level of infinite period is a Transformer block.
+      scaled_embedding: whether embeddings are multiplied by the square root of d_model.
+      tied_embedding: whether the head is the embedding, or a table of its own.
+      norm_epsilon: added to the mean square in the norms of blocks and head.
       dtype: compute type of projections and MLPs; memories stay in float32.
       remat: whether the backward pass recomputes the inside of each layer rather than
         keep it: less memory, for the time of another forward pass.
@@ -41,16 +45,17 @@ class ModelConfig:
     heads: int = 4
     mixer: Mixer | tuple[Mixer, ...] = SelfModifyingConfig()
     cms: CMSConfig = CMSConfig()
+    scaled_embedding: bool = True
+    tied_embedding: bool = True
+    norm_epsilon: float = 1e-6
     dtype: str = "float32"
     remat: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "mixer", _mixers(self.mixer))
         at_least(self, vocab=1, d_model=1, layers=1, heads=1)
-        if self.d_model % self.heads:
-            raise ValueError(
-                f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})."
-            )
+        if not self.norm_epsilon > 0:
+            raise ValueError(f"norm_epsilon must be positive, got {self.norm_epsilon}.")
         if self.layers % len(self.pattern):
             raise ValueError(
                 f"layers ({self.layers}) must be a multiple of the {len(self.pattern)} "
@@ -58,19 +63,7 @@ class ModelConfig:
             )
         one_of(self, dtype=DTYPES)
         for mixer in self.pattern:
-            if mixer.even and (self.d_model // self.heads) % 2:
-                raise ValueError(
-                    "d_model / heads must be even for the rotary positions of "
-                    f"{mixer.kind}, got {self.d_model // self.heads}."
-                )
-        chunks = [self.mixer_chunk] + [int(p) for p in self.fast_periods]
-        for inner, outer in zip(chunks, chunks[1:], strict=False):
-            if outer % inner:
-                raise ValueError(
-                    f"cms.levels: a period ({outer}) must be a multiple of the next "
-                    f"faster chunk ({inner}), so that clocks nest; a level of rate 0 "
-                    "never moves while reading and needs no clock."
-                )
+            mixer.check_heads(self.d_model, self.heads)
 
     @classmethod
     def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -114,7 +107,8 @@ class ModelConfig:
         return math.gcd(*strides) if all(strides) else 0
 
     def bare(self, mixers: Any) -> Any:
-        """As `MixerConfig.bare`, of the states of all mixers of a block or group."""
+        """As `MixerConfig.bare`, of the states of all mixers of a block or group at the
+        start of a base chunk: as they are where a mixer is in mid-chunk there."""
         return self._each("bare", mixers)
 
     def full(self, mixers: Any) -> Any:
@@ -122,6 +116,8 @@ class ModelConfig:
         return self._each("full", mixers)
 
     def _each(self, what, mixers):
+        if not self.nests:
+            return mixers
         if len(self.pattern) == 1:
             return getattr(self.pattern[0], what)(mixers)
         pairs = zip(self.pattern, mixers, strict=True)
@@ -144,14 +140,21 @@ class ModelConfig:
 
     @property
     def base_chunk(self) -> int | None:
-        """Tokens between two moves of the fastest CMS level; None without one."""
-        return self.fast_periods[0] if self.fast else None
+        """Tokens after which a CMS level may move, the largest that every period is a
+        multiple of: where periods nest, the fastest one. None without fast levels."""
+        return math.gcd(*self.fast_periods) if self.fast else None
+
+    @property
+    def nests(self) -> bool:
+        """Whether the mixers stand at a boundary wherever a CMS level may move. Else
+        they read base chunks token by token, which is slower, with the same answers."""
+        return self.base_chunk is None or self.base_chunk % self.mixer_chunk == 0
 
     @property
     def span(self) -> int:
-        """Tokens after which the mixers and the fastest CMS level are at a boundary:
+        """Tokens after which the mixers stand at a boundary and a CMS level may move:
         there a row may be read in parallel."""
-        return self.base_chunk or self.mixer_chunk  # which divides the former
+        return math.lcm(self.base_chunk or 1, self.mixer_chunk)
 
 
 def with_context(config: ModelConfig, context: int) -> ModelConfig:

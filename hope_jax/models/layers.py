@@ -1,4 +1,4 @@
-"""The parts that blocks share: convolution, SwiGLU, rotary positions."""
+"""The parts that blocks share: convolution, gated MLP, rotary positions."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from hope_jax.models.rotary import PLAIN, Rotary
 from hope_jax.optim import capture
 from hope_jax.optim.leaves import wide_type
 
@@ -45,10 +46,21 @@ class Dense(nnx.Linear):
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def dense(d_in: int, d_out: int, dtype, rngs: nnx.Rngs, scale: float = 1.0):
-    """A projection without bias, `scale / sqrt(d_in)` at the start."""
+def dense(
+    d_in: int,
+    d_out: int,
+    dtype,
+    rngs: nnx.Rngs,
+    scale: float = 1.0,
+    bias: bool = False,
+):
+    """A projection, `scale / sqrt(d_in)` at the start; its bias starts at 0."""
     init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
-    return Dense(d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+    return Dense(d_in, d_out, use_bias=bias, kernel_init=init, dtype=dtype, rngs=rngs)
+
+
+def rms_norm(width: int, dtype, rngs: nnx.Rngs, epsilon: float) -> nnx.RMSNorm:
+    return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 class CausalConv(nnx.Module):
@@ -86,16 +98,34 @@ class Tails(NamedTuple):
     q: Float[Array, "B W D"]
 
 
-class SwiGLU(nnx.Module):
-    """`W_down (silu(W_gate x) * W_up x)`."""
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+}
 
-    def __init__(self, d_model: int, hidden: int, dtype, *, rngs: nnx.Rngs):
-        self.gate = dense(d_model, hidden, dtype, rngs)
-        self.up = dense(d_model, hidden, dtype, rngs)
-        self.down = dense(hidden, d_model, dtype, rngs, scale=0.5)
+
+class GatedMLP(nnx.Module):
+    """`W_down (f(W_gate x) * W_up x)`: with f of `ACTIVATIONS` SwiGLU or GeGLU
+    (arXiv:2002.05202)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        hidden: int,
+        dtype,
+        activation: str = "silu",
+        bias: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.gate = dense(d_model, hidden, dtype, rngs, bias=bias)
+        self.up = dense(d_model, hidden, dtype, rngs, bias=bias)
+        self.down = dense(hidden, d_model, dtype, rngs, scale=0.5, bias=bias)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
 def where_rows(rows: Bool[Array, " B"], new: PyTree, old: PyTree) -> PyTree:
@@ -109,7 +139,7 @@ def where_rows(rows: Bool[Array, " B"], new: PyTree, old: PyTree) -> PyTree:
 
 
 def rotary(
-    x: Float[Array, "B T H K"], position: Int[Array, "B T"], base: float = 10_000.0
+    x: Float[Array, "B T H K"], position: Int[Array, "B T"], how: Rotary = PLAIN
 ) -> Float[Array, "B T H K"]:
     """Rotary position embedding (arXiv:2104.09864): relative under the dot product.
 
@@ -119,7 +149,7 @@ def rotary(
     half = x.shape[-1] // 2
     whole = np.uint64 if x.dtype == jnp.float64 else np.uint32
     parts = 2.0 ** np.iinfo(whole).bits
-    turns = base ** (-np.arange(half) / half) / (2.0 * np.pi)
+    turns = how.frequencies(half) / (2.0 * np.pi)
     a_token = jnp.asarray(np.rint(turns * parts).astype(whole))
     phase = position[:, :, None, None].astype(whole) * a_token[None, None, None]
     signed = jax.lax.bitcast_convert_type(

@@ -11,6 +11,7 @@ it should not.
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from hope_jax.kernels.select import scan_chunks
 from hope_jax.models import cms, learning
 from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
-from hope_jax.models.layers import DTYPES
+from hope_jax.models.layers import DTYPES, rms_norm
 from hope_jax.models.learning import Learning
 from hope_jax.optim.leaves import path_names, wide_type
 
@@ -42,11 +43,13 @@ __all__ = [
     "apply",
     "build",
     "count_parameters",
+    "fold",
     "ids",
     "initial_state",
     "periods",
     "serve",
     "state_bytes",
+    "unfold",
     "write",
 ]
 
@@ -107,7 +110,8 @@ class Ledger(NamedTuple):
 
 
 class LanguageModel(nnx.Module):
-    """What the outermost level learns: embedding, blocks, norm and inner rates.
+    """What the outermost level learns: embedding, blocks, norm and inner rates, and the
+    head where it is not the embedding.
 
     `blocks` is one `Block` whose parameters lead with layers, L; with a pattern of
     mixers one `Group`, whose parameters lead with its repetitions.
@@ -129,7 +133,12 @@ class LanguageModel(nnx.Module):
             lambda key: nnx.state(repeated(config, rngs=nnx.Rngs(key)), nnx.Param)
         )(keys)
         self.blocks = nnx.merge(graphdef, stacked)
-        self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(width, dtype, rngs, config.norm_epsilon)
+        if not config.tied_embedding:
+            init = nnx.initializers.normal(width**-0.5)
+            self.head = nnx.Embed(
+                config.vocab, width, embedding_init=init, dtype=dtype, rngs=rngs
+            )
         if config.fast:
             self.rates = nnx.Param(first_rates(config))
 
@@ -137,11 +146,17 @@ class LanguageModel(nnx.Module):
         """The learned rates of the fast CMS levels, in (0, rate_bound)."""
         return self.config.cms.rate_bound * jax.nn.sigmoid(self.rates[...])
 
+    def embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """What the first block reads."""
+        x = self.embed(tokens)
+        return x * self.config.d_model**0.5 if self.config.scaled_embedding else x
+
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B N"]:
         """Of the next token, from the last block: products of the model's type that are
         summed in float32 or wider."""
         x = self.norm(x)
-        table = self.embed.embedding[...].astype(x.dtype)
+        head = self.embed if self.config.tied_embedding else self.head
+        table = head.embedding[...].astype(x.dtype)
         return jnp.einsum(
             "...d,nd->...n", x, table, preferred_element_type=wide_type(x.dtype)
         )
@@ -332,6 +347,7 @@ def state_bytes(config: ModelConfig) -> dict[str, int]:
     A row that reads has its mixers' states, and of every level that moves meanwhile its
     own weights, what has been learned since the last move, and what its rule carries;
     and the mixers' states at the start of the base chunk whose loss is not yet known.
+    At rest (`fold`) it has these alone of the mixers.
     """
     graphdef, params = abstract_model(config)
     state = jax.eval_shape(lambda params: initial_state(graphdef, params, 1), params)
@@ -345,9 +361,73 @@ def state_bytes(config: ModelConfig) -> dict[str, int]:
         made[f"CMS {place + 1} weights"] = size(weights)
         made[f"CMS {place + 1} learned"] = size((level.learned, level.opened))
         made[f"CMS {place + 1} rule"] = size(level.opt)
+        if level.owned is not None:
+            made[f"CMS {place + 1} start"] = size(level.owned)
     if state.held is not None:
         made["held chunk"] = size(state.held)
+        made["at rest"] = size(state) - made["mixers"]
     return made | {"all": size(state)}
+
+
+def fold(config: ModelConfig, state: LMState) -> LMState:
+    """`state` without what can be found again, for rows that rest.
+
+    A model whose levels move while reading keeps the mixers' states at the start of
+    the base chunk, for the gradient of its loss, and the chunk's tokens. From these
+    `unfold` makes the states where the rows stand. Of other models it is the state
+    itself.
+
+    Raises:
+      ValueError: a row has read a part of its base chunk without learning, which is
+        then not held.
+    """
+    held, chunk = state.held, config.base_chunk
+    if held is None or chunk is None:
+        return state
+    place = np.asarray(state.position) % chunk
+    if (np.asarray(held.count) % chunk != place).any():
+        raise ValueError(
+            "state has rows that read a part of their chunk without learning, got "
+            f"positions {np.asarray(state.position).tolist()} and held tokens "
+            f"{np.asarray(held.count).tolist()}: read on to a multiple of {chunk}."
+        )
+    now = config.bare(state.blocks.mixer)
+    mixers = _where(held.count == 0, now, held.mixers, axis=0)
+    blocks = state.blocks._replace(mixer=None)
+    return state._replace(blocks=blocks, held=held._replace(mixers=mixers))
+
+
+def unfold(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    state: LMState,
+    *,
+    learn: bool | Learning = True,
+) -> LMState:
+    """The state that was folded, but for rounding: reads the held tokens once more.
+
+    Args:
+      graphdef, params: of `build`.
+      state: of `fold`.
+      learn: static; as when the rows read them.
+    """
+    if state.held is None:
+        return state
+    model = nnx.merge(graphdef, params)
+    model.learning = learn = learning.resolve(model.config, learn)
+    state = _layers_first(state)
+    held, fast = state.held, state.blocks.fast
+    assert held is not None
+
+    def read(i, mixers):
+        token = jax.lax.dynamic_index_in_dim(held.tokens, i, axis=1)
+        _, after, _ = _read(model, token, mixers, fast, aligned=False, learn=learn)
+        return _where(i < held.count, after, mixers)
+
+    mixers = model.config.full(held.mixers)
+    mixers = jax.lax.fori_loop(0, jnp.max(held.count), read, mixers)
+    blocks = state.blocks._replace(mixer=mixers)
+    return _rows_first(state._replace(blocks=blocks))
 
 
 def write(
@@ -489,6 +569,8 @@ def _check_state(model, state, rows, aligned):
             f"state must be an LMState, of initial_state or an earlier call, got "
             f"{type(state).__name__}."
         )
+    if state.held is not None and state.blocks.mixer is None:
+        raise ValueError("state is folded: give lm.unfold(graphdef, params, state).")
     if state.position.shape != (rows,):
         raise ValueError(
             f"state is of {state.position.shape[0]} rows, tokens of {rows}."
@@ -557,7 +639,14 @@ def _rows_first(state: LMState) -> LMState:
     if held is not None:
         held = held._replace(mixers=_swap(held.mixers))
     levels = tuple(
-        v._replace(learned=_swap(v.learned), opened=_swap(v.opened))
+        v._replace(
+            learned=_swap(v.learned),
+            opened=_swap(v.opened),
+            owned=v.owned
+            and v.owned._replace(
+                start=_swap(v.owned.start), learned=_swap(v.owned.learned)
+            ),
+        )
         for v in state.levels
     )
     return state._replace(blocks=_swap(state.blocks), levels=levels, held=held)
@@ -574,9 +663,13 @@ def _begin(model, rows, horizon=None):
     config = model.config
     if config.cms.gradient == "none":
         blocks = blocks._replace(fast=jax.lax.stop_gradient(blocks.fast))
+    moving = _moving(config, blocks.fast)
+    owners = (
+        [level for level, _ in moving[1:]] if config.cms.variant == "nested" else ()
+    )
     levels = tuple(
-        cms.begin_level(level, weights, axis=1)._replace(opened=_closed(config, rows))
-        for level, weights in _moving(config, blocks.fast)
+        cms.begin_level(level, weights, 1, owner)._replace(opened=_closed(config, rows))
+        for (level, weights), owner in itertools.zip_longest(moving, owners)
     )
     held = None
     if levels:
@@ -621,7 +714,7 @@ class _Read(NamedTuple):
 def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
     """What `[B, T]` tokens make of a model, the fast weights fixed."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
-    x = model.embed(tokens) * model.config.d_model**0.5
+    x = model.embedded(tokens)
 
     def layer(x, block):
         params, mixer, fast = block
@@ -688,7 +781,7 @@ def _read_chunk(graphdef, params, chunk):
         chunk.tokens,
         model.config.full(chunk.mixers),
         chunk.fast,
-        aligned=True,
+        aligned=model.config.nests,
         learn=model.learning,
         targets=chunk.labels if model.losses else None,
     )
@@ -739,9 +832,14 @@ def _accumulate(model, levels, learned, read):
         if not model.learning.levels[model.config.fast[which]]:
             return level
         opened = jax.tree.map(lambda a: jnp.sum(a[..., which], axis=2), read.opened)
+        owned = level.owned
+        if owned is not None:
+            sums = collect(owned.learned, learned[which].gradient)
+            owned = owned._replace(learned=sums)
         return level._replace(
             learned=collect(level.learned, learned[which]),
             opened=collect(level.opened, opened),
+            owned=owned,
         )
 
     return tuple(gathered(which, level) for which, level in enumerate(levels))
@@ -824,7 +922,7 @@ def _read_aligned(
             rest,
             mixers,
             life.fast,
-            aligned=True,
+            aligned=config.nests,
             learn=learn,
             targets=None if targets is None else targets[:, known:],
         )
@@ -857,9 +955,11 @@ def _move_due(model, life, rows=None):
     for which, period in enumerate(config.fast_periods[: len(fast)]):
         if not model.learning.levels[config.fast[which]]:
             continue
-        old = fast[which], levels[which], ledger
+        # With the next faster level, which may begin again.
+        those = slice(max(0, which - 1), which + 1)
+        old = tuple(fast[those]), tuple(levels[those]), ledger
         if rows is None and period == config.base_chunk:
-            fast[which], levels[which], ledger = _move(model, which, *old)
+            fast[those], levels[those], ledger = _move(model, which, *old)
             continue
         due = Clock(period=period).moves(life.position)
         due = due if rows is None else due & rows
@@ -870,28 +970,56 @@ def _move_due(model, life, rows=None):
         def stay(*old):
             return old
 
-        fast[which], levels[which], ledger = jax.lax.cond(
+        fast[those], levels[those], ledger = jax.lax.cond(
             jnp.any(due), move, stay, *old
         )
     return life._replace(fast=tuple(fast), levels=tuple(levels), ledger=ledger)
 
 
-def _move(model, which, weights, state, ledger, rows=None):
-    """Moves one fast level of the rows that are chosen, by default of all."""
+def _move(model, which, fast, states, ledger, rows=None):
+    """Moves one fast level of the rows that are chosen, by default of all: the last of
+    those that are given, the next faster of which begins again where levels nest."""
     config = model.config
-    rate, start = model.inner_rates()[which], model.blocks.starts()[which]
+    rate, start = model.inner_rates()[which], model.blocks.starts()
+    (*faster, weights), (*faster_states, state) = fast, states
     if config.cms.gradient == "none":
-        rate, start, state = jax.lax.stop_gradient((rate, start, state))
+        rate, start, state, faster_states = jax.lax.stop_gradient(
+            (rate, start, state, faster_states)
+        )
     level = config.cms.whole[config.fast[which]]
-    moved, after = cms.move(config.cms, level, rate, start, weights, state, axis=1)
+    moved, after = cms.move(
+        config.cms, level, rate, start[which], weights, state, axis=1
+    )
+    may = rows
     if ledger is not None:
-        moved, allowed, ledger = _keep_account(ledger, which, rows, weights, moved)
-        opt = _where(allowed, after.opt, state.opt, axis=0)
+        moved, may, ledger = _keep_account(ledger, which, rows, weights, moved)
+        opt = _where(may, after.opt, state.opt, axis=0)
         after = after._replace(opt=opt)
     if rows is not None:
         moved = _where(rows, moved, weights)
         after = _where_level(rows, after, state)
-    return moved, after, ledger
+    for i, (old, own) in enumerate(zip(faster, faster_states, strict=True)):
+        if own.owned is None or not model.learning.levels[config.fast[which - 1]]:
+            continue
+        at, begun = cms.begin_again(
+            config.cms,
+            config.cms.whole[config.fast[which - 1]],
+            level,
+            rate,
+            start[which - 1],
+            own,
+            state.opened,
+            axis=1,
+        )
+        if ledger is not None:
+            at, *_ = _shortened(ledger, own.owned.start, at)
+            owned = begun.owned
+            assert owned is not None
+            begun = begun._replace(owned=owned._replace(start=at))
+        if may is not None:
+            at, begun = _where(may, at, old), _where_level(may, begun, own)
+        faster[i], faster_states[i] = at, begun
+    return (*faster, moved), (*faster_states, after), ledger
 
 
 def _keep_account(ledger, which, due, weights, moved):
@@ -899,26 +1027,31 @@ def _keep_account(ledger, which, due, weights, moved):
 
     A move that is short enough is left as it is, bit for bit.
     """
-    longest = ledger.longest
+    allowed = due & (jnp.sum(ledger.moves, axis=1) < ledger.most)
+    moved, long, way = _shortened(ledger, weights, moved)
+    ledger = ledger._replace(
+        moves=ledger.moves.at[:, which].add(allowed.astype(jnp.int32)),
+        shortened=ledger.shortened.at[:, which].add((allowed & long).astype(jnp.int32)),
+        way=ledger.way.at[:, which].add(jnp.where(allowed, way, 0.0)),
+    )
+    return _where(allowed, moved, weights), allowed, ledger
+
+
+def _shortened(ledger, weights, moved):
+    """A move no longer than may be, whether it would have been, and how long it is."""
     square = lambda a, b: jnp.sum(  # noqa: E731
         jnp.square(a - b), axis=[i for i in range(a.ndim) if i != 1]
     )
     length = jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(square, moved, weights))))
-    allowed = due & (jnp.sum(ledger.moves, axis=1) < ledger.most)
-    long = length > longest
-    share = jnp.where(long, longest / length, 1.0)
+    long = length > ledger.longest
+    share = jnp.where(long, ledger.longest / length, 1.0)
 
     def shorter(new, old):
         by = share.reshape(1, -1, *[1] * (new.ndim - 2))
         return old + by * (new - old)
 
     moved = _where(long, jax.tree.map(shorter, moved, weights), moved)
-    ledger = ledger._replace(
-        moves=ledger.moves.at[:, which].add(allowed.astype(jnp.int32)),
-        shortened=ledger.shortened.at[:, which].add((allowed & long).astype(jnp.int32)),
-        way=ledger.way.at[:, which].add(jnp.where(allowed, share * length, 0.0)),
-    )
-    return _where(allowed, moved, weights), allowed, ledger
+    return moved, long, share * length
 
 
 def _settle(model, state, token, ledger=None, reading=None):
@@ -1032,7 +1165,7 @@ def _read_anywhere(model, tokens, state, count, learn):
         whole = jnp.all(walk.state.position % span == 0) & (walk.at + size <= steps)
         return jax.lax.cond(whole, chunk, block, walk)
 
-    dtype = wide_type(DTYPES[model.config.dtype])
+    dtype = wide_type(jnp.dtype(DTYPES[model.config.dtype]))
     logits = jnp.zeros((rows, model.config.vocab), dtype)
     made = jnp.zeros((length, *logits.shape), dtype)
     walk = _Walk(jnp.zeros((), jnp.int32), logits, state, made)
@@ -1120,7 +1253,7 @@ def _layer_by_layer(model, fast, learn):
     layers = _apart((params, fast), _count(params))
 
     def read(token, mixers):
-        x = model.embed(token[:, None]) * model.config.d_model**0.5
+        x = model.embedded(token[:, None])
         after = []
         for (params, fast), mixer in zip(layers, mixers, strict=True):
             x, state = nnx.merge(graphdef, params)(
@@ -1222,8 +1355,16 @@ def _where_state(rows, new, old):
 
 
 def _where_level(rows, new, old):
+    owned = old.owned
+    if owned is not None:
+        owned = cms.Owned(
+            _where(rows, new.owned.start, owned.start),
+            _where(rows, new.owned.learned, owned.learned),
+            _where(rows, new.owned.opt, owned.opt, axis=0),
+        )
     return cms.FastLevel(
         _where(rows, new.learned, old.learned),
         _where(rows, new.opt, old.opt, axis=0),
         _where(rows, new.opened, old.opened),
+        owned,
     )

@@ -76,11 +76,14 @@ def system(config: ModelConfig, row: int) -> System:
             Box(name, Clock(period=period), sizes[name], "next-token loss", rule)
         )
         if fast:
-            edges.append(Edge(slow.name, name, "initialise"))
+            owned = config.cms.variant == "nested" and i + 1 in inside
+            owner = _called(i + 1) if owned else slow.name
+            edges.append(Edge(owner, name, "initialise"))
             if config.cms.rates == "generated":
                 edges += [Edge(reader, name, "generate") for reader in readers]
         edges += [Edge(below, name, kind) for below, kind in ends.items()]
-        ends = {name: "backprop"}
+        if config.cms.order != "independent":  # then all read what the mixer leaves
+            ends = {name: "backprop"}
     return System(tuple(boxes), tuple(edges))
 
 
@@ -119,10 +122,10 @@ def living(
     reads; `head` makes it logits.
 
     Args:
-      graphdef, params: of `lm.build`, of a model of one layer whose mixer is attention
-        and whose `cms.rates` are learned. In a deeper one the loss of a chunk reaches a
-        level through later tokens too, and the gradients of single tokens do not add up
-        to it.
+      graphdef, params: of `lm.build`, of a model of one layer whose mixer is attention,
+        whose `cms.rates` are learned and whose levels are a chain. In a deeper one the
+        loss of a chunk reaches a level through later tokens too, and the gradients of
+        single tokens do not add up to it.
       row: tokens of a row; the slow weights do not move before its end.
 
     Returns:
@@ -157,11 +160,14 @@ def living(
         config.layers != 1
         or any(part.period for part in mixer.parts)
         or config.cms.rates != "learned"
+        or config.cms.order == "independent"
+        or config.cms.variant != "sequential"
     ):
         raise ValueError(
-            "layers must be 1, the mixer attention and cms.rates 'learned' for levels "
-            f"that live token by token, got {config.layers}, {mixer.kind!r} and "
-            f"{config.cms.rates!r}."
+            "layers must be 1, the mixer attention, cms.rates 'learned', cms.order "
+            "that of a chain and cms.variant 'sequential' for levels that live token "
+            f"by token, got {config.layers}, {mixer.kind!r}, {config.cms.rates!r}, "
+            f"{config.cms.order!r} and {config.cms.variant!r}."
         )
     described, inside = system(config, row), config.within(row)
     block = _only_block(model)
@@ -172,7 +178,7 @@ def living(
 
     def embed(weights, item):
         token, _ = item
-        return nnx.merge(graphdef, weights).embed(token) * config.d_model**0.5
+        return nnx.merge(graphdef, weights).embedded(token)
 
     def attend(seen: Seen, item):
         del item  # the last one seen

@@ -213,7 +213,7 @@ def matched(
             "config.cms.levels have hidden widths of their own, so none is left to "
             "choose; leave that of one level at least None."
         )
-    each = 3 * config.d_model * config.layers * shared
+    each = (3 * config.d_model + 2 * config.cms.bias) * config.layers * shared
     wanted = config.cms.hidden + (parameters - before) / each
 
     def count(hidden):

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any
 
 from hope_jax import optim
 from hope_jax.core.config import at_least
@@ -18,7 +19,8 @@ class DataConfig:
 
     Attributes:
       path: a text file, a folder or a glob; None for the standard library's sources.
-      tokenizer: plain bytes, or byte-level BPE trained on the training files.
+      tokenizer: `bytes`, `bpe` (byte-level BPE trained on the training files), or the
+        path of a `tokenizer.json`, as that of a checkpoint.
       vocab: entries of the BPE; bytes always have 257.
       undecodable: what to do with files that are not UTF-8.
       max_train_bytes: most bytes of training text, None for all.
@@ -26,7 +28,7 @@ class DataConfig:
     """
 
     path: str | None = None
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    tokenizer: str = "bytes"
     vocab: int = 4096
     undecodable: text.Undecodable = "raise"
     max_train_bytes: int | None = None
@@ -34,6 +36,13 @@ class DataConfig:
 
     def __post_init__(self):
         at_least(self, vocab=257)
+        if self.tokenizer not in ("bytes", "bpe") and Path(self.tokenizer).suffix != (
+            ".json"
+        ):
+            raise ValueError(
+                "tokenizer must be bytes, bpe or the path of a tokenizer.json, got "
+                f"{self.tokenizer!r}."
+            )
 
     def load(self, path: str | None = None) -> text.Corpus:
         """The text, or that of another `path` under the same limits; errors are those
@@ -115,6 +124,9 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps of the whole run.
       batch: sequences of a step, over all devices.
+      accumulate: parts in which each device reads its sequences of a step, one after
+        another; the gradient is their mean. There is memory for the residuals of one
+        part alone, and small parts stay in a CPU's caches.
       seq_len: tokens of a sequence; those that attention to whole rows looks back over
         (`check_rows`).
       stretch: tokens, a multiple of the model's `span`: every document begins at a
@@ -130,6 +142,7 @@ class TrainConfig:
 
     steps: int
     batch: int = 8
+    accumulate: int = 1
     seq_len: int = 256
     stretch: int = 0
     workers: int = 0
@@ -144,6 +157,7 @@ class TrainConfig:
             self,
             steps=1,
             batch=1,
+            accumulate=1,
             seq_len=1,
             stretch=0,
             workers=0,
@@ -208,10 +222,11 @@ def check_rows(config: RunConfig) -> None:
                 "be the same: rows are what attention looks back over. Set "
                 f"{place}.context={seq_len}, or train.seq_len={mixer.context}."
             )
-    if model.base_chunk is not None and seq_len <= model.base_chunk:
+    if model.fast and seq_len <= model.fast_periods[0]:
         raise ValueError(
             f"train.seq_len ({seq_len}) must be more than the fastest period of "
-            f"model.cms.levels ({model.base_chunk}): no level would move inside a row, "
-            "and inner rates would learn nothing. Use longer rows or a shorter period, "
-            "or set the rates of the levels to 0 to train them between rows alone."
+            f"model.cms.levels ({model.fast_periods[0]}): no level would move inside a "
+            "row, and inner rates would learn nothing. Use longer rows or a shorter "
+            "period, or set the rates of the levels to 0 to train them between rows "
+            "alone."
         )

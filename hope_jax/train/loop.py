@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
@@ -29,6 +30,7 @@ from hope_jax.core import config as config_lib
 from hope_jax.data import stream, text, tokenizer
 from hope_jax.models import lm
 from hope_jax.models.capture import dense_kernels
+from hope_jax.optim.leaves import path_names
 from hope_jax.train import checkpoint, sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
@@ -39,7 +41,7 @@ from hope_jax.train.metrics import MetricLog
 CONFIG = "config.json"
 _UNFINISHED = f".{CONFIG}"  # what a kill may leave of the first file that is written
 _FILES = (
-    *(CONFIG, _UNFINISHED, checkpoint.TOKENIZER, checkpoint.FOLDER),
+    *(CONFIG, _UNFINISHED, checkpoint.TOKENIZER, tokenizer.BESIDE, checkpoint.FOLDER),
     *("metrics.jsonl", "tensorboard"),
 )
 _MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
@@ -98,7 +100,11 @@ class Groups(NamedTuple):
 
 
 def train(
-    config: RunConfig, workdir: str | os.PathLike, *, resume: bool = False
+    config: RunConfig,
+    workdir: str | os.PathLike,
+    *,
+    resume: bool = False,
+    params: PyTree | None = None,
 ) -> Outcome:
     """Runs `config` in `workdir` to its last step, or until SIGTERM or SIGINT.
 
@@ -110,13 +116,15 @@ def train(
       config: the run.
       workdir: a folder for it alone; made if absent.
       resume: go on from the newest intact checkpoint; from the start if there is none.
+      params: where the model starts, as of `lm.build`, for example pre-trained
+        (`hope_jax.models.pretrained`); by default drawn from the seed.
 
     Raises:
       FileExistsError: `workdir` has checkpoints and `resume` is False.
       hope_jax.train.folder.ForeignFolder: `workdir` is not of this program. Nothing in
         it is touched before config, data and folder are accepted.
-      ValueError: a config that does not fit its rows, its data or the devices; more
-        than one process.
+      ValueError: a config that does not fit its rows, its data or the devices; `params`
+        of another model; more than one process.
       hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
       hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
       NonFinite: the loss, gradient or update of a step is NaN or infinite.
@@ -129,7 +137,7 @@ def train(
             f"{jax.process_count()}. Signals and logs are not shared between processes."
         )
     mesh = sharding.make_mesh()
-    sharding.check_batch(config.train.batch, mesh)
+    sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
     begun = _has_checkpoints(workdir)
     if begun and not resume:
         raise FileExistsError(
@@ -147,7 +155,7 @@ def train(
         source = load_source(config, workdir if begun else None)
         iterator, fingerprint = _data(config, source)
         stack.callback(iterator.close)
-        graphdef, state, tx, layers = _model(config, mesh)
+        graphdef, state, tx, layers = _model(config, mesh, params)
 
         # Accepted: what is new is written now, what is gone on with once it is read.
         if not begun:
@@ -185,6 +193,7 @@ def train(
             functools.partial(optim.differentiation, config.optimizer, layers),
             mesh,
             config.train.stretch,
+            config.train.accumulate,
         )
         step = sharding.jit_step(step, mesh)
         validate = _validation(graphdef, config, source, mesh)
@@ -281,6 +290,8 @@ def load_tokenizer(
         return tokenizer.load(Path(workdir) / checkpoint.TOKENIZER)
     if data.tokenizer == "bytes":
         return tokenizer.ByteTokenizer()
+    if data.tokenizer != "bpe":
+        return tokenizer.load(data.tokenizer)
     return tokenizer.train_bpe((d.data for d in corpus.train), data.vocab)
 
 
@@ -331,11 +342,33 @@ def describe(config: RunConfig) -> str:
     )
 
 
-def _model(config: RunConfig, mesh: jax.sharding.Mesh):
+def _check_params(config: RunConfig, params: PyTree) -> None:
+    """Refuses parameters of another model."""
+    expected, given = (
+        {
+            ".".join(path_names(path)): (leaf.shape, jnp.dtype(leaf.dtype).name)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (lm.abstract(config.model), params)
+    )
+    for name in [*expected, *given]:
+        if expected.get(name) != given.get(name):
+            raise ValueError(
+                f"params are of another model than config.model: {name} is "
+                f"{given.get(name)}, must be {expected.get(name)}."
+            )
+
+
+def _model(config: RunConfig, mesh: jax.sharding.Mesh, params: PyTree | None = None):
     """The static half of the model, the state before the first step, the optimizer and
     the matrices whose inputs it needs, if any."""
     parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
-    graphdef, params = lm.build(config.model, parameters_key)
+    if params is None:
+        graphdef, params = lm.build(config.model, parameters_key)
+    else:
+        _check_params(config, params)
+        graphdef, _ = lm.abstract_model(config.model)
+        params = jax.tree.map(jnp.copy, params)  # a step gives its buffers away
     moved = groups(config, graphdef, params)
     tx = optim.build(
         config.optimizer,

@@ -1,8 +1,12 @@
-"""Data parallelism: the batch is cut over a mesh, the state is the same everywhere."""
+"""Data parallelism: the batch is cut over a mesh, the state is the same everywhere.
+
+Rows may also be read some after others: gradient accumulation.
+"""
 
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -28,18 +32,21 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
-    """Refuses a batch that the devices cannot share equally.
+def check_batch(batch: int, mesh: Mesh, parts: int = 1) -> None:
+    """Refuses a batch that the devices cannot share equally, each in equal `parts`.
 
     Raises:
       ValueError: names both numbers.
     """
     devices = mesh.shape[DATA]
-    if batch % devices:
+    share = devices * parts
+    if batch % share:
+        each = f"the {devices} devices"
+        if parts > 1:
+            each = f"{share}: {devices} devices with accumulate={parts}"
         raise ValueError(
-            f"batch ({batch}) must be a multiple of the {devices} devices; the nearest "
-            f"are {batch // devices * devices or devices} and "
-            f"{(batch // devices + 1) * devices}."
+            f"batch ({batch}) must be a multiple of {each}; the nearest are "
+            f"{batch // share * share or share} and {(batch // share + 1) * share}."
         )
 
 
@@ -67,11 +74,7 @@ def of_rows(differentiate: Differentiate | None, mesh: Mesh) -> Differentiate:
       differentiate: of one device's rows; None is `jax.value_and_grad`.
     """
 
-    def plain(f, params, *given):
-        value, gradient = jax.value_and_grad(f, has_aux=True)(params, *given)
-        return value, gradient, None
-
-    own = plain if differentiate is None else differentiate
+    own = _plain if differentiate is None else differentiate
 
     def differentiate_rows(f, params, *given):
         def local(params, *given):
@@ -89,6 +92,43 @@ def of_rows(differentiate: Differentiate | None, mesh: Mesh) -> Differentiate:
         )(params, *given)
 
     return differentiate_rows
+
+
+def in_turn(differentiate: Differentiate | None, parts: int) -> Differentiate:
+    """The same of a mean over rows that are read in `parts` equal parts, one after
+    another: of the states and residuals of a part alone there is memory.
+
+    Gradients and inputs of parts are averaged.
+    """
+    own = _plain if differentiate is None else differentiate
+
+    def differentiate_parts(f, params, *given):
+        @jax.jit  # traced once for the shapes and the loop
+        def part(i):
+            def of(leaf):
+                size = leaf.shape[0] // parts
+                return jax.lax.dynamic_slice_in_dim(leaf, i * size, size)
+
+            (loss, rest), gradient, inputs = own(f, params, *jax.tree.map(of, given))
+            return (loss, gradient, inputs), rest
+
+        def add(means, i):
+            more, rest = part(i)
+            return jax.tree.map(lambda a, b: a + b / parts, means, more), rest
+
+        turns = jnp.arange(parts, dtype=jnp.int32)
+        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, turns[0])[0])
+        means, rest = jax.lax.scan(add, nothing, turns)
+        loss, gradient, inputs = means
+        rest = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rest)
+        return (loss, rest), gradient, inputs
+
+    return differentiate_parts
+
+
+def _plain(f, params, *given):
+    value, gradient = jax.value_and_grad(f, has_aux=True)(params, *given)
+    return value, gradient, None
 
 
 def jit_step(step: Callable, mesh: Mesh) -> Callable:

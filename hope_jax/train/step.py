@@ -53,6 +53,7 @@ def make_step(
     differentiation: Callable[[int], Differentiate | None] = lambda tokens: None,
     mesh: Mesh | None = None,
     stretch: int = 0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Int[Array, "B T1"] | Packed], tuple[TrainState, Metrics]]:
     """The step of a language model: `(state, batch) -> (state, metrics)`.
 
@@ -70,6 +71,7 @@ def make_step(
         needs more than gradients (`hope_jax.optim.differentiation`).
       mesh: whose devices share the rows of a batch (`hope_jax.train.sharding`).
       stretch: tokens between places where a document of `Packed` rows may begin.
+      accumulate: parts in which each device reads its rows, one after another.
 
     Returns:
       A pure function. Metrics are float32 scalars: `loss` in nats, `grad_norm`,
@@ -86,9 +88,12 @@ def make_step(
     level = outer_level(tx, objective)
 
     def differentiate(tokens):
-        if mesh is None or mesh.size == 1:
-            return differentiation(tokens[:, 1:].size)
-        own = differentiation(tokens[:, 1:].size // mesh.size)
+        devices = 1 if mesh is None else mesh.size
+        own = differentiation(tokens[:, 1:].size // (devices * accumulate))
+        if accumulate > 1:
+            own = sharding.in_turn(own, accumulate)
+        if mesh is None or devices == 1:
+            return own
         return sharding.of_rows(own, mesh)
 
     def step(state: TrainState, batch: Int[Array, "B T1"] | Packed):

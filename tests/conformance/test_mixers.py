@@ -17,6 +17,7 @@ from flax import nnx
 from hope_jax.memory import named
 from hope_jax.models.mixers import MIXERS
 from hope_jax.models.mixers.memory import NamedConfig
+from hope_jax.models.rotary import Llama3
 from tests import compare
 
 close = compare.within_size(2e-5)
@@ -31,8 +32,10 @@ _TITANS = dict(memory=_MEMORY, persistent=3, conv=3)
 SMALL = {
     "self_modifying": dict(memory=_MEMORY, projection_chunk=4),
     "attention": dict(context=LENGTH),
-    "softmax_attention": dict(context=LENGTH),
-    "sliding_window": dict(window=3),
+    "softmax_attention": dict(
+        context=LENGTH, kv_heads=1, head_dim=6, qk_norm=1e-6, rotary=Llama3(original=4)
+    ),
+    "sliding_window": dict(window=3, kv_heads=1, qkv_bias=True, out_bias=True),
     "memory": dict(memory=_MEMORY, conv=3, rank=2),
     "titans_mac": _TITANS | dict(segment=4),
     "titans_mag": _TITANS | dict(window=3),

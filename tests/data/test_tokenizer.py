@@ -1,5 +1,6 @@
 """Tokenizers: nothing is lost, the same text gives the same one, bad files fail."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,7 +136,7 @@ def test_saved_and_loaded(tok, tmp_path):
 def test_damaged_files_are_refused(change, tmp_path):
     path = tmp_path / "t.json"
     path.write_text(json.dumps(_BPE.definition | change))
-    with pytest.raises(ValueError, match=r"t\.json' is not a tokenizer saved as"):
+    with pytest.raises(ValueError, match=r"t\.json' is not a tokenizer: "):
         tokenizer.load(path)
 
 
@@ -172,3 +174,160 @@ def test_documents_are_led_by_bos(tok):
     for document, ids in zip(documents, encoded, strict=True):
         assert ids.dtype == np.int32 and ids[0] == tok.bos
         assert tok.decode(ids) == document.data
+
+
+# The format of Hugging Face -----------------------------------------------------------
+
+
+def library(path):
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+@_BOTH
+def test_the_library_reads_what_is_saved_and_encodes_alike(tok, tmp_path):
+    tok.save(tmp_path / "tokenizer.json")
+    theirs = library(tmp_path / "tokenizer.json")
+    assert theirs.get_vocab_size() == tok.vocab_size
+    assert theirs.token_to_id("<|begin of text|>") == tok.bos
+    for data in (*_TEXTS, b"a  b\n\n\tc\r\n", "🏳️‍🌈 e\u0301 \ufffd ĠĊ".encode()):
+        ids = tok.encode(data)
+        assert theirs.encode(data.decode()).ids == ids.tolist()
+        assert theirs.decode(ids.tolist()) == data.decode()
+
+
+def test_bpe_without_merges_is_not_taken_for_bytes(tmp_path):
+    BpeTokenizer(()).save(tmp_path / "t.json")
+    assert tokenizer.load(tmp_path / "t.json") == BpeTokenizer(())
+
+
+@_BOTH
+def test_files_of_the_former_format_are_read(tok, tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps(tok.definition))
+    again = tokenizer.load(tmp_path / "t.json")
+    assert again == tok and again.fingerprint == tok.fingerprint
+
+
+@_BOTH
+def test_a_string_is_its_utf8(tok):
+    np.testing.assert_array_equal(tok.encode("naïve €"), tok.encode("naïve €".encode()))
+
+
+def byte_level(path, bos="<|start|>", special=True):
+    """As GPT-2's and Llama 3's: other ids than ours, special tokens at the end."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([t.decode() for t in _TEXTS], trainer)
+    made.add_tokens([tokenizers.AddedToken(bos, special=special), "<|plain|>"])
+    made.enable_truncation(3)
+    made.save(str(path))
+    return made
+
+
+def spaced(path, prefix=True):
+    """As Llama 2's, or Gemma's: pieces with ▁ for spaces, and bytes to fall back on."""
+    words = ["<unk>", "<s>", *(f"<0x{b:02X}>" for b in range(256))]
+    words += ["▁", "a", "b", "ab", "▁ab"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={word: i for i, word in enumerate(words)},
+            merges=[("a", "b"), ("▁", "ab")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    first = [normalizers.Prepend("▁")] if prefix else []
+    made.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    made.add_special_tokens(["<unk>", "<s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    made.save(str(path))
+    return made
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_byte_level_tokenizer_of_others(special, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    theirs = byte_level(path, special=special)
+    tok = tokenizer.load(path, bos="<|start|>")
+    theirs.no_truncation()
+    assert (tok.bos, tok.vocab_size) == (300, 302)
+    for data in _TEXTS:
+        assert tok.encode(data).tolist() == theirs.encode(data.decode()).ids
+    for data in (*_TEXTS, bytes(range(256)), b"", b"<|start|> \xff<|plain|>"):
+        ids = tok.encode(data)
+        assert ids.dtype == np.int32 and tok.decode(ids) == data
+        assert tok.bos not in ids
+    assert 301 in tok.encode(b"<|plain|>")
+    # Kept with what begins a text, so that a run goes on with it.
+    (tmp_path / "run").mkdir()
+    tok.save(tmp_path / "run" / "tokenizer.json")
+    again = tokenizer.load(tmp_path / "run" / "tokenizer.json")
+    assert again == tok and again.fingerprint == tok.fingerprint
+    other = tokenizer.load(path, bos="<|plain|>")
+    assert other.fingerprint != tok.fingerprint
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_tokenizer_with_bytes_to_fall_back_on(prefix, tmp_path):
+    theirs = spaced(tmp_path / "t.json", prefix)
+    tok = tokenizer.load(tmp_path / "t.json")
+    assert (tok.bos, tok.vocab_size) == (1, 263)
+    for data in (b"ab ab", b" b", "é ab\n".encode(), b"<s>"):
+        ids = tok.encode(data)
+        plain = theirs.encode(data.decode(), add_special_tokens=False).ids
+        assert ids.tolist() == plain or data == b"<s>"
+        assert tok.decode([tok.bos, *ids]) == data
+        assert tok.decode(ids) == b" " * prefix + data
+        assert tok.bos not in ids
+    if prefix:
+        with pytest.raises(
+            ValueError, match=r"texts\[1\] has the bytes b'.xff', which"
+        ):
+            tok.encode_batch([b"a", b"b\xff"])
+    else:
+        assert tok.decode(tok.encode(b"ab\xff ab")) == b"ab\xff ab"
+
+
+def test_what_begins_a_text_is_found_beside_it(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    byte_level(path)
+    with pytest.raises(ValueError, match=r"says of no token .* bos='<\|endoftext\|>'"):
+        tokenizer.load(path)
+    beside = tmp_path / "tokenizer_config.json"
+    for said in ("<|start|>", {"content": "<|start|>"}):
+        beside.write_text(json.dumps({"bos_token": said}))
+        assert tokenizer.load(path).bos == 300
+    with pytest.raises(ValueError, match="bos must be a token of .* got 'none'"):
+        tokenizer.load(path, bos="none")
+    _BPE.save(tmp_path / "ours.json")
+    with pytest.raises(ValueError, match="bos is for tokenizers of others, got 'a'"):
+        tokenizer.load(tmp_path / "ours.json", bos="a")
+    with pytest.raises(ValueError, match="bos must be the id of a token, got 302"):
+        dataclasses.replace(tokenizer.load(path), bos=302)
+
+
+def test_tokenizers_whose_tokens_have_no_bytes_are_refused(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0}, unk_token="a"))
+    for named in ("none", "WordPiece"):
+        made.save(str(tmp_path / "t.json"))
+        with pytest.raises(ValueError, match=f"decoder is '{named}' gives its tokens"):
+            tokenizer.load(tmp_path / "t.json", bos="a")
+        made.decoder = tokenizers.decoders.WordPiece()
+
+
+def test_ours_is_told_from_one_that_only_names_its_first_token(tmp_path):
+    said = json.loads(_BPE.to_library().to_str())
+    said["model"]["merges"] = said["model"]["merges"][:-1]
+    (tmp_path / "t.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="but is not as this package saves"):
+        tokenizer.load(tmp_path / "t.json")

@@ -171,10 +171,47 @@ def test_a_state_has_no_copies_of_itself():
     graphdef, params = small.built(config)
     state = lm.initial_state(graphdef, params, 3)
     assert said["all"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 3
-    assert said["all"] == sum(said.values()) - said["all"] + 4  # the position
+    parts = sum(said.values()) - said["all"] - said["at rest"]
+    assert said["all"] == parts + 4  # the position
     weights = sum(w.nbytes for w in state.blocks.mixer.memories.weights.values()) // 3
     assert said["mixers"] < 2.3 * weights and said["held chunk"] < 1.3 * weights
     assert said["CMS 1 weights"] == said["CMS 1 learned"]
+    kept = [
+        said[f"CMS {i} {part}"] for i in (1, 2, 3) for part in ("weights", "learned")
+    ]
+    assert said["at rest"] < 1.1 * (weights + sum(kept))
+
+
+@pytest.mark.parametrize("name", ["hope", "hybrid"])
+def test_rows_that_rest_need_no_running_mixers(name):
+    """In mid-chunk, at its end before and after its levels moved, and fresh."""
+    config, run = MODELS[name], programs(name)
+    graphdef, params = small.built(config)
+    tokens = small.some_tokens(length=8)
+    ends = (0, 3, 4, 7, 8)
+    states = [
+        begun(name, tokens[:1, :end]) if end else small.start(config, 1) for end in ends
+    ]
+    state = jax.tree.map(lambda *rows: jnp.concatenate(rows), *states)
+    rest = lm.fold(config, state)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(rest))
+    assert size == lm.state_bytes(config)["at rest"] * len(ends)
+    back = jax.jit(functools.partial(lm.unfold, graphdef))(params, rest)
+    assert_same_state(back, state)
+    after = jnp.asarray(np.repeat(tokens[:1], len(ends), axis=0))
+    logits, end = run["one by one"](after, back)
+    expected, expected_end = run["one by one"](after, state)
+    close(logits, expected)
+    assert_same_state(end, expected_end)
+    with pytest.raises(ValueError, match="state is folded: give lm.unfold"):
+        lm.apply(graphdef, params, after, rest)
+
+
+def test_what_was_not_held_cannot_rest():
+    state = small.start(small.HOPE)
+    _, state = small.read(small.HOPE, small.some_tokens(length=3), state, learn=False)
+    with pytest.raises(ValueError, match="without learning, got positions .3, 3."):
+        lm.fold(small.HOPE, state)
 
 
 def test_how_many_tokens_there_are_needs_a_state():

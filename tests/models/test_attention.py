@@ -15,14 +15,17 @@ from tests.models import small
 close = compare.within_both(2e-5)
 
 
-@pytest.mark.parametrize("length", [7, 8, 9, 40])
-def test_blocks_are_causal_attention(monkeypatch, length):
-    """Values and pullbacks; a last block that is shorter, and the most blocks."""
+@pytest.mark.parametrize("length, kv_heads", [(7, 2), (8, 1), (9, 2), (40, 2)])
+def test_blocks_are_causal_attention(monkeypatch, length, kv_heads):
+    """Values and pullbacks; a last block that is shorter, and the most blocks; keys and
+    values with heads of their own, or with one for all."""
     monkeypatch.setattr(attention, "_BLOCK", 3)
     rng = np.random.default_rng(0)
     q, k, v, cotangent = rng.standard_normal((4, 2, length, 2, 4)).astype(np.float32)
+    k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
 
     def whole(q, k, v):
+        k, v = (jnp.repeat(a, 2 // kv_heads, axis=2) for a in (k, v))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
     @jax.jit

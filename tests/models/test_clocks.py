@@ -16,7 +16,7 @@ from flax import nnx
 
 import hope_jax
 from hope_jax import optim
-from hope_jax.core.level import Collected
+from hope_jax.core.level import Collected, collect
 from hope_jax.data.text import Document
 from hope_jax.data.tokenizer import ByteTokenizer
 from hope_jax.evaluate import language_model
@@ -96,6 +96,39 @@ def test_every_level_moves_when_its_tokens_have_come():
         assert moves(state) == moves(end)
 
 
+@pytest.mark.parametrize(
+    ("periods", "base", "length"), [((7, 50, 350), 1, 353), ((10, 1000), 10, 1013)]
+)
+def test_periods_need_not_nest(periods, base, length):
+    config = chain(*(CMSLevel(period=p, rate=0.5) for p in periods))
+    assert config.base_chunk == base
+    _, state = small.read(config, some_tokens(length=length))
+    assert moves(state) == [[(length - 1) // p] * 2 for p in periods]
+
+
+def test_levels_may_move_in_mid_chunk_of_the_memories():
+    """Chunks of 4, moves after 6 and 9 tokens: in one call, in parallel pieces, token
+    by token, and without looking ahead."""
+    levels = CMSLevel(period=6, rate=0.5), CMSLevel(period=9, rate=0.5)
+    config = dataclasses.replace(
+        small.HOPE, layers=1, cms=CMSConfig(levels=levels, hidden=6)
+    )
+    assert (config.base_chunk, config.span, config.nests) == (3, 12, False)
+    tokens = small.some_tokens(length=24)
+    whole, end = small.read(config, tokens)
+    assert moves(end) == [[3, 3], [2, 2]]
+    for aligned, cuts in ((True, [12]), (False, range(1, 24)), (None, [7, 14, 21])):
+        logits, state = pieces(config, tokens, cuts, aligned)
+        np.testing.assert_allclose(logits, whole, atol=2e-5)
+        assert_same_state(state, end)
+    hope_jax.check_causality(
+        lambda t: small.read(config, t)[0],
+        jnp.asarray(tokens),
+        vocab=config.vocab,
+        positions=[0, 3, 4, 5, 6, 11, 12, 23],
+    )
+
+
 @pytest.mark.slow
 def test_the_slowest_level_changes_what_is_read_after_its_move_and_only_that():
     tokens = some_tokens()
@@ -173,6 +206,99 @@ def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
         for t in range(begin, begin + 4):
             _, state = small.read(THREE, tokens[:, t : t + 1], state, aligned=False)
     assert moves(state)[slow] == [2, 2]
+
+
+NESTED = chain(*(CMSLevel(period=p, rate=0.5) for p in (4, 16, 32)), variant="nested")
+
+
+def test_a_nested_level_begins_again_where_the_slower_one_moved_its_start():
+    """By hand: the start moves by the slower level's rule, on the mean of all gradients
+    that came to the faster level since, wherever that stood (first-order MAML)."""
+    tokens = some_tokens(length=38)
+    model = nnx.merge(*small.built(NESTED))
+    state, layers_first = small.start(NESTED), jax.jit(lm._layers_first)
+    rates = np.asarray(model.inner_rates())
+    learned = jax.device_get(layers_first(state).blocks.fast)
+
+    @jax.jit
+    def gradient(inside, mixer, tokens, labels):
+        def loss(fast):
+            logits, *_ = lm._read(
+                model, tokens, mixer, fast, aligned=True, learn=lm.learning.of(True)
+            )
+            return lm.next_token_loss(logits, labels).sum()
+
+        return jax.grad(loss)(inside.blocks.fast)
+
+    sums = {}
+    for begin in range(0, 37, 4):
+        one = tokens[:, begin : begin + 1]
+        _, settled = small.read(NESTED, one, state, aligned=False)
+        before, after = (jax.device_get(layers_first(s)) for s in (state, settled))
+        for i, period in ((0, 16), (1, 32)):
+            if begin and begin % period == 0:
+                mean = jax.tree.map(lambda g, p=period: g / p, sums.pop(i))
+                start = before.levels[i].owned.start
+                want = expected_move(start, mean, learned[i], rates[i + 1])
+                for got in (after.levels[i].owned.start, after.blocks.fast[i]):
+                    jax.tree.map(
+                        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+                        *(got, want),
+                    )
+                assert not any(map(np.any, jax.tree.leaves(after.levels[i].learned)))
+        found = (
+            jax.device_get(
+                gradient(
+                    layers_first(settled),
+                    layers_first(state).blocks.mixer,
+                    tokens[:, begin : begin + 4],
+                    tokens[:, begin + 1 : begin + 5],
+                )
+            )
+            if begin < 32
+            else ()
+        )
+        for i, g in enumerate(found):
+            sums[i] = jax.tree.map(np.add, sums[i], g) if i in sums else g
+        for t in range(begin, min(begin + 4, 37)):
+            part = tokens[:, t : t + 1]
+            _, state = small.read(NESTED, part, state, aligned=False)
+
+
+def test_nested_levels_read_as_one_however_they_are_cut():
+    tokens = some_tokens(length=36)
+    whole, end = small.read(NESTED, tokens)
+    for aligned, cuts in ((True, [12, 24]), (False, range(1, 36))):
+        logits, state = pieces(NESTED, tokens, cuts, aligned)
+        np.testing.assert_allclose(logits, whole, atol=2e-5)
+        assert_same_state(state, end)
+    hope_jax.check_causality(
+        lambda t: small.read(NESTED, t)[0],
+        jnp.asarray(tokens),
+        vocab=NESTED.vocab,
+        positions=[0, 4, 15, 16, 17, 31, 32, 35],
+    )
+    sequential = dataclasses.replace(
+        NESTED, cms=dataclasses.replace(NESTED.cms, variant="sequential")
+    )
+    other = np.abs(small.read(sequential, tokens)[0] - whole).max(axis=(0, 2))
+    assert other[:16].max() < 1e-5 < 1e-4 < other[16:].max()
+    parts = lm.state_bytes(NESTED)
+    assert parts["CMS 1 start"] == 2 * parts["CMS 1 weights"] + parts["CMS 2 rule"]
+    assert "CMS 3 start" not in parts
+
+
+@pytest.mark.parametrize(
+    ("levels", "changes", "message"),
+    [
+        ((CMSLevel(period=4), CMSLevel(period=8, rate=0.0)), {}, "1 such levels"),
+        ((CMSLevel(period=4), CMSLevel(period=8)), {"order": "independent"}, "chain"),
+        ((CMSLevel(period=4), CMSLevel(period=8)), {"rule": "dgd"}, "rule 'dgd' of"),
+    ],
+)
+def test_what_cannot_nest_is_refused(levels, changes, message):
+    with pytest.raises(ValueError, match=message):
+        CMSConfig(levels=levels, variant="nested", **changes)
 
 
 def expected_move(weights, mean, start, rate):
@@ -590,3 +716,29 @@ def test_matched_widths_are_those_of_levels_without_their_own():
 def test_bad_levels(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("rule", ["sgd", "dgd"])
+def test_sums_of_gradients_may_be_bfloat16(rule):
+    """Half as large, and 8 bits of each sum, rounded once for what each chunk adds."""
+    narrow, whole = (
+        level_of(rule=rule, accumulator=a) for a in ("bfloat16", "float32")
+    )
+    rng = np.random.default_rng(0)
+    grams = jax.tree.map(
+        lambda a: np.float32(rng.uniform(size=a.shape)),
+        cms.begin_level(whole[1], WEIGHTS, axis=1).learned,
+    )
+    moved = []
+    for config, level in (narrow, whole):
+        state = cms.begin_level(level, WEIGHTS, axis=1)
+        for _ in range(3):
+            state = state._replace(learned=collect(state.learned, grams))
+        moved.append(cms.move(config, level, 0.5, START, WEIGHTS, state, axis=1))
+    (half, half_state), (weights, state) = moved
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert 2 * size(half_state.learned) == size(state.learned)
+    largest = lambda a, b: max(  # noqa: E731
+        jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b))
+    )
+    assert 0 < largest(half, weights) < 2**-7 * largest(weights, WEIGHTS)

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from hope_jax.core import config as config_lib
+from hope_jax.models import lm, zoo
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.config import ModelConfig, with_context
 from hope_jax.models.mixers import MIXERS
@@ -14,6 +16,7 @@ from hope_jax.models.mixers.memory import MemoryMixerConfig, NamedConfig
 from hope_jax.models.mixers.self_modifying import MLP, SelfModifyingConfig
 from hope_jax.models.mixers.titans import TitansContextConfig, TitansWindowConfig
 from hope_jax.models.mixers.tnt import TNTConfig
+from hope_jax.optim.leaves import path_names
 
 SMALL_CHUNK = dataclasses.replace(MLP, chunk=8)
 # A model's JSON as it was when the fields of every mixer stood beside `mixer`; what is
@@ -179,3 +182,65 @@ def test_a_named_point_is_what_its_choices_are():
 def test_cms_of_a_model_is_kept():
     data = BEFORE | {"mixer": "tnt", "layers": 2, "cms": {"hidden": 5}}
     assert config_lib.from_json(ModelConfig, data).cms == CMSConfig(hidden=5)
+
+
+def test_options_of_later_versions_are_off():
+    """What was saved without them is read; parameters are called what they were."""
+    config = ModelConfig(mixer="attention", cms=CMSConfig(hidden=5))
+    data = config_lib.to_json(config)
+    for of, names in (
+        (data, ("scaled_embedding", "tied_embedding", "norm_epsilon")),
+        (data["cms"], ("activation", "bias")),
+        (data["mixer"], ("kv_heads", "head_dim", "rotary", "qk_norm", "qkv_bias")),
+        (data["mixer"], ("out_bias",)),
+    ):
+        for name in names:
+            del of[name]
+    assert config_lib.from_json(ModelConfig, data) == config
+    assert config_lib.differences(data, config) == []
+    leaves = jax.tree_util.tree_leaves_with_path(lm.abstract(config))
+    assert {".".join(path_names(path)): leaf.shape for path, leaf in leaves} == {
+        "embed.embedding": (257, 128),
+        "blocks.norm.scale": (2, 128),
+        "blocks.mixer.qkv.kernel": (2, 128, 384),
+        "blocks.mixer.out.kernel": (2, 128, 128),
+        "blocks.levels.0.norm.scale": (2, 128),
+        "blocks.levels.0.mlp.gate.kernel": (2, 128, 5),
+        "blocks.levels.0.mlp.up.kernel": (2, 128, 5),
+        "blocks.levels.0.mlp.down.kernel": (2, 5, 128),
+        "norm.scale": (128,),
+    }
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["mixer.kv_heads=3"], r"kv_heads \(3\) must divide heads \(4\)"),
+        (["mixer.kv_heads=0"], "kv_heads must be at least 1, got 0"),
+        (["mixer.head_dim=7"], "head_dim must be even for rotary positions, got 7"),
+        (["mixer.qk_norm=0"], "qk_norm must be positive, got 0"),
+        (["mixer.rotary=yarn"], "mixer.rotary must be one of plain, linear, llama3"),
+        (["mixer.rotary.base=1"], "base must be above 1, got 1"),
+        (["mixer.rotary=linear", "mixer.rotary.factor=0.5"], "factor must be at least"),
+        (["mixer.rotary=llama3", "mixer.rotary.low=4"], r"low \(4.0\) must be above 0"),
+        (["norm_epsilon=0"], "norm_epsilon must be positive, got 0"),
+        (["cms.activation=relu"], "activation must be one of silu, gelu, gelu_tanh"),
+        (["cms.order=nested"], "order must be one of .*independent, got 'nested'"),
+    ],
+)
+def test_options_of_attention_and_mlps_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.override(ModelConfig(mixer="attention"), settings)
+
+
+def test_heads_of_a_width_of_their_own_need_no_multiple():
+    own = AttentionConfig(head_dim=6, kv_heads=1)
+    assert ModelConfig(d_model=10, heads=3, mixer=own).d_model == 10
+    with pytest.raises(ValueError, match=r"d_model \(10\) must be a multiple of heads"):
+        ModelConfig(d_model=10, heads=3, mixer="attention")
+
+
+def test_sizes_are_matched_with_biases_too():
+    config = ModelConfig(mixer="attention", cms=CMSConfig(hidden=40, bias=True))
+    made, changes = zoo.matched(config, 300_000)
+    assert changes["parameters"][1] == lm.count_parameters(made)

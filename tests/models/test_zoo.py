@@ -164,10 +164,6 @@ def test_slow_levels_wait_for_their_period():
         (dict(layers=0), "layers must be at least 1, got 0"),
         (dict(dtype="float16"), "dtype must be one of .* got 'float16'"),
         (dict(mixer="attention", d_model=12, heads=4), "d_model / heads must be even"),
-        (
-            dict(cms=CMSConfig(levels=(CMSLevel(period=100),))),
-            r"a period \(100\) must be a multiple of the next faster chunk \(64\)",
-        ),
     ],
 )
 def test_bad_model_configs(changes, message):

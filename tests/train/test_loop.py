@@ -10,6 +10,8 @@ import optax
 import pytest
 
 from hope_jax.core import config as config_lib
+from hope_jax.data.tokenizer import PretrainedTokenizer, train_bpe
+from hope_jax.models import lm
 from hope_jax.train import checkpoint, loop, metrics
 from tests.train import tiny
 
@@ -168,3 +170,41 @@ def test_bpe_is_trained_once_and_kept(tmp_path):
     source = loop.load_source(bpe, tmp_path)
     assert source.tokenizer == kept
     assert source.bytes_per_token > 1
+
+
+def test_it_starts_where_it_is_told(tmp_path):
+    """And leaves what it was given as it is; resumed it is where it stopped."""
+    one = config(
+        "train.steps=1", "optimizer.warmup_steps=0", "train.checkpoint_every=1"
+    )
+    one = config_lib.override(one, ["optimizer.learning_rate=1e-5"])
+    _, params = lm.build(one.model, jax.random.key(77))
+    loop.train(one, tmp_path / "a", params=params)
+    after = checkpoint.restore_params(tmp_path / "a").params
+    far = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after, params)
+    assert 0 < max(jax.tree.leaves(far)) < 1e-4
+    wide = config_lib.override(one, ["model.cms.hidden=24"])
+    with pytest.raises(
+        ValueError, match=r"levels.0.mlp.down.kernel is \(\(1, 16, 16\)"
+    ):
+        loop.train(wide, tmp_path / "b", params=params)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_run_goes_on_with_the_tokenizer_of_a_file(tmp_path):
+    """Which may be gone by then."""
+    train_bpe([b"the cat and the hat"], 260).save(tmp_path / "ours.json")
+    said = json.loads((tmp_path / "ours.json").read_text())
+    said["added_tokens"][0]["content"] = "<s>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(said))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    run = config("train.steps=2", "model.vocab=260")
+    run = config_lib.override(run, [f"data.tokenizer={tmp_path / 'tokenizer.json'}"])
+    loop.train(run, tmp_path / "run")
+    (tmp_path / "tokenizer.json").unlink()
+    kept = checkpoint.restore_tokenizer(tmp_path / "run")
+    assert isinstance(kept, PretrainedTokenizer) and kept.bos == 259
+    assert loop.load_source(run, tmp_path / "run").tokenizer == kept
+    assert loop.train(run, tmp_path / "run", resume=True).finished
+    with pytest.raises(ValueError, match="tokenizer must be bytes, bpe or the path of"):
+        config("data.tokenizer=words")

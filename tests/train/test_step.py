@@ -92,7 +92,7 @@ def test_step_is_gradient_descent_on_the_loss(params, tokens, key):
     assert after.step == 1 and state.step == 0
 
 
-def run(devices, params, tokens, key, steps=5):
+def run(devices, params, tokens, key, steps=5, accumulate=1):
     mesh = sharding.make_mesh(devices)
     tx, traces = optax.adam(0.1), []
 
@@ -100,7 +100,7 @@ def run(devices, params, tokens, key, steps=5):
         traces.append(arguments)
         return apply_fn(*arguments, after)
 
-    step = step_lib.make_step("static", counted, tx, mesh=mesh)
+    step = step_lib.make_step("static", counted, tx, mesh=mesh, accumulate=accumulate)
     step = sharding.jit_step(step, mesh)
     params, key = jax.tree.map(jnp.copy, (params, key))  # the step donates them
     with jax.numpy_dtype_promotion("standard"):  # optax raises to an integer power
@@ -116,17 +116,22 @@ def run(devices, params, tokens, key, steps=5):
     return state, losses, batch
 
 
-def test_four_devices_equal_one(params, tokens, key):
+@pytest.mark.parametrize(("devices", "accumulate"), [(4, 1), (1, 4), (2, 2)])
+def test_shared_rows_and_rows_in_turn_equal_one_batch(
+    params, tokens, key, devices, accumulate
+):
     one, losses_one, _ = run(jax.devices()[:1], params, tokens, key)
-    four, losses_four, batch = run(jax.devices(), params, tokens, key)
-    assert len(batch.sharding.device_set) == 4
-    assert batch.addressable_shards[0].data.shape == (2, 7)
-    np.testing.assert_allclose(losses_one, losses_four, rtol=1e-5)
+    some, losses, batch = run(
+        jax.devices()[:devices], params, tokens, key, accumulate=accumulate
+    )
+    assert len(batch.sharding.device_set) == devices
+    assert batch.addressable_shards[0].data.shape == (8 // devices, 7)
+    np.testing.assert_allclose(losses_one, losses, rtol=1e-5)
     for a, b in zip(
-        jax.tree.leaves(one.level), jax.tree.leaves(four.level), strict=True
+        jax.tree.leaves(one.level), jax.tree.leaves(some.level), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert jax.tree.leaves(four.params)[0].sharding.is_fully_replicated
+    assert jax.tree.leaves(some.params)[0].sharding.is_fully_replicated
 
 
 PACKED = step_lib.Packed(
@@ -166,9 +171,11 @@ def test_packed_rows_train_as_their_documents_do_one_by_one():
         return losses.mean(), losses.size
 
     (loss, count), gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
-    for devices in (1, 4):
+    for devices, accumulate in ((1, 1), (4, 1), (1, 2)):
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        step = step_lib.make_step(graphdef, lm.apply, tx, mesh=mesh, stretch=4)
+        step = step_lib.make_step(
+            graphdef, lm.apply, tx, mesh=mesh, stretch=4, accumulate=accumulate
+        )
         start = jax.tree.map(jnp.copy, params)  # the step donates them
         state = sharding.replicate(state_lib.create(start, tx, jax.random.key(3)), mesh)
         batch = sharding.shard_batch(PACKED, mesh)
@@ -257,7 +264,7 @@ def test_tpus_wait_for_each_other_once_a_step(monkeypatch):
 
 
 @pytest.mark.parametrize("rule", [DGD(), GGD()], ids=lambda rule: rule.kind)
-def test_what_rules_take_of_rows_is_the_same_on_four_devices(rule):
+def test_what_rules_take_of_rows_is_the_same_of_shared_rows_and_in_turn(rule):
     """Outer products of inputs, and slopes of another loss, are means as gradients."""
     graphdef, params = lm.build(tiny.MODEL, jax.random.key(0))
     config = OptimizerConfig(rule=rule, learning_rate=0.05, warmup_steps=0)
@@ -265,7 +272,7 @@ def test_what_rules_take_of_rows_is_the_same_on_four_devices(rule):
     periods = optim.one_clock(params)
     tokens = np.random.default_rng(0).integers(0, 257, (4, 17)).astype(np.int32)
     ends = []
-    for devices in (1, 4):
+    for devices, accumulate in ((1, 1), (2, 2)):
         mesh = sharding.make_mesh(jax.devices()[:devices])
         tx = optim.build(config, total_steps=9, periods=periods, layers=layers)
         step = step_lib.make_step(
@@ -274,6 +281,7 @@ def test_what_rules_take_of_rows_is_the_same_on_four_devices(rule):
             tx,
             functools.partial(optim.differentiation, config, layers),
             mesh,
+            accumulate=accumulate,
         )
         start = jax.tree.map(jnp.copy, params)  # the step donates them
         state = sharding.replicate(state_lib.create(start, tx, jax.random.key(3)), mesh)
@@ -348,7 +356,11 @@ def test_a_batch_the_devices_cannot_share(tokens):
     mesh = sharding.make_mesh()
     with pytest.raises(ValueError, match=r"batch \(6\) .* 4 devices; .* are 4 and 8"):
         sharding.shard_batch(tokens[:6], mesh)
-    sharding.check_batch(6, sharding.make_mesh(jax.devices()[:2]))
+    two = sharding.make_mesh(jax.devices()[:2])
+    sharding.check_batch(6, two)
+    sharding.check_batch(6, two, parts=3)
+    with pytest.raises(ValueError, match="accumulate=2; the nearest are 4 and 8"):
+        sharding.check_batch(6, two, parts=2)
 
 
 def test_evaluation_is_the_loss_of_the_step(params, tokens, key):

@@ -1,7 +1,8 @@
 """Softmax attention: the non-parametric level, over a sliding window of keys."""
 
+import abc
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,57 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hope_jax.core.config import at_least
-from hope_jax.models.layers import dense, rotary
+from hope_jax.models.layers import dense, rms_norm, rotary
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, softmax
+from hope_jax.models.rotary import PLAIN, ROTARY, Rotary
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Attention(MixerConfig):
-    """What both configs say."""
+    """What both configs say.
+
+    Attributes:
+      kv_heads: heads of keys and values, each of which serves as many queries' heads
+        (arXiv:2305.13245); a divisor of the model's heads, None for all of these.
+      head_dim: width of a head; None for d_model / heads.
+      rotary: how keys and queries turn with positions, one of `models.rotary.ROTARY`.
+      qk_norm: epsilon of a norm of every head's queries and keys before they turn
+        (arXiv:2010.04245); None for no norm.
+      qkv_bias, out_bias: whether these projections have a bias.
+    """
 
     even: ClassVar[bool] = True
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rotary: Annotated[Rotary, ROTARY] = PLAIN
+    qk_norm: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "rotary", ROTARY.of(self.rotary, "rotary"))
+        at_least(self, kv_heads=1, head_dim=1)
+        if self.qk_norm is not None and not self.qk_norm > 0:
+            raise ValueError(f"qk_norm must be positive, got {self.qk_norm}.")
+        self._check_window()
+
+    @abc.abstractmethod
+    def _check_window(self) -> None:
+        """Refuses how far a token looks back."""
+
+    def check_heads(self, d_model: int, heads: int) -> None:
+        if heads % (self.kv_heads or heads):
+            raise ValueError(
+                f"kv_heads ({self.kv_heads}) must divide heads ({heads}), as many "
+                "queries' heads to each."
+            )
+        if self.head_dim is None:
+            super().check_heads(d_model, heads)
+        elif self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even for rotary positions, got {self.head_dim}."
+            )
 
     @property
     def span(self) -> int:
@@ -43,11 +86,11 @@ class AttentionConfig(_Attention):
     kind: Literal["attention", "softmax_attention"] = "attention"
     context: int = 256
 
-    def __post_init__(self):
+    def _check_window(self):
         at_least(self, context=1)
 
     def build(self, d_model, heads, dtype, *, rngs) -> "Attention":
-        return Attention(d_model, heads, self.context, dtype, rngs=rngs)
+        return Attention(self, d_model, heads, self.context, dtype, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,18 +105,19 @@ class SlidingWindowConfig(_Attention):
     kind: Literal["sliding_window"] = "sliding_window"
     window: int = 64
 
-    def __post_init__(self):
+    def _check_window(self):
         at_least(self, window=1)
 
     def build(self, d_model, heads, dtype, *, rngs) -> "Attention":
-        return Attention(d_model, heads, self.window, dtype, rngs=rngs)
+        return Attention(self, d_model, heads, self.window, dtype, rngs=rngs)
 
 
 class AttentionState(NamedTuple):
-    """The last `window` keys (already rotated) and values, the newest at the end."""
+    """The last `window` keys (already rotated) and values, the newest at the end, of G
+    heads."""
 
-    k: Float[Array, "B W H K"]
-    v: Float[Array, "B W H K"]
+    k: Float[Array, "B W G K"]
+    v: Float[Array, "B W G K"]
     position: Int[Array, " B"]
 
 
@@ -82,17 +126,36 @@ class Attention(nnx.Module):
 
     Its state is constant in the length read. Within one window this is full causal
     attention (equation 62 of arXiv:2512.24695), beyond it the sliding window of
-    equation 63.
+    equation 63. The kernel `qkv` makes the queries' heads, then the keys', then the
+    values'.
     """
 
-    def __init__(self, d_model: int, heads: int, window: int, dtype, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: _Attention,
+        d_model: int,
+        heads: int,
+        window: int,
+        dtype,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.heads, self.window, self.dtype = heads, window, dtype
-        self.qkv = dense(d_model, 3 * d_model, dtype, rngs)
-        self.out = dense(d_model, d_model, dtype, rngs, scale=0.5)
+        self.kv_heads = config.kv_heads or heads
+        self.width = width = config.head_dim or d_model // heads
+        self.rotary = config.rotary
+        made = (heads + 2 * self.kv_heads) * width
+        self.qkv = dense(d_model, made, dtype, rngs, bias=config.qkv_bias)
+        self.out = dense(
+            heads * width, d_model, dtype, rngs, scale=0.5, bias=config.out_bias
+        )
+        self.normed = config.qk_norm is not None
+        if config.qk_norm is not None:
+            self.norm_q = rms_norm(width, dtype, rngs, config.qk_norm)
+            self.norm_k = rms_norm(width, dtype, rngs, config.qk_norm)
 
     def initial_state(self, rows: int) -> AttentionState:
-        width = self.out.in_features // self.heads
-        empty = jnp.zeros((rows, self.window, self.heads, width), self.dtype)
+        empty = jnp.zeros((rows, self.window, self.kv_heads, self.width), self.dtype)
         return AttentionState(empty, empty, jnp.zeros((rows,), jnp.int32))
 
     def __call__(
@@ -104,16 +167,18 @@ class Attention(nnx.Module):
         learn: bool | Learning = True,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         del aligned, learn  # attention has no chunk, and no fast level to freeze
-        rows, length, d_model = x.shape
+        rows, length, _ = x.shape
         fresh = state is None
         if fresh:
             state = self.initial_state(rows)
         offsets = jnp.arange(length, dtype=jnp.int32)
         position = state.position[:, None] + offsets[None]
 
-        qkv = self.qkv(x).reshape(rows, length, 3, self.heads, d_model // self.heads)
-        q, k = (rotary(qkv[:, :, i], position) for i in (0, 1))
-        v = qkv[:, :, 2]
+        made = self.qkv(x).reshape(rows, length, -1, self.width)
+        q, k, v = jnp.split(made, (self.heads, self.heads + self.kv_heads), axis=2)
+        if self.normed:
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k = (rotary(a, position, self.rotary) for a in (q, k))
         keys = jnp.concatenate([state.k, k], axis=1)
         values = jnp.concatenate([state.v, v], axis=1)
 
@@ -122,7 +187,7 @@ class Attention(nnx.Module):
         else:
             y = self._slide(q, keys, values, state.position)
 
-        y = self.out(y.reshape(rows, length, d_model))
+        y = self.out(y.reshape(rows, length, -1))
         state = AttentionState(
             keys[:, length:], values[:, length:], state.position + length
         )
@@ -160,12 +225,13 @@ class Attention(nnx.Module):
 
 
 def causal(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"]
 ) -> Float[Array, "B T H K"]:
     """Causal softmax attention by the best kernel that the device has: cuDNN's flash
     attention, splash attention on a TPU, else blocks.
 
-    `in_blocks` is their definition.
+    `in_blocks` is their definition. Of the G heads of keys and values each serves H / G
+    heads of queries.
     """
     if q.shape[1] <= _BLOCK:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -182,7 +248,7 @@ _MOST = 8  # blocks, each of which is compiled
 
 
 def in_blocks(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"]
 ) -> Float[Array, "B T H K"]:
     """Blocks of queries, each beside the keys up to its end: half of the scores, of
     which those of one block are held at once, in the backward pass too."""
@@ -216,6 +282,7 @@ def _splash(q, k, v):
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1
     )
+    k, v = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (k, v))
     heads_first = lambda a: jnp.swapaxes(a, 1, 2)  # noqa: E731
     read = jax.vmap(kernel)(
         heads_first(q * jnp.asarray(width**-0.5, q.dtype)),

@@ -46,6 +46,22 @@ class MixerConfig(abc.ABC):
     modifies_itself: ClassVar[bool] = False
     controlled: ClassVar[bool] = True
 
+    def check_heads(self, d_model: int, heads: int) -> None:
+        """Refuses a model whose heads it cannot have.
+
+        Raises:
+          ValueError: names the sizes.
+        """
+        if d_model % heads:
+            raise ValueError(
+                f"d_model ({d_model}) must be a multiple of heads ({heads})."
+            )
+        if self.even and (d_model // heads) % 2:
+            raise ValueError(
+                "d_model / heads must be even for the rotary positions of "
+                f"{self.kind}, got {d_model // heads}."
+            )
+
     @abc.abstractmethod
     def build(self, d_model: int, heads: int, dtype, *, rngs: nnx.Rngs) -> nnx.Module:
         """The module: `y, state = module(x, state, aligned=, learn=)` on

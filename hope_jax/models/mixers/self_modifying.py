@@ -572,10 +572,11 @@ class SelfModifyingTitans(nnx.Module):
         length = seen.k.shape[2]
         if whole:  # says that anchor and weights are one, so their products are shared
             state = state._replace(memories=commit(state.memories))
-        generated, tails = self._generate(state, seen)
-        generated = generated._replace(tokens=learn.controls.on(generated.tokens))
-        live = self._live_as_one if self._is_one(learn) else self._live_apart
-        memories, y = live(state.memories, generated, learn, given, whole)
+        with jax.default_matmul_precision("float32"):  # as gradients and reads have
+            generated, tails = self._generate(state, seen)
+            generated = generated._replace(tokens=learn.controls.on(generated.tokens))
+            live = self._live_as_one if self._is_one(learn) else self._live_apart
+            memories, y = live(state.memories, generated, learn, given, whole)
         state = SelfModifyingState(memories, tails, state.position + length)
         return state, jnp.moveaxis(y, 2, 0)
 
