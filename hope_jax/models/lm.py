@@ -848,7 +848,7 @@ def _accumulate(model, levels, learned, read):
 def _read_documents(model, tokens, labels, targets, state, begins, start, learn):
     """`_read_aligned` of one stretch after another; rows `start` where one begins."""
     if state.levels and learn.cms:
-        state = _settle(model, state, tokens[:, 0])
+        state, _ = _settle(model, state, tokens[:, 0])
     stretches = begins.shape[1]
 
     def cut(a):  # [B, T] -> [S, B, T / S]
