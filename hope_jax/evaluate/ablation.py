@@ -137,7 +137,14 @@ def rows(config: ModelConfig) -> list[Row]:
         found.append(made(name, Learning(controls=controls), reason))
     for factor, name in ((0.5, "half the chunk"), (2, "twice the chunk")):
         try:
-            found.append(Row(f"control: {name}", rechunked(config, factor), Learning()))
+            other = rechunked(config, factor)
+            if config.nests and not other.nests:
+                raise ValueError(
+                    f"levels may move every {other.base_chunk} tokens, which is no "
+                    f"multiple of {other.mixer_chunk}: memories would be read token by "
+                    "token"
+                )
+            found.append(Row(f"control: {name}", other, Learning()))
         except ValueError as error:
             found.append(made(f"control: {name}", None, str(error)))
     return found

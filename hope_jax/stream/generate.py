@@ -135,7 +135,7 @@ def _least(logits: Float[Array, " N"], how: Drawing) -> Float[Array, ""]:
 def find_stop(text: bytes, stop: Sequence[str], new: int) -> int | None:
     """Where the first text of `stop` begins that ends within the last `new` bytes.
 
-    >>> find_stop(b"one two", ("two", "o t"), 3)
+    >>> find_stop(b"one two", ("two", "e t"), 3)
     2
     """
     if not stop:
