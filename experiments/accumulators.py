@@ -52,14 +52,13 @@ def sums(
     state, losses = reader.start(opened.params, 1), []
     for i in range(len(text) // chunk):
         part = text[i * chunk : (i + 1) * chunk + 1]
-        # A chunk is gathered when the token after it has come: with the next one.
-        gathered = state.levels[-1].learned
-        if i and np.log2(i) % 2 == 0:
-            leaves = jax.tree.leaves(gathered)
-            flat = [np.asarray(a, np.float32).ravel() for a in leaves]
-            yield i, np.concatenate(flat), float(np.mean(losses))
         state, loss = read(opened.params, state, jnp.asarray(part[None], jnp.int32))
         losses.append(float(loss))
+        # A chunk is gathered when the token after it has come: with the next one.
+        if i and np.log2(i) % 2 == 0:
+            leaves = jax.tree.leaves(state.levels[-1].learned)
+            flat = [np.asarray(a, np.float32).ravel() for a in leaves]
+            yield i, np.concatenate(flat), float(np.mean(losses))
 
 
 def measure(opened: Opened, chunks: int) -> dict[str, float]:
