@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 
 from hope_jax.core import config as config_lib
 from hope_jax.core.config import did_you_mean
-from hope_jax.models import convert, lm, safetensors
+from hope_jax.models import convert, lm, shards
 from hope_jax.models.cms import Activation, CMSConfig
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers.attention import AttentionConfig
@@ -166,7 +166,7 @@ def read_pretrained(
     """
     family, said = _read_config(Path(folder))
     config = _config_of(family, said, context)
-    stored, fresh = safetensors.find(folder), lm.abstract(config)
+    stored, fresh = shards.find(folder), lm.abstract(config)
     parts = _parts(config, fresh)
     _check(stored, [part for several in parts.values() for part in several])
     norm_from = FAMILIES[family].norm_from
@@ -217,7 +217,7 @@ def write_pretrained(
     else:
         family, base = _read_config(Path(like))
     name = dtype or str(base.get("dtype") or base.get("torch_dtype") or "float32")
-    types = {str(known): known for known in safetensors.TYPES.values()}
+    types = {str(known): known for known in shards.TYPES.values()}
     if name not in types:
         raise ValueError(f"dtype must be one of {', '.join(types)}, got {name!r}.")
     if shard < 1:
@@ -242,7 +242,7 @@ def write_pretrained(
             value = value - norm_from if part.norm else value
             return value.T if part.turned else value
 
-        return safetensors.Made(part.shape, make)
+        return shards.Made(part.shape, make)
 
     tensors = {
         part.name: made(leaves[ours], part)
@@ -250,7 +250,7 @@ def write_pretrained(
         for part in several
     }
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.write(folder, dict(sorted(tensors.items())), types[name], shard)
+    shards.write(folder, dict(sorted(tensors.items())), types[name], shard)
     text = json.dumps(said, indent=2, sort_keys=True)
     (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
     for file in _TOKENIZER if base else ():
@@ -486,7 +486,7 @@ def _parts_of(config, ours: str, shape: tuple[int, ...]) -> Iterator[_Part]:
             start = end
 
 
-def _check(stored: Mapping[str, safetensors.Stored], parts: list[_Part]) -> None:
+def _check(stored: Mapping[str, shards.Stored], parts: list[_Part]) -> None:
     """Refuses tensors that are not those of the config, which it reads nothing of."""
     wanted = {part.name: part.shape for part in parts}
     for name, shape in wanted.items():

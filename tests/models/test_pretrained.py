@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from hope_jax.core import config as config_lib
-from hope_jax.models import convert, lm, pretrained, safetensors, systems
+from hope_jax.models import convert, lm, pretrained, shards, systems
 from hope_jax.models.block import Block
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.config import ModelConfig, with_context
@@ -167,7 +167,7 @@ def test_frequencies_by_hand():
 )
 def test_what_is_not_computed_here_is_refused(change, message, tmp_path, monkeypatch):
     """Before any weight is read."""
-    monkeypatch.setattr(safetensors.Stored, "read", None)
+    monkeypatch.setattr(shards.Stored, "read", None)
     own = samples.SAMPLES["llama"][0]
     folder = samples.write(tmp_path, "llama", own | change)
     with pytest.raises(ValueError, match=message):
@@ -187,15 +187,16 @@ def test_damaged_files_are_refused(tmp_path):
         return len(text).to_bytes(8, "little") + text + whole[8 + size :]
 
     for content, message in (
-        (whole[:-4], "bytes, its tensors end at"),
-        (whole + b"more", "bytes, its tensors end at"),
-        (whole[:100], "a header of .* bytes in a file of 100"),
-        (b"", "in a file of 0"),
+        (whole[:-4], "not fully covered"),
+        (whole + b"more", "not fully covered"),
+        (whole[:100], "invalid header length"),
+        (b"", "header too small"),
         (b"\x02" + bytes(7) + b"{[", "cannot be read"),
-        (packed(dtype="I64"), "a tensor of type 'I64'; known are F32, F16, BF16"),
-        (packed(shape=[17]), r"a tensor of shape \[17\] in 64 bytes"),
-        (packed(shape=[-16]), r"a tensor of shape \[-16\]"),
-        (packed(data_offsets=[0, 64]), "begins at"),
+        (packed(dtype="I16", shape=[32]), "type 'I16'; known are F32, F16, BF16"),
+        (packed(shape=[17]), "cannot be read"),
+        (packed(shape=[2**40]), "cannot be read"),
+        (packed(shape=[-16]), "cannot be read"),
+        (packed(data_offsets=[0, 64]), "cannot be read"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -233,7 +234,7 @@ def test_an_index_says_where_tensors_are(tmp_path):
 
 
 def tensors_in(folder):
-    return {name: at.read() for name, at in safetensors.find(folder).items()}
+    return {name: at.read() for name, at in shards.find(folder).items()}
 
 
 @pytest.mark.parametrize(

@@ -260,15 +260,19 @@ def test_damaged_files_are_refused(tmp_path):
         return struct.pack("<Q", len(text)) + text + whole[8 + length :]
 
     name = "logits"
-    refused(b"", "header is not whole")
-    refused(whole[:-1], "it has .* bytes, not")
-    refused(whole + b"0", "it has .* bytes, not")
-    refused(struct.pack("<Q", 2**62) + whole[8:], "header is not whole")
-    refused(whole[:8] + b"x" * length + whole[8 + length :], "header is no JSON")
+    refused(b"", "header too small")
+    refused(whole[:-1], "not fully covered")
+    refused(whole + b"0", "not fully covered")
+    refused(struct.pack("<Q", 2**62) + whole[8:], "header too large")
+    refused(whole[:8] + b"x" * length + whole[8 + length :], "invalid JSON in header")
     refused(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], "checksum is wrong")
     huge = lambda h: h[name].update(shape=[2**40])  # noqa: E731
-    refused(with_header(huge), "of another model, as 'logits'")
-    refused(with_header(lambda h: h.pop(name)), "of another model, as 'logits'")
+    refused(with_header(huge), "cannot be read")
+    refused(with_header(lambda h: h.pop(name)), "cannot be read")
+    other = lambda h: h.update(others=h.pop(name))  # noqa: E731
+    refused(with_header(other), "of another model, as 'others'")
+    flat = lambda h: h[name].update(shape=h[name]["shape"][::-1])  # noqa: E731
+    refused(with_header(flat), "of another model, as 'logits'")
     older = lambda h: h["__metadata__"].update(format="hope_jax.session.0")  # noqa: E731
     refused(with_header(older), "not of the format hope_jax.session.1")
     less = lambda h: h["__metadata__"].update(about="{}")  # noqa: E731

@@ -1,9 +1,6 @@
-"""Safetensors files: tensors by name in a folder, as Hugging Face lays them out.
+"""Tensors by name in a folder of safetensors files, as Hugging Face lays them out.
 
-    model.safetensors, or model.safetensors.index.json and the shards that it names
-
-A file is the length of its header (8 bytes, little-endian), the header as JSON, which
-says type, shape and place of each tensor, and their bytes.
+model.safetensors, or model.safetensors.index.json and the shards that it names
 """
 
 import json
@@ -11,10 +8,12 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -23,28 +22,24 @@ TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-_MOST = 100_000_000  # bytes of a header
 
 
 class Stored(NamedTuple):
-    """Where a tensor is.
+    """A tensor in a file.
 
     Attributes:
-      path: its file.
-      start: of its first byte in the file.
-      shape, dtype: what it is.
+      path, name: where it is.
+      shape: what its header says it is.
     """
 
     path: Path
-    start: int
+    name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
 
     def read(self) -> np.ndarray:
-        """Its values, read from the file where they are looked at."""
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, self.dtype)
-        return np.memmap(self.path, self.dtype, "r", self.start, self.shape)
+        """Its values, of the type in the file."""
+        with safe_open(self.path, framework="numpy") as file:
+            return file.get_tensor(self.name)
 
 
 class Made(NamedTuple):
@@ -95,7 +90,7 @@ def write(
     dtype: np.dtype,
     shard: int,
 ) -> None:
-    """Writes `tensors` into `folder`, one at a time.
+    """Writes `tensors` into `folder`, those of one file at a time.
 
     Args:
       folder: that is there.
@@ -114,7 +109,8 @@ def write(
     count = len(shards)
     files = [FILE] if count == 1 else [_shard(i, count) for i in range(count)]
     for file, names in zip(files, shards, strict=True):
-        _write_file(Path(folder) / file, {n: tensors[n] for n in names}, dtype)
+        made = {n: np.asarray(tensors[n].make(), dtype, order="C") for n in names}
+        save_file(made, Path(folder) / file, metadata={"format": "pt"})
     if count > 1:
         where = {n: f for f, ns in zip(files, shards, strict=True) for n in ns}
         total = {"total_size": sum(sizes.values())}
@@ -126,60 +122,24 @@ def _shard(i, count):
     return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_file(path, tensors, dtype):
-    (code,) = (name for name, known in TYPES.items() if known == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, made in tensors.items():
-        start, end = end, end + math.prod(made.shape) * dtype.itemsize
-        header[name] = {
-            "dtype": code,
-            "shape": list(made.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for made in tensors.values():
-            file.write(np.ascontiguousarray(made.make().astype(dtype)).tobytes())
-
-
 def _header(path: Path) -> dict[str, Stored]:
     if not path.exists():
         raise FileNotFoundError(f"No {path.name} in {str(path.parent)!r}.")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 0 < length <= min(size - 8, _MOST):
-            raise _damaged(path, f"a header of {length} bytes in a file of {size}")
-        text = file.read(length)
+    found = {}
     try:
-        header = dict(json.loads(text))
-        header.pop("__metadata__", None)
-        found = {name: _stored(path, 8 + length, **of) for name, of in header.items()}
-    except (ValueError, KeyError, TypeError) as error:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                said = file.get_slice(name)
+                if said.get_dtype() not in TYPES:
+                    raise _damaged(
+                        path,
+                        f"a tensor of type {said.get_dtype()!r}; known are "
+                        f"{', '.join(TYPES)}",
+                    )
+                found[name] = Stored(path, name, tuple(said.get_shape()))
+    except SafetensorError as error:
         raise _damaged(path, str(error)) from error
-    at = 8 + length
-    for name, stored in sorted(found.items(), key=lambda item: item[1].start):
-        if stored.start != at:
-            raise _damaged(path, f"{name!r} begins at {stored.start}, not at {at}")
-        at += math.prod(stored.shape) * stored.dtype.itemsize
-    if at != size:
-        raise _damaged(path, f"it has {size} bytes, its tensors end at {at}")
     return found
-
-
-def _stored(path, begin, *, dtype, shape, data_offsets) -> Stored:
-    if dtype not in TYPES:
-        raise ValueError(f"a tensor of type {dtype!r}; known are {', '.join(TYPES)}")
-    numbers = [*shape, *data_offsets]
-    if not all(type(n) is int and n >= 0 for n in numbers) or len(data_offsets) != 2:
-        raise ValueError(f"a tensor of shape {shape} at {data_offsets}")
-    start, end = data_offsets
-    if end - start != math.prod(shape) * TYPES[dtype].itemsize:
-        raise ValueError(f"a tensor of shape {shape} in {end - start} bytes")
-    return Stored(path, begin + start, tuple(shape), TYPES[dtype])
 
 
 def _damaged(path: Path, what: str) -> ValueError:
