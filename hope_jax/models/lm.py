@@ -579,7 +579,10 @@ def _check_state(model, state, rows, aligned):
     # With a horizon, a state has only the first of the fast levels.
     moving = len(state.levels)
     blocks = fresh.blocks._replace(fast=fresh.blocks.fast[:moving])
-    expected = fresh._replace(blocks=blocks, levels=fresh.levels[:moving])
+    levels = fresh.levels[:moving]
+    if 0 < moving < len(fresh.levels):  # and nothing owns the start of the last
+        levels = (*levels[:-1], levels[-1]._replace(owned=None))
+    expected = fresh._replace(blocks=blocks, levels=levels)
     expected = expected._replace(held=expected.held if moving else None)
     shapes = lambda tree: {  # noqa: E731
         jax.tree_util.keystr(path): (leaf.shape, jnp.dtype(leaf.dtype))

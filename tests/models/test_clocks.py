@@ -156,6 +156,27 @@ def test_no_future_and_no_other_row_at_any_clock():
     )
 
 
+def of_a_chunk(model):
+    """`(settled, before, tokens of a chunk and the next) -> gradients` of the sum of
+    the chunk's losses in each level's weights, at those of `settled`."""
+
+    @jax.jit
+    def gradients(settled, before, tokens):
+        inside, start = lm._layers_first(settled), lm._layers_first(before)
+
+        def loss(fast):
+            logits, *_ = lm._read(
+                *(model, tokens[:, :-1], start.blocks.mixer, fast),
+                aligned=True,
+                learn=True,
+            )
+            return lm.next_token_loss(logits, tokens[:, 1:]).sum()
+
+        return jax.grad(loss)(inside.blocks.fast)
+
+    return lambda *given: jax.device_get(gradients(*given))
+
+
 @pytest.mark.slow
 def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
     """Summed up chunk by chunk by the definition, while the faster levels move."""
@@ -166,17 +187,7 @@ def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
 
     layers_first = jax.jit(lm._layers_first)
 
-    @jax.jit
-    def gradient(slowest, held, tokens, labels):
-        def loss(slowest):
-            fast = (*held.blocks.fast[:slow], slowest)
-            logits, *_ = lm._read(
-                model, tokens, held.blocks.mixer, fast, aligned=True, learn=True
-            )
-            return lm.next_token_loss(logits, labels).sum()
-
-        return jax.grad(loss)(slowest)
-
+    gradients = of_a_chunk(model)
     total = None
     for begin in range(0, 68, 4):
         # The chunk before is settled by the first token of this one.
@@ -195,13 +206,7 @@ def test_a_slow_level_moves_by_the_mean_of_its_own_tokens_gradients():
                 lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after, want
             )
             start, total = start or before, None
-        inside = layers_first(settled)
-        held = inside._replace(
-            blocks=inside.blocks._replace(mixer=layers_first(state).blocks.mixer)
-        )
-        labels = tokens[:, begin + 1 : begin + 5]
-        g = gradient(held.blocks.fast[slow], held, tokens[:, begin : begin + 4], labels)
-        g = jax.device_get(g)
+        g = gradients(settled, state, tokens[:, begin : begin + 5])[slow]
         total = g if total is None else jax.tree.map(np.add, total, g)
         for t in range(begin, begin + 4):
             _, state = small.read(THREE, tokens[:, t : t + 1], state, aligned=False)
@@ -220,17 +225,7 @@ def test_a_nested_level_begins_again_where_the_slower_one_moved_its_start():
     rates = np.asarray(model.inner_rates())
     learned = jax.device_get(layers_first(state).blocks.fast)
 
-    @jax.jit
-    def gradient(inside, mixer, tokens, labels):
-        def loss(fast):
-            logits, *_ = lm._read(
-                model, tokens, mixer, fast, aligned=True, learn=lm.learning.of(True)
-            )
-            return lm.next_token_loss(logits, labels).sum()
-
-        return jax.grad(loss)(inside.blocks.fast)
-
-    sums = {}
+    gradients, sums = of_a_chunk(model), {}
     for begin in range(0, 37, 4):
         one = tokens[:, begin : begin + 1]
         _, settled = small.read(NESTED, one, state, aligned=False)
@@ -246,20 +241,10 @@ def test_a_nested_level_begins_again_where_the_slower_one_moved_its_start():
                         *(got, want),
                     )
                 assert not any(map(np.any, jax.tree.leaves(after.levels[i].learned)))
-        found = (
-            jax.device_get(
-                gradient(
-                    layers_first(settled),
-                    layers_first(state).blocks.mixer,
-                    tokens[:, begin : begin + 4],
-                    tokens[:, begin + 1 : begin + 5],
-                )
-            )
-            if begin < 32
-            else ()
-        )
-        for i, g in enumerate(found):
-            sums[i] = jax.tree.map(np.add, sums[i], g) if i in sums else g
+        if begin < 32:
+            found = gradients(settled, state, tokens[:, begin : begin + 5])
+            for i, g in enumerate(found):
+                sums[i] = jax.tree.map(np.add, sums[i], g) if i in sums else g
         for t in range(begin, min(begin + 4, 37)):
             part = tokens[:, t : t + 1]
             _, state = small.read(NESTED, part, state, aligned=False)
@@ -283,6 +268,12 @@ def test_nested_levels_read_as_one_however_they_are_cut():
     )
     other = np.abs(small.read(sequential, tokens)[0] - whole).max(axis=(0, 2))
     assert other[:16].max() < 1e-5 < 1e-4 < other[16:].max()
+    graphdef, params = small.built(NESTED)
+    short = jax.jit(functools.partial(lm.apply, graphdef, horizon=32))
+    _, state = short(params, tokens[:, :24])
+    assert state.levels[0].owned is not None and state.levels[1].owned is None
+    rest, _ = small.read(NESTED, tokens[:, 24:32], state, aligned=True)
+    np.testing.assert_allclose(rest, whole[:, 24:32], atol=2e-5)
     parts = lm.state_bytes(NESTED)
     assert parts["CMS 1 start"] == 2 * parts["CMS 1 weights"] + parts["CMS 2 rule"]
     assert "CMS 3 start" not in parts
