@@ -131,8 +131,8 @@ class CMSConfig:
         w <- w - step - pull (w - start). Its weights then stay within the longest step
         over `pull` of where they start, however long the text. 0 is equation 71.
       accumulator: the type in which each row keeps the sums of a level's gradients
-        until its next move. `bfloat16` halves them and has 8 bits: beyond a few hundred
-        base chunks a period, what a chunk adds is lost.
+        until its next move. `bfloat16` halves them and has 8 bits: what a base chunk
+        adds to a sum 256 times as large is lost.
       rate_bound: upper bound of the learned inner rates.
       rates: who says how long a move is: `learned`, a rate a level alone; `generated`,
         what the mixer of each block has read as well: its output at every token gives

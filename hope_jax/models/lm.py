@@ -347,7 +347,7 @@ def state_bytes(config: ModelConfig) -> dict[str, int]:
     A row that reads has its mixers' states, and of every level that moves meanwhile its
     own weights, what has been learned since the last move, and what its rule carries;
     and the mixers' states at the start of the base chunk whose loss is not yet known.
-    At rest (`fold`) it has these alone of the mixers.
+    At rest (`fold`) it has these alone of the mixers: all but `mixers`.
     """
     graphdef, params = abstract_model(config)
     state = jax.eval_shape(lambda params: initial_state(graphdef, params, 1), params)
@@ -365,7 +365,6 @@ def state_bytes(config: ModelConfig) -> dict[str, int]:
             made[f"CMS {place + 1} start"] = size(level.owned)
     if state.held is not None:
         made["held chunk"] = size(state.held)
-        made["at rest"] = size(state) - made["mixers"]
     return made | {"all": size(state)}
 
 

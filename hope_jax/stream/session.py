@@ -266,7 +266,6 @@ class Sessions:
     def sizes(self) -> dict[str, int]:
         """Bytes of one session, part by part; they do not grow with its text."""
         made = lm.state_bytes(self.config)
-        made.pop("at rest", None)  # a session is kept as it stands, to the last bit
         more = {
             "logits": self._start.logits.nbytes,
             "ledger": sum(leaf.nbytes for leaf in self._start.ledger),

@@ -208,27 +208,32 @@ def reset(
 
     Without the mixers its text goes on. With them a new text begins, so levels that
     are kept have their weights and what their rule carries, and lose what they had
-    learned since their last move.
+    learned since their last move. Where levels nest, a start belongs to the slower
+    level that owns it: if that is kept, the faster one begins again there.
     """
     fresh, state = begin(config, params, 1), one.state
     again = [f"CMS {place + 1}" in levels for place in config.fast]
     new_text = "mixers" in levels
 
-    def level(new, old, again):
-        return new if again else new._replace(opt=old.opt) if new_text else old
+    def level(i):
+        """Weights and the rest of a fast level."""
+        new, old = fresh.state.levels[i], state.levels[i]
+        weights, owned = fresh.state.blocks.fast[i], new.owned
+        if owned is not None and not again[i + 1]:
+            weights, owned = old.owned.start, old.owned
+            if new_text:
+                owned = owned._replace(learned=new.owned.learned)
+        if again[i]:
+            return weights, new._replace(owned=owned)
+        kept = new._replace(opt=old.opt) if new_text else old
+        return state.blocks.fast[i], kept._replace(owned=owned)
 
-    fast = tuple(
-        new if yes else old
-        for new, old, yes in zip(
-            fresh.state.blocks.fast, state.blocks.fast, again, strict=True
-        )
-    )
-    moving = zip(fresh.state.levels, state.levels, again, strict=True)
+    made = [level(i) for i in range(len(again))]
     base = fresh if new_text else one
     return Slots(
         base.state._replace(
-            blocks=base.state.blocks._replace(fast=fast),
-            levels=tuple(level(*each) for each in moving),
+            blocks=base.state.blocks._replace(fast=tuple(w for w, _ in made)),
+            levels=tuple(rest for _, rest in made),
         ),
         base.logits,
         one.ledger,
@@ -301,10 +306,20 @@ def _merged(config, params, slots, shares):
     )
     fast = jax.tree.map(mean, *(block.fast for block in blocks))
     blocks = fresh.state.blocks._replace(mixer=mixer, fast=fast)
+
+    def level(new, *olds):
+        if new.owned is None:
+            return new
+        start = jax.tree.map(mean, *(old.owned.start for old in olds))
+        return new._replace(owned=new.owned._replace(start=start))
+
+    each = zip(fresh.state.levels, *(one.state.levels for one in slots), strict=True)
+    levels = tuple(level(*those) for those in each)
     held = fresh.state.held
     if held is not None:
         held = held._replace(mixers=config.bare(mixer))
-    return fresh._replace(state=fresh.state._replace(blocks=blocks, held=held))
+    state = fresh.state._replace(blocks=blocks, levels=levels, held=held)
+    return fresh._replace(state=state)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

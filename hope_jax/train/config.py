@@ -125,8 +125,8 @@ class TrainConfig:
       steps: optimizer steps of the whole run.
       batch: sequences of a step, over all devices.
       accumulate: parts in which each device reads its sequences of a step, one after
-        another; the gradient is their mean. There is memory for the residuals of one
-        part alone, and small parts stay in a CPU's caches.
+        another; the gradient is their mean. What the backward pass needs is kept of
+        one part alone.
       seq_len: tokens of a sequence; those that attention to whole rows looks back over
         (`check_rows`).
       stretch: tokens, a multiple of the model's `span`: every document begins at a

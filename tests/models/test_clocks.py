@@ -279,6 +279,45 @@ def test_nested_levels_read_as_one_however_they_are_cut():
     assert "CMS 3 start" not in parts
 
 
+def test_a_nested_start_moves_as_far_as_its_owner_is_opened():
+    """Half as far where the mean of generated factors is a half; sums of all."""
+    levels = CMSLevel(period=2, rate=0.5), CMSLevel(period=8, rate=0.5)
+    config = CMSConfig(levels=levels, variant="nested", pull=0.0)
+    level, owner = config.whole
+    state = cms.begin_level(level, WEIGHTS, 1, owner)
+    drawn = np.random.default_rng(0).normal
+    sums = jax.tree.map(lambda w: np.float32(drawn(size=w.shape)), WEIGHTS)
+    state = state._replace(owned=state.owned._replace(learned=sums))
+
+    def moved(opened):
+        at, after = cms.begin_again(
+            config, level, owner, 0.5, START, state, opened, axis=1
+        )
+        jax.tree.map(np.testing.assert_array_equal, at, after.owned.start)
+        return jax.tree.map(lambda a, w: np.asarray(a) - w, at, WEIGHTS)
+
+    whole = moved(None)
+    half = moved(jnp.full((2, 2), 8 * 0.5))  # layers, rows
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        *(jax.tree.map(lambda w: 0.5 * w, whole), half),
+    )
+    assert max(np.abs(w).max() for w in jax.tree.leaves(whole)) > 1e-2
+
+
+def test_nested_levels_of_hope_read_as_one():
+    """Memories in chunks, generated factors, two mixers a group."""
+    levels = tuple(CMSLevel(period=p, rate=0.5) for p in (4, 8))
+    chain = CMSConfig(levels=levels, hidden=6, variant="nested", rates="generated")
+    mixers = (small.HOPE.mixer, AttentionConfig(context=32))
+    config = dataclasses.replace(small.HOPE, mixer=mixers, cms=chain)
+    tokens = small.some_tokens(length=19)
+    whole, end = small.read(config, tokens)
+    logits, state = pieces(config, tokens, range(1, 19), False)
+    np.testing.assert_allclose(logits, whole, atol=2e-5)
+    assert_same_state(state, end)
+
+
 @pytest.mark.parametrize(
     ("levels", "changes", "message"),
     [

@@ -586,6 +586,47 @@ def test_levels_are_put_back_by_name():
         made.reset("a", ["CMS 3"])
 
 
+def test_a_start_is_kept_by_the_level_that_owns_it():
+    """Nested levels: a fast one that is put back begins where the slow one, which is
+    kept, would have it begin; merged sessions own the mean of their starts."""
+    cms = dataclasses.replace(CONFIG.cms, variant="nested")
+    config = dataclasses.replace(CONFIG, layers=1, cms=cms)
+    params = small.built(config)[1]
+    fresh = slots_lib.begin(config, params)
+
+    def learned(by):
+        """As if levels had moved so far, and the start that is owned half as far."""
+        state, add = fresh.state, lambda tree, by: jax.tree.map(lambda w: w + by, tree)
+        first, second = state.levels
+        owned = first.owned._replace(
+            start=add(first.owned.start, by / 2), learned=add(first.owned.learned, by)
+        )
+        blocks = state.blocks._replace(fast=add(state.blocks.fast, by))
+        levels = first._replace(owned=owned), second
+        return fresh._replace(state=state._replace(blocks=blocks, levels=levels))
+
+    one = learned(1.0)
+    reset = lambda *levels: slots_lib.reset(config, params, one, levels).state  # noqa: E731
+    start, owned = fresh.state.blocks.fast[0], one.state.levels[0].owned
+    again = reset("CMS 1")
+    assert same_bits(again.blocks.fast[0], owned.start)
+    assert same_bits(again.levels[0].owned, owned)
+    again = reset("mixers", "CMS 1")
+    assert same_bits(again.blocks.fast[0], owned.start)
+    assert not any(np.any(a) for a in jax.tree.leaves(again.levels[0].owned.learned))
+    for levels in (("CMS 1", "CMS 2"), ("mixers", "CMS 1", "CMS 2")):
+        again = reset(*levels)
+        assert same_bits(again.blocks.fast[0], start)
+        assert same_bits(again.levels[0].owned, fresh.state.levels[0].owned)
+    again = reset("mixers")
+    assert same_bits(again.blocks.fast, one.state.blocks.fast)
+    assert same_bits(again.levels[0].owned.start, owned.start)
+
+    both = slots_lib.merged(config, params, [one, learned(3.0)], [1.0, 1.0]).state
+    close(both.levels[0].owned.start, jax.tree.map(lambda w: w + 1.0, start))
+    close(both.blocks.fast[0], jax.tree.map(lambda w: w + 2.0, start))
+
+
 def test_merging_averages_what_was_learned():
     made = opened("a", "b")
     made.feed("a", TEXT)
