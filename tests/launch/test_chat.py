@@ -84,7 +84,7 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(talk, tmp_path):
         "There is no /nothing",
         "The name of a session must be",
         "No session at",
-        "header is not whole",
+        f"The session in {tmp_path / 'broken.safetensors'} cannot be read",
         "an open session 'first' already",
         "has no 'x', only mixers, CMS 1, CMS 2",
         "the session that you talk to",
