@@ -107,16 +107,20 @@ def test_hope_layer(tmp_path, capsys):
 def test_models_are_timed_beside_another_checkout(tmp_path, monkeypatch, capsys):
     """In workers of its own; here the other checkout is this one."""
     small = {"d_model": 32, "heads": 1, "vocab": 64, "layers": 1}
-    spec = {"model": "transformer_tiny", "task": "decode", "rows": 1, "T": 4}
-    case = models.Case(
-        name="decode", spec=spec | {"set": small}, rounds=2, twin="transformer_tiny"
-    )
-    monkeypatch.setattr(models, "cases", lambda quick: [case] if quick else [])
+    spec = {"model": "transformer_tiny", "rows": 2, "T": 4, "turns": 2, "set": small}
+    cases = [
+        models.Case(
+            name=task, spec=spec | {"task": task}, rounds=2, twin="transformer_tiny"
+        )
+        for task in ("decode", "training")
+    ]
+    monkeypatch.setattr(models, "cases", lambda quick: cases if quick else [])
     root = Path(models.__file__).parents[2]
     models.main(["--quick", f"--before={root}", f"--out={tmp_path}"])
     (path,) = (tmp_path / "benchmarks").iterdir()
     found = {w["workload"] for w in read_benchmark(path)["workloads"]}
-    assert found == {"decode, against before", "decode, against twin"}
+    workers = ("before", "twin", "twin at once")
+    assert found == {f"{c.name}, against {name}" for c in cases for name in workers}
     said = capsys.readouterr().out
     assert said.count("tokens ") >= 3 and "not timed" not in said
 

@@ -6,6 +6,8 @@ beside this one. A program is asked for by a spec:
     model     a name of the zoo
     task      compile, training, forward, prefill or decode
     rows, T   of the tokens; of decode, as many are read one after another
+    turns     parts in which the rows of a training step are read, one after another,
+              where the checkout knows how; 1 by default
     set       {name: value} of the model's config
 """
 
@@ -20,6 +22,7 @@ import optax
 
 from hope_jax.core.config import override
 from hope_jax.models import lm, zoo
+from hope_jax.train import sharding
 
 
 def versions() -> dict[str, str]:
@@ -37,7 +40,8 @@ def build(spec: dict[str, Any], arrays: dict[str, np.ndarray]):
     config = zoo.get(spec["model"])
     if spec.get("set"):
         config = override(config, [f"{k}={v}" for k, v in spec["set"].items()])
-    return _TASKS[spec["task"]](config, spec["rows"], spec["T"])
+    more = [spec["turns"]] if spec["task"] == "training" else []
+    return _TASKS[spec["task"]](config, spec["rows"], spec["T"], *more)
 
 
 def _parts(config, rows, length):
@@ -46,7 +50,7 @@ def _parts(config, rows, length):
     return graphdef, params, tokens
 
 
-def _training_step(config, rows, length):
+def _training_step(config, rows, length, turns=1):
     graphdef, params, tokens = _parts(config, rows, length)
     tx = optax.adam(1e-3, eps=np.float32(1e-8))
 
@@ -54,10 +58,15 @@ def _training_step(config, rows, length):
         logits, _ = lm.apply(
             graphdef, params, tokens[:, :-1], labels=tokens[:, 1:], horizon=length
         )
-        return lm.next_token_loss(logits, tokens[:, 1:]).mean()
+        return lm.next_token_loss(logits, tokens[:, 1:]).mean(), ()
+
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+    if turns > 1 and hasattr(sharding, "in_turn"):
+        parts = sharding.in_turn(None, turns)
+        differentiate = lambda params, tokens: parts(loss, params, tokens)[:2]  # noqa: E731
 
     def step(params, opt, tokens):
-        value, gradient = jax.value_and_grad(loss)(params, tokens)
+        (value, _), gradient = differentiate(params, tokens)
         updates, opt = tx.update(gradient, opt, params)
         return optax.apply_updates(params, updates), opt, value
 
@@ -89,8 +98,8 @@ def _called(function, *arguments):
     return lambda: jax.block_until_ready(compiled(*arguments))
 
 
-def _training(config, rows, length):
-    step, arguments = _training_step(config, rows, length)
+def _training(config, rows, length, turns):
+    step, arguments = _training_step(config, rows, length, turns)
     return _called(step, *arguments), lambda out: {"loss": np.asarray(out[2])}
 
 

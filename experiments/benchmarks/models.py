@@ -42,7 +42,8 @@ class Case:
       name: in the table.
       spec: as `model_programs` has it.
       rounds: interleaved rounds.
-      twin: a model of the same size without levels, timed in this checkout; or None.
+      twin: a model of the same size without levels, timed in this checkout; or None. It
+        trains with all rows at once and in turns, each against the model.
     """
 
     name: str
@@ -66,8 +67,8 @@ class Case:
 def cases(quick: bool) -> list[Case]:
     """What is timed."""
 
-    def case(name, model, task, rows, length, rounds, twin=None, **changes):
-        spec = {"model": model, "task": task, "rows": rows, "T": length}
+    def case(name, model, task, rows, length, rounds, twin=None, turns=1, **changes):
+        spec = {"model": model, "task": task, "rows": rows, "T": length, "turns": turns}
         return Case(name=name, spec=spec | {"set": changes}, rounds=rounds, twin=twin)
 
     hope, twin, slim = "hope_tiny", "transformer_tiny", {"d_model": 64}
@@ -75,13 +76,15 @@ def cases(quick: bool) -> list[Case]:
         small = {"d_model": 32, "heads": 1, "vocab": 64, "layers": 1}
         return [
             case("decode", hope, "decode", 1, 4, 2, twin, **small),
-            case("training", hope, "training", 1, 8, 2, None, **small),
+            case("training", hope, "training", 2, 8, 2, twin, turns=2, **small),
         ]
     return [
         case("compile, T 256", hope, "compile", 2, 256, 3),
         case("compile, T 1024, two fast clocks", hope, "compile", 2, 1024, 3),
-        case("training, 8 rows of 256", hope, "training", 8, 256, 5, twin),
-        case("training, width 64, 64 rows of 64", hope, "training", 64, 64, 5, **slim),
+        case("training, 8 rows of 256", hope, "training", 8, 256, 5, twin, turns=4),
+        case("training, 8 rows of 256 at once", hope, "training", 8, 256, 5),
+        case("width 64, 64 rows of 64", hope, "training", 64, 64, 5, turns=16, **slim),
+        case("width 64, 64 rows of 64 at once", hope, "training", 64, 64, 5, **slim),
         case("forward, 2 rows of 512", hope, "forward", 2, 512, 5, twin),
         case("decode, 1 row", hope, "decode", 1, 256, 5, twin),
         case("decode, 64 rows", hope, "decode", 64, 64, 3, twin),
@@ -101,6 +104,8 @@ def run(
                     workers["before"] = _worker(Path(before).resolve())
                 if case.twin is not None:
                     workers["twin"] = _worker(Path(__file__).parents[2])
+                    if case.spec["turns"] > 1:  # whichever is faster is its speed
+                        workers["twin at once"] = _worker(Path(__file__).parents[2])
                 found += _timed(case, workers, Path(folder), report)
             except WorkerError as error:
                 report(f"{case.name}: not timed: {error}")
@@ -123,7 +128,9 @@ def _worker(checkout: Path) -> Worker:
 def _timed(case, workers, folder, report):
     outputs = {}
     for name, worker in workers.items():
-        spec = case.spec | ({"model": case.twin} if name == "twin" else {})
+        spec = case.spec | ({"model": case.twin} if "twin" in name else {})
+        if name == "twin at once":
+            spec = spec | {"turns": 1}
         file = folder / f"{name}.npz"
         worker.ask("build", name="program", spec=spec, outputs=str(file))
         with np.load(file) as arrays:
