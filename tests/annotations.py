@@ -6,6 +6,8 @@ checked either.
 """
 
 import contextlib
+import functools
+import types
 import typing
 
 import beartype
@@ -22,6 +24,8 @@ raises = pytest.raises  # which `install` replaces
 def install(package: str) -> None:
     """Checks the functions of a package; before any of it is imported."""
     jaxtyping.config.update("jaxtyping_remove_typechecker_stack", True)
+    # What the hook puts round every function costs a third of the tests' time.
+    jaxtyping.jaxtyped = functools.partial(_of_arrays_alone, jaxtyping.jaxtyped)
     jaxtyping.install_import_hook(package, f"{__name__}.check")
     pytest.raises = _refused
 
@@ -39,6 +43,19 @@ def check(function):
         return function
     function.__annotations__ = said
     return _check(function)
+
+
+def _of_arrays_alone(jaxtyped, **how):
+    """`jaxtyped`, which leaves functions alone whose annotations are of no array."""
+
+    def decorate(made):
+        if isinstance(made, types.FunctionType):
+            hints = made.__annotations__.values()
+            if not any(isinstance(hint, str) or of_arrays(hint) for hint in hints):
+                return made
+        return jaxtyped(made, **how)
+
+    return decorate
 
 
 def of_arrays(hint) -> bool:
