@@ -5,10 +5,11 @@ Run:     git worktree add ../before COMMIT
 Smoke:   add --quick (small sizes, minutes to compile); a test times one case.
 Goal:    of the commit before, compiling at most 0.6, a decoded token at most a third;
          a Hope training step at most 3.8 times its twin's, a token twice.
-Expect:  no full run is committed yet; a training step of 8 rows has been seen at 0.94
-         of the older commit's speed, for memories as one batch compile faster but cost
-         a CPU copies.
-Cost:    20 minutes on 2 CPU cores, most of them to compile.
+Expect:  experiments/results/benchmarks/models-1-x-cpu.json, beside 1c85765: compiling
+         0.79 to 0.89, training 1.26 times as fast in turns of two rows (1.03 at once),
+         a decoded token in 0.42; 3.9 of the twin's training step (3.1 of its step with
+         all rows at once), 2.2 of its token.
+Cost:    half an hour of one CPU core, most of it to compile.
 
 Each checkout has a worker of its own, with the same packages, and all are timed in
 interleaved rounds. What comes out of each is printed, for a checkout that has changed a
