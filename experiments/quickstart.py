@@ -32,12 +32,7 @@ DATA = {
 }
 TRAIN = {
     "full": TrainConfig(
-        steps=450,
-        batch=4,
-        seq_len=256,
-        accumulate=2,  # two rows at once stay near the processor: 1.3 times as fast
-        log_every=5,
-        checkpoint_every=150,
+        steps=450, batch=4, seq_len=256, log_every=5, checkpoint_every=150
     ),
     "smoke": TrainConfig(
         steps=2, batch=4, seq_len=160, checkpoint_every=1, log_every=1

@@ -319,11 +319,9 @@ def next_steps(folder: Path, rows: Mapping[str, RunConfig]) -> str:
 def use_all_cores() -> None:
     """One virtual device a core, as many as share a batch equally.
 
-    XLA runs the many small products of a memory on one core of a CPU device. Before
-    jax 0.12 a collective of virtual devices can dead-lock when the thread pool is as
-    small as the machine, hence NPROC. No use of jax may come before this.
+    XLA runs the many small products of a memory on one core of a CPU device. No use of
+    jax may come before this.
     """
-    os.environ.setdefault("NPROC", "32")
     batch = experiment.TRAIN["full"].batch
     jax.config.update("jax_num_cpu_devices", math.gcd(batch, os.cpu_count() or 1))
 

@@ -16,9 +16,6 @@ from typing import Any
 
 from launch import command
 
-# What jax <= 0.11.2 needs so that collectives of virtual CPU devices cannot dead-lock;
-# read when jax starts.
-os.environ.setdefault("NPROC", "32")
 # LAPACK's own threads and JAX's stand in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -129,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.describe:
         print(_describe(config))
         return 0
+    if _waits(config):
+        os.environ.setdefault("NPROC", "32")  # read when jax starts
 
     from hope_jax.train import checkpoint, folder, loop
 
@@ -169,6 +168,13 @@ def _config(given: Any):
     config = config_lib.override(config, settings)
     check_rows(config)
     return config
+
+
+def _waits(config: Any) -> bool:
+    """Whether a rule calls LAPACK, which a small pool of threads can wait for for ever.
+    A large one costs a third of the speed."""
+    levels = (level.rule for level in config.model.cms.whole)
+    return any(rule.lapack for rule in (config.optimizer.rule, *levels))
 
 
 def _fail(error: Exception) -> int:

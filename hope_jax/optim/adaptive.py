@@ -183,7 +183,7 @@ def adagrad_memory(
 
     `outer` takes its root by LAPACK's `eigh`, which can dead-lock a CPU pool of few
     threads: set the environment's NPROC to 32 before JAX starts, as `launch.train`
-    does. `hope_jax.optim.kronecker` has both sides, by products alone.
+    does for it. `hope_jax.optim.kronecker` has both sides, by products alone.
 
     Args:
       learning_rate: η, a number or a schedule.

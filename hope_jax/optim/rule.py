@@ -42,12 +42,17 @@ class Rule(abc.ABC):
         field `memory`, whose bias is their objective.
       degree: of the defaults: the power of c by which an update grows when gradients
         are c times as large; None where it is no power.
+      lapack: whether it calls LAPACK, for which a pool of few threads can dead-lock.
     """
 
     kind: str
     matrices: ClassVar[bool] = False
     inputs: ClassVar[Literal["grams", "slopes"] | None] = None
     degree: ClassVar[int | None] = 1
+
+    @property
+    def lapack(self) -> bool:
+        return False
 
     @abc.abstractmethod
     def make(self, s: Settings) -> optax.GradientTransformation:

@@ -411,8 +411,12 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
     )
 
     def mean(params) -> dict[str, float]:
-        losses = [evaluate(params, sharding.shard_batch(batch, mesh)) for batch in rows]
-        loss = float(np.mean([float(value) for value in losses]))
+        # Waited for, as steps are: of more than 32 programs in flight the collectives
+        # of virtual CPU devices can dead-lock before jax 0.12.
+        losses = [
+            float(evaluate(params, sharding.shard_batch(batch, mesh))) for batch in rows
+        ]
+        loss = float(np.mean(losses))
         bits = _bits(loss, source.validation_bytes_per_token)
         return {"validation_loss": loss, "validation_bits_per_byte": bits}
 

@@ -31,6 +31,10 @@ class AdaGradMemory(Rule):
     def __post_init__(self):
         check_decays(self)
 
+    @property
+    def lapack(self) -> bool:
+        return self.form == "outer"
+
     def make(self, s: Settings) -> optax.GradientTransformation:
         rule = adaptive.adagrad_memory(
             s.rate,
