@@ -94,6 +94,14 @@ class MixerConfig(abc.ABC):
         """Its levels."""
 
     @property
+    def memories(self) -> tuple[MemoryConfig, ...]:
+        """The memory of each of its parts that learns, in their order. Its module then
+        has `watch(x, state, aligned=, learn=)`: a call of it, which also returns what
+        each of them was given, `Tokens` of leaves `[B, H, T, ...]` whose values are
+        what it stores."""
+        return ()
+
+    @property
     def ends(self) -> tuple[str, ...]:
         """Names of the parts whose answers leave it."""
         return tuple(part.name for part in self.parts)
