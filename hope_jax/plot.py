@@ -198,7 +198,7 @@ def level_timeline(timeline: "Timeline", *, title: str = "") -> Figure:
     if memories:
         _draw_memories(places, memories, columns, at)
     for axes in drawn:
-        axes.set_xlim(0, at[-1])
+        axes.set_xlim(0, 1.01 * at[-1])  # room for the last dots
         axes.xaxis.set_major_formatter(FuncFormatter(_short))
         axes.yaxis.label.set_size(9.5)
         axes.tick_params(axis="y", labelsize=9.5)
@@ -228,7 +228,7 @@ def _draw_levels(distances, steps, levels, columns, at):
     distances.set_ylim(bottom=0.0)
     if not any(line.moved.any() for line in levels):
         distances.set_ylim(0.0, 1.0)
-    _label(distances, labels)
+    _label(distances, labels, gap=0.15)
     steps.set_yscale("log")
     steps.set_ylabel("CMS: gradient\nand move")
     _legend(
@@ -254,13 +254,14 @@ def _draw_memories(places, memories, columns, at):
             finite = True
     far.set_ylabel("memories: from\ntheir start")
     far.set_ylim(bottom=0.0)
-    _label(far, labels)
+    _label(far, labels, gap=0.15)
     recall.set_ylabel("recall of the\nlast pairs, cosine")
     _legend(recall, ("after the piece", "-", ""), ("before it", ":", ""))
     lives.set_ylabel("half-life,\ntokens")
-    lives.set_yscale("log")
+    lives.margins(y=0.15)
+    lives.set_ylim(bottom=0.0)
+    lives.yaxis.set_major_formatter(FuncFormatter(_short))
     if not finite:
-        lives.set_ylim(1.0, 10.0)
         lives.text(
             *(0.5, 0.5, "nothing is forgotten"),
             transform=lives.transAxes,
@@ -463,12 +464,13 @@ def _limits(curves, heights: list[float]) -> tuple[float, float]:
     return (low - room if low < 0 else max(0.0, low - room)), high + room
 
 
-def _label(axes, labels: list[tuple[float, str, str]]) -> None:
-    """Names each line at its right end, moved apart where two would overlap."""
+def _label(axes, labels: list[tuple[float, str, str]], gap: float = 0.06) -> None:
+    """Names each line at its right end, moved apart where two would overlap; `gap` is
+    the height of a name, in heights of the picture."""
     labels = sorted(labels)
     low, high = axes.get_ylim()
     heights = np.array([height for height, _, _ in labels])
-    placed = _apart(heights, 0.06 * (high - low), low, high)
+    placed = _apart(heights, gap * (high - low), low, high)
     for (height, text, colour), at in zip(labels, placed, strict=True):
         across = axes.get_yaxis_transform()  # x in widths of the picture, y in data
         axes.plot(

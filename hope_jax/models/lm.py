@@ -13,7 +13,7 @@ it should not.
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
 from hope_jax.kernels.select import scan_chunks
@@ -90,6 +91,8 @@ class LMState(NamedTuple):
     levels: tuple[cms.FastLevel, ...]
     held: Held | None
     position: Int[Array, " B"]
+
+    _repr_html_ = show.state
 
 
 class Ledger(NamedTuple):
@@ -215,7 +218,7 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 
 def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState:
     """`batch` rows at the learned initial states, before their first token."""
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     return _rows_first(_begin(model, batch))
 
 
@@ -286,7 +289,7 @@ def apply(
                 f"count must be of the {tokens.shape[1]} tokens of a row, got {count}."
             )
     aligned = state is None if aligned is None else aligned
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     tokens = ids("tokens", tokens, model.config.vocab)
     if labels is not None:
         labels = ids("labels", labels, model.config.vocab)
@@ -415,7 +418,7 @@ def unfold(
     """
     if state.held is None:
         return state
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
     state = _layers_first(state)
     held, fast = state.held, state.blocks.fast
@@ -459,7 +462,7 @@ def write(
     Returns:
       The tokens, the logits after the last of them and the state.
     """
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
     model.losses = False
     _check_state(model, state, logits.shape[0], False)
@@ -510,7 +513,7 @@ def serve(
       The tokens and their losses in nats under what was said before each, 0 beyond
       the counts; then logits, ledger and state.
     """
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
     model.losses = False
     rows, steps = logits.shape[0], jax.tree.leaves(xs)[0].shape[0]
@@ -539,6 +542,40 @@ def serve(
     tokens, losses = walk.made
     assert walk.ledger is not None
     return (tokens.T, losses.T), walk.logits, walk.ledger, _rows_first(walk.state)
+
+
+def _merged(graphdef, params) -> LanguageModel:
+    """The model, of parameters that are all there; says what is not."""
+    try:
+        return nnx.merge(graphdef, params)
+    except (ValueError, TypeError) as error:
+        if not isinstance(graphdef, nnx.GraphDef):
+            said = f"graphdef must be that of build, got {type(graphdef).__name__}."
+        elif not isinstance(params, Mapping):
+            said = (
+                f"params must be the parameters of build, got {type(params).__name__}"
+                "; a state is an argument of its own."
+            )
+        else:
+            own, given = (_names(tree) for tree in (_asked(graphdef), params))
+            lacks, more = sorted(own - given), sorted(given - own)
+            if not lacks and not more:
+                raise
+            said = "params must be all parameters of build, and no others:"
+            said += f" they lack {', '.join(lacks)}." if lacks else ""
+            said += f" nothing asks for {', '.join(more)}." if more else ""
+        raise ValueError(said) from error
+
+
+def _asked(graphdef: nnx.GraphDef) -> nnx.State:
+    """The parameters that a model has, as shapes; it holds its config as it is."""
+    held = (getattr(value, "value", None) for _, value in graphdef.attributes)
+    return abstract(next(one for one in held if isinstance(one, ModelConfig)))
+
+
+def _names(tree: PyTree) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(path_names(path)) for path, _ in leaves}
 
 
 class Watched(NamedTuple):
@@ -580,7 +617,7 @@ def watch(
       ValueError: as `apply`; or tokens that are no base chunk, or do not begin where
         one does. What is traced cannot be looked at.
     """
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     config, (rows, length) = model.config, tokens.shape
     whole = config.span if config.nests else 1
     if length != (config.base_chunk or length) or length % whole:

@@ -259,7 +259,12 @@ def living(
             flow=flow,
         )
     boxes = (
-        dataclasses.replace(box, level=levels[box.name]._replace(clock=box.clock))
+        dataclasses.replace(
+            box,
+            level=levels[box.name]._replace(
+                clock=box.clock, objective_name=box.objective, flow_name=box.rule
+            ),
+        )
         for box in described.boxes
     )
     edges = (

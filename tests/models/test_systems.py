@@ -1,6 +1,7 @@
 """The systems of our models are no mere description: `core.live` runs them."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -209,8 +210,8 @@ def test_a_self_modifying_layer_lives_as_its_system_says():
     )
     system = System(
         (
-            Box("projections", projections.clock, 0, "own values", "GD", projections),
-            Box("main memory", memory.clock, 0, "values", "GD", memory),
+            Box("projections", projections.clock, 0, level=projections),
+            Box("main memory", memory.clock, 0, level=memory),
         ),
         (Edge("projections", "main memory", "generate"),),
     )
