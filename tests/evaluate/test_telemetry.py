@@ -175,3 +175,18 @@ def test_what_cannot_be_followed_is_refused():
     amid = state._replace(position=state.position + 2)
     with pytest.raises(ValueError, match=r"state must stand at a multiple of 4.*\[2\]"):
         lm.watch(graphdef, params, TEXT[None, :4], TEXT[None, 1:5], amid)
+
+
+def test_what_was_recalled_before_a_piece_is_of_the_memory_before_it():
+    """And not of its start: that may be anything."""
+    line, (_, params) = followed(), small.built(CONFIG)
+    state, start = read(PIECE)[1], small.start(CONFIG, 1)
+    text = TEXT[None, PIECE : 2 * PIECE + 1]
+    for begun in (start, state):
+        found, _ = telemetry._piece(CONFIG, 3, True, params, text, state, begun)
+        for own, memory in zip(found.memories, line.memories, strict=True):
+            close(own["before"], memory.before[1])
+            close(own["recall"], memory.recall[1])
+    assert (
+        np.abs(line.memories[-1].before[1] - line.memories[-1].before[0]).min() > 0.05
+    )
