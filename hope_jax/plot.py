@@ -270,7 +270,7 @@ def _draw_memories(places, memories, columns, at):
         )
 
 
-def _legend(axes, *said: tuple[str, str, str]):
+def _legend(axes, *said: tuple[str, Any, str]):
     """What line styles and markers mean, in grey, to the right of the picture."""
     lines = [
         Line2D([], [], color=_GREY, linestyle=style, marker=marker, ms=4, label=text)

@@ -75,12 +75,11 @@ def rule(flow: Any) -> str:
     """
     update = getattr(flow, "update", flow)
     made = getattr(update, "__qualname__", type(update).__name__).split(".")[0]
-    cells = zip(
-        getattr(getattr(update, "__code__", None), "co_freevars", ()),
-        getattr(update, "__closure__", None) or (),
-        strict=False,
-    )
-    inside = {name: cell.cell_contents for name, cell in cells}
+    names = getattr(getattr(update, "__code__", None), "co_freevars", ())
+    cells = getattr(update, "__closure__", None) or ()
+    inside: dict[str, Any] = {}
+    for name, cell in zip(names, cells, strict=True):
+        inside[name] = cell.cell_contents
     if made == "with_extra_args_support":
         return rule(inside["tx"])
     if made == "chain":

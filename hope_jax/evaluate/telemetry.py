@@ -153,7 +153,7 @@ def follow(
     if recent < 1:
         raise ValueError(f"recent must be at least 1, got {recent}.")
     text = np.asarray(lm.ids("tokens", tokens, config.vocab))
-    switches = learning.resolve(config, learn)
+    learns = learning.resolve(config, learn).levels or ()
     state = start = _begin(config, params)
     found = []
     for at in range(0, len(text) - piece, piece):
@@ -168,7 +168,7 @@ def follow(
         LevelLine(
             name=f"CMS {place + 1}",
             period=period,
-            moved=_moved(Clock(period=period), position, switches.levels[place]),
+            moved=_moved(Clock(period=period), position, learns[place]),
             **each.levels[i],
         )
         for i, (place, period) in enumerate(

@@ -14,7 +14,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -544,7 +544,7 @@ def serve(
     return (tokens.T, losses.T), walk.logits, walk.ledger, _rows_first(walk.state)
 
 
-def _merged(graphdef, params) -> LanguageModel:
+def _merged(graphdef, params) -> Any:
     """The model, of parameters that are all there; says what is not."""
     try:
         return nnx.merge(graphdef, params)
