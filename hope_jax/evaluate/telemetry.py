@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.memory.compose import build_architecture
 from hope_jax.models import learning, lm
@@ -117,6 +118,16 @@ class Timeline:
         columns = self.columns()
         lines = zip(*(values.tolist() for values in columns.values()), strict=True)
         return [dict(zip(columns, line, strict=True)) for line in lines]
+
+    def _repr_html_(self) -> str:
+        columns = self.columns()
+        head = ["", *(f"{at:,} tokens" for at in self.position[[0, -1]])]
+        lines = [
+            [name, *(f"{value:.4g}" for value in values[[0, -1]])]
+            for name, values in columns.items()
+            if name != "position"
+        ]
+        return show.table(f"Timeline of {len(self.position)} pieces", head, lines)
 
 
 def follow(

@@ -157,6 +157,11 @@ def test_the_table_has_a_line_a_piece():
     assert rows[3]["CMS 1 moves"] == 4
     main = followed().memories[-1]
     close(rows[3]["main memory norm"], np.sqrt(np.square(main.norm[3]).sum()))
+    shown = followed()._repr_html_()
+    assert (
+        "4 tokens" in shown and "16 tokens" in shown and ">main memory recall<" in shown
+    )
+    assert f">{rows[3]['loss']:.4g}<" in shown
     close(rows[3]["main memory half_life"], np.exp(np.log(main.half_life[3]).mean()))
 
 
