@@ -17,7 +17,7 @@ from hope_jax.core.level import (
     tick,
     unroll,
 )
-from hope_jax.core.system import Box, Edge, System, as_level, describe
+from hope_jax.core.system import Box, Edge, System, as_level, describe, live, start
 from hope_jax.core.transfer import attend, backprop, condition, generate, initialise
 from hope_jax.evaluate.causality import check_causality
 
@@ -95,11 +95,13 @@ __all__ = [
     "hope_update",
     "initial_state",
     "initialise",
+    "live",
     "memory_level",
     "memory_scan",
     "optim",
     "plot",
     "restore",
+    "start",
     "tick",
     "unroll",
     "zoo",

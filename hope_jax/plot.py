@@ -7,7 +7,7 @@ it, in the format of the suffix (png, svg, pdf).
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.figure
@@ -17,6 +17,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from hope_jax.core.system import Edge, System, human, period
+
+if TYPE_CHECKING:
+    from hope_jax.evaluate.telemetry import Timeline
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -161,6 +164,125 @@ def loss_curves(
             fontsize=9,
         )
     return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def level_timeline(timeline: "Timeline", *, title: str = "") -> Figure:
+    """Draws what levels and memories did along a text.
+
+    CMS levels: how far each is from where it started, with a tick at every move; and on
+    a log scale the norm of what it had learned since its last move (line) and the
+    length of the moves (dots). Memories: how far they are from where they started; how
+    well they recall the last pairs of each piece, and did before they had read it
+    (dotted); and their half-lives. Numbers are of all layers and heads together
+    (`Timeline.columns`).
+
+    Args:
+      timeline: of `hope_jax.evaluate.telemetry.follow`.
+      title: said above the picture.
+
+    Raises:
+      ValueError: nothing in it learns while reading.
+    """
+    levels, memories = timeline.levels, timeline.memories
+    panels = ["distance", "steps"] * bool(levels)
+    panels += ["memories", "recall", "half-lives"] * bool(memories)
+    if not panels:
+        raise ValueError("timeline has neither CMS levels nor memories to draw.")
+    figure = Figure(figsize=(8.4, 0.9 + 1.75 * len(panels)), layout="constrained")
+    drawn = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    places = dict(zip(panels, drawn, strict=True))
+    columns, at = timeline.columns(), timeline.position
+    if levels:
+        _draw_levels(places["distance"], places["steps"], levels, columns, at)
+    if memories:
+        _draw_memories(places, memories, columns, at)
+    for axes in drawn:
+        axes.set_xlim(0, 1.01 * at[-1])  # room for the last dots
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        axes.yaxis.label.set_size(9.5)
+        axes.tick_params(axis="y", labelsize=9.5)
+    drawn[-1].set_xlabel("tokens read")
+    drawn[0].set_title(title, loc="left")
+    return figure
+
+
+def _draw_levels(distances, steps, levels, columns, at):
+    labels = []
+    for colour, line in zip(_cycled(len(levels)), levels, strict=True):
+        name, moved = line.name, line.moved
+        far = columns[f"{name} distance"]
+        distances.step(
+            np.r_[0, at], np.r_[0.0, far], where="post", color=colour, linewidth=1.8
+        )
+        # Ticks stand on the line, so that levels that move together do not cover one
+        # another.
+        distances.plot(at[moved], far[moved], "|", color=colour, markersize=11)
+        said = f"{name}, every {line.period:,}"
+        labels.append((float(far[-1]), said, colour))
+        steps.plot(at, columns[f"{name} gradient"], color=colour, linewidth=1.2)
+        steps.plot(
+            at[moved], columns[f"{name} move"][moved], "o", color=colour, markersize=4
+        )
+    distances.set_ylabel("CMS: from\nits start")
+    distances.set_ylim(bottom=0.0)
+    if not any(line.moved.any() for line in levels):
+        distances.set_ylim(0.0, 1.0)
+    _label(distances, labels, gap=0.15)
+    steps.set_yscale("log")
+    steps.set_ylabel("CMS: gradient\nand move")
+    _legend(
+        steps, ("learned since its last move", "-", ""), ("length of a move", "", "o")
+    )
+
+
+def _draw_memories(places, memories, columns, at):
+    far, recall, lives = (places[p] for p in ("memories", "recall", "half-lives"))
+    labels, finite = [], False
+    # The other way round than levels, so that neighbours in a picture differ.
+    colours = _cycled(len(memories), COLOURS[::-1])
+    for colour, line in zip(colours, memories, strict=True):
+        column = lambda what, name=line.name: columns[f"{name} {what}"]  # noqa: E731
+        width: Any = {"color": colour, "linewidth": 1.8}
+        far.plot(at, column("distance"), **width)
+        labels.append((float(column("distance")[-1]), line.name, colour))
+        recall.plot(at, column("recall"), **width)
+        recall.plot(at, column("before"), color=colour, linewidth=1.2, linestyle=":")
+        half_life = column("half_life")
+        if np.isfinite(half_life).any():
+            lives.plot(at, np.where(half_life < np.inf, half_life, np.nan), **width)
+            finite = True
+    far.set_ylabel("memories: from\ntheir start")
+    far.set_ylim(bottom=0.0)
+    _label(far, labels, gap=0.15)
+    recall.set_ylabel("recall of the\nlast pairs, cosine")
+    _legend(recall, ("after the piece", "-", ""), ("before it", ":", ""))
+    lives.set_ylabel("half-life,\ntokens")
+    lives.margins(y=0.15)
+    lives.set_ylim(bottom=0.0)
+    lives.yaxis.set_major_formatter(FuncFormatter(_short))
+    if not finite:
+        lives.text(
+            *(0.5, 0.5, "nothing is forgotten"),
+            transform=lives.transAxes,
+            ha="center",
+            color=_GREY,
+        )
+
+
+def _legend(axes, *said: tuple[str, Any, str]):
+    """What line styles and markers mean, in grey, to the right of the picture."""
+    lines = [
+        Line2D([], [], color=_GREY, linestyle=style, marker=marker, ms=4, label=text)
+        for text, style, marker in said
+    ]
+    axes.legend(
+        handles=lines,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=9.5,
+    )
 
 
 @matplotlib.rc_context({**_STYLE, "axes.grid": False})
@@ -342,12 +464,13 @@ def _limits(curves, heights: list[float]) -> tuple[float, float]:
     return (low - room if low < 0 else max(0.0, low - room)), high + room
 
 
-def _label(axes, labels: list[tuple[float, str, str]]) -> None:
-    """Names each line at its right end, moved apart where two would overlap."""
+def _label(axes, labels: list[tuple[float, str, str]], gap: float = 0.06) -> None:
+    """Names each line at its right end, moved apart where two would overlap; `gap` is
+    the height of a name, in heights of the picture."""
     labels = sorted(labels)
     low, high = axes.get_ylim()
     heights = np.array([height for height, _, _ in labels])
-    placed = _apart(heights, 0.06 * (high - low), low, high)
+    placed = _apart(heights, gap * (high - low), low, high)
     for (height, text, colour), at in zip(labels, placed, strict=True):
         across = axes.get_yaxis_transform()  # x in widths of the picture, y in data
         axes.plot(

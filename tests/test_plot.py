@@ -13,6 +13,7 @@ import pytest
 
 import hope_jax
 from hope_jax import Box, Clock, System, plot
+from hope_jax.evaluate import telemetry
 
 ROOT = Path(__file__).parents[1]
 TOKENS = np.arange(1, 41) * 1000.0
@@ -75,6 +76,7 @@ def memory_alone():
         lambda: plot.loss_curves(CURVES),
         lambda: plot.heat_map(VALUES, rows=ROWS, columns=COLUMNS),
         lambda: hope_jax.draw(memory_alone()),
+        lambda: plot.level_timeline(timeline()),
     ],
 )
 def test_a_figure_shows_itself_and_is_left_to_nobody(make):
@@ -203,3 +205,67 @@ def test_bad_heat_maps_are_named():
         draw(hatched={"why": [[True, False]]})
     with pytest.raises(ValueError, match="'why' covers a cell that has a number"):
         draw(hatched={"why": [[True, False]] * 3})
+
+
+def timeline(levels=2, memories=("main memory", "key <memory>"), alive=True):
+    """Three pieces of 4 tokens, two layers of two heads; the first level moves at
+    each."""
+    at = np.array([4, 8, 12])
+    shape, heads = (3, 2), (3, 2, 2)
+    up = np.broadcast_to(np.arange(1.0, 4.0)[:, None], shape)
+    lines = tuple(
+        telemetry.LevelLine(
+            name=f"CMS {i + 1}",
+            period=4 * 2**i,
+            moved=at % (4 * 2**i) == 0,
+            gradient=up,
+            move=0.1 * up,
+            distance=0.2 * up * (i + 1),
+        )
+        for i in range(levels)
+    )
+    full = lambda value: np.full(heads, value)  # noqa: E731
+    made = tuple(
+        telemetry.MemoryLine(
+            name=name,
+            layers=(0, 1),
+            norm=full(2.0),
+            distance=full(1.0 + i),
+            eta=full(0.5),
+            alpha=full(0.9 if alive else 1.0),
+            half_life=full(6.6 if alive else np.inf),
+            recall=full(0.9),
+            before=full(0.1),
+        )
+        for i, name in enumerate(memories)
+    )
+    return telemetry.Timeline(at, np.full(3, 2.0), lines, made)
+
+
+def test_a_timeline_draws_moves_as_ticks_and_norms_as_lines():
+    figure = plot.level_timeline(timeline(), title="a title")
+    far, steps, memories, recall, lives = figure.axes
+    assert far.get_title(loc="left") == "a title"
+    assert lives.get_xlabel() == "tokens read"
+    ticks = [line for line in far.lines if line.get_marker() == "|"]
+    assert [line.get_xdata().tolist() for line in ticks] == [[4, 8, 12], [8]]
+    norm = np.sqrt(2.0)
+    np.testing.assert_allclose(ticks[0].get_ydata(), norm * 0.2 * np.arange(1, 4))
+    dots = [line for line in steps.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(dots[1].get_ydata(), [norm * 0.2])
+    np.testing.assert_allclose(memories.lines[0].get_ydata(), 2.0)  # of 4 heads, 1 each
+    before, after = (recall.lines[i].get_ydata()[0] for i in (1, 0))
+    np.testing.assert_allclose([before, after], [0.1, 0.9])
+    np.testing.assert_allclose(lives.lines[0].get_ydata(), 6.6)
+    said = [text.get_text() for axes in figure.axes for text in axes.texts]
+    for name in ("CMS 1, every 4", "CMS 2, every 8", "main memory", "key <memory>"):
+        assert name in said
+    assert all(axes.get_ylabel() for axes in figure.axes)
+
+
+def test_a_timeline_draws_what_there_is():
+    assert len(plot.level_timeline(timeline(memories=())).axes) == 2
+    *_, lives = plot.level_timeline(timeline(levels=0, alive=False)).axes
+    assert [text.get_text() for text in lives.texts] == ["nothing is forgotten"]
+    with pytest.raises(ValueError, match="neither CMS levels nor memories"):
+        plot.level_timeline(timeline(levels=0, memories=()))

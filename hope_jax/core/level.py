@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from hope_jax.core import show
 from hope_jax.core.clock import Clock
 
 OuterGradient = Literal["exact", "first_order", "none"]
@@ -36,6 +37,8 @@ class Level(NamedTuple):
         `d params_t / d params_0 = I`. `none`: the initial state gets no gradient.
       inputs: `(params, context_t) -> pytree` shaped like `params`, the vector that each
         weight matrix multiplies. Delta gradient descent needs it (equation 57).
+      objective_name, flow_name: what tables and pictures call the two; "" is what the
+        functions are called themselves (`said`).
     """
 
     init: Callable[[Array], PyTree]
@@ -46,6 +49,35 @@ class Level(NamedTuple):
     read_at: ReadTime = "pre"
     gradient: OuterGradient = "exact"
     inputs: Callable[[PyTree, PyTree], PyTree] | None = None
+    objective_name: str = ""
+    flow_name: str = ""
+
+    def _repr_html_(self) -> str:
+        objective, rule = said(self)
+        clock = self.clock
+        lines = [
+            ("starts at", show.named(self.init) or "init"),
+            ("reads", f"{show.named(self.read) or 'read'} ({self.read_at})"),
+            ("descends", objective or "objective"),
+            ("by", rule or "flow"),
+            ("moves", f"period {clock.period:g}, anchor {clock.anchor}"),
+            ("gradient", self.gradient),
+        ]
+        return show.table("Level", ["", ""], lines)
+
+
+def said(level: Level) -> tuple[str, str]:
+    """What the objective and the rule of a level are called.
+
+    >>> def error(w, x):
+    ...     return (w - x) ** 2
+    >>> said(Level(jnp.zeros, lambda w, x: w, error, optax.adagrad(0.1)))
+    ('error', 'scale_by_rss, scale')
+    >>> said(Level(jnp.zeros, lambda w, x: w, error, optax.sgd(1.0), flow_name="GD"))
+    ('error', 'GD')
+    """
+    objective = level.objective_name or show.named(level.objective)
+    return objective, level.flow_name or show.rule(level.flow)
 
 
 class LevelState(NamedTuple):
@@ -64,6 +96,8 @@ class LevelState(NamedTuple):
     anchor: PyTree | None
     gradient: PyTree | None
     count: Int[Array, ""]
+
+    _repr_html_ = show.state
 
 
 class Collected(NamedTuple):
@@ -133,7 +167,16 @@ def move(
 
 
 def begin(level: Level, params: PyTree) -> LevelState:
-    """The state of `level` before its first item, standing at `params`."""
+    """The state of `level` before its first item, standing at `params`.
+
+    Raises:
+      ValueError: `params` is a state already.
+    """
+    if isinstance(params, LevelState):
+        raise ValueError(
+            "params is a LevelState, where a level stands already: give parameters, of "
+            "level.init(key) or state.params."
+        )
     accumulates = level.clock.parametric and 1 < level.clock.period < float("inf")
     return LevelState(
         params=params,
@@ -147,7 +190,13 @@ def begin(level: Level, params: PyTree) -> LevelState:
 def tick(
     level: Level, state: LevelState, context_t: PyTree
 ) -> tuple[LevelState, PyTree]:
-    """One item of context: the level reads it and, when its clock says so, moves."""
+    """One item of context: the level reads it and, when its clock says so, moves.
+
+    Raises:
+      ValueError: `state` is none, or the level is non-parametric, or has inputs that do
+        not add up over its period.
+    """
+    _check_state(state)
     clock = level.clock
     if not clock.parametric:
         raise ValueError(
@@ -217,6 +266,9 @@ def unroll(
     Returns:
       The state after the last item, and the T reads stacked.
 
+    Raises:
+      ValueError: `state` is none; as of `tick`.
+
     A scalar running mean of its context, read before each move:
 
     >>> mean = Level(
@@ -229,6 +281,7 @@ def unroll(
     >>> float(state.params), reads.tolist()
     (3.0, [0.0, 2.0])
     """
+    _check_state(state)
     if not level.clock.parametric:
         length = jax.tree.leaves(context)[0].shape[0]
         past = jnp.tril(jnp.ones((length, length), bool))
@@ -344,6 +397,14 @@ def hope_update(
         read=read,
         gradient=gradient,
     )
+
+
+def _check_state(state):
+    if not isinstance(state, LevelState):
+        raise ValueError(
+            f"state must be a LevelState, got {type(state).__name__}: where a level "
+            "begins is begin(level, params)."
+        )
 
 
 def _inner_product(a: PyTree, b: PyTree) -> Array:

@@ -11,6 +11,7 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
+from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.core.config import did_you_mean
 from hope_jax.core.level import (
@@ -18,6 +19,7 @@ from hope_jax.core.level import (
     LevelState,
     OuterGradient,
     begin,
+    said,
     unroll,
 )
 from hope_jax.core.transfer import backprop
@@ -38,17 +40,21 @@ class Box:
       name: unique in its system.
       clock: when it moves, in items of the system's context.
       parameters: how many numbers it learns.
-      objective: what it descends, in words or symbols.
-      rule: how it moves.
+      objective: what it descends, in words or symbols; of a level, what that says.
+      rule: how it moves; of a level, what that says.
       level: the level itself; None for a system that only describes itself. `Box.of`
         fills in what a level can say for itself.
+
+    Raises:
+      ValueError: no name, a negative count, or words or a clock that are not its
+        level's.
     """
 
     name: str
     clock: Clock
     parameters: int
-    objective: str
-    rule: str
+    objective: str = ""
+    rule: str = ""
     level: Level | None = None
 
     def __post_init__(self):
@@ -56,18 +62,37 @@ class Box:
             raise ValueError("name must not be empty.")
         if self.parameters < 0:
             raise ValueError(f"parameters must be at least 0, got {self.parameters}.")
-        if self.level is not None and self.level.clock != self.clock:
+        if self.level is None:
+            return
+        for what, own in zip(("objective", "rule"), said(self.level), strict=True):
+            if getattr(self, what) not in ("", own):
+                raise ValueError(
+                    f"{what} of {self.name!r} is {own!r}, what its level says, and not "
+                    f"{getattr(self, what)!r}: leave it out, or name it in the Level "
+                    "(objective_name, flow_name)."
+                )
+            object.__setattr__(self, what, own)
+        if self.level.clock != self.clock:
             raise ValueError(
                 f"clock of {self.name!r} ({self.clock}) differs from its level's own "
                 f"({self.level.clock})."
             )
 
     @classmethod
-    def of(cls, name: str, level: Level, *, objective: str, rule: str) -> "Box":
-        """The box of `level`, its parameters counted by tracing `level.init`."""
+    def of(cls, name: str, level: Level) -> "Box":
+        """The box of `level`, its parameters counted by tracing `level.init`.
+
+        >>> def surprise(w, x):
+        ...     return (w - x) ** 2
+        >>> begin = lambda key: jax.numpy.zeros(3)
+        >>> level = Level(begin, lambda w, x: w, surprise, optax.sgd(1.0))
+        >>> box = Box.of("mean", level)
+        >>> box.parameters, box.objective, box.rule
+        (3, 'surprise', 'scale')
+        """
         shapes = jax.eval_shape(level.init, jax.random.key(0))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        return cls(name, level.clock, parameters, objective, rule, level)
+        return cls(name, level.clock, parameters, level=level)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +191,10 @@ class System:
             f"{', '.join(names)}."
         )
 
+    def _repr_html_(self) -> str:
+        lines = [list(row.values()) for row in rows(self)]
+        return show.table(f"System of {len(self.boxes)} levels", _COLUMNS, lines)
+
     def _check_clocks(self, edge: Edge):
         source, target = self[edge.source].clock, self[edge.target].clock
         if edge.kind == "initialise":
@@ -230,7 +259,8 @@ def start(system: System, params: Mapping[str, PyTree]) -> dict[str, LevelState]
         starts at the parameters of the edge's source.
 
     Raises:
-      ValueError: `params` lacks a level, or has one that is not asked for; named.
+      ValueError: `params` lacks a level, or has one that is not asked for; named; or
+        it holds states.
     """
     origins = {e.target: e for e in system.edges if e.kind == "initialise"}
     asked = {box.name: origins.get(box.name) for box in system.boxes}
@@ -240,6 +270,11 @@ def start(system: System, params: Mapping[str, PyTree]) -> dict[str, LevelState]
     for box in system.boxes:
         edge = asked[box.name]
         initial = params[places[box.name]]
+        if isinstance(initial, LevelState):
+            raise ValueError(
+                f"params[{places[box.name]!r}] is a LevelState, where the level stands "
+                "already: start is given parameters, and live the states."
+            )
         if edge:
             initial = _across(edge, initial)
         states[box.name] = begin(_level(box), initial)

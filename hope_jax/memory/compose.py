@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.core.config import Kinds, default_of, one_of, refuse_unread
 from hope_jax.core.level import Level
@@ -168,6 +169,8 @@ class MemoryConfig:
     read: Literal["post", "pre", "anchor"] = "post"
     chunk: int = 16
     products: Literal["float32", "bfloat16"] = "float32"
+
+    _repr_html_ = show.config
 
     def __post_init__(self):
         self.chosen  # refuses unknown names  # noqa: B018
@@ -670,6 +673,8 @@ def memory_level(
         clock=Clock(anchor=config.chunk if config.gradient == "anchored" else 1),
         read_at=config.read,
         inputs=inputs,
+        objective_name=config.bias,
+        flow_name=config.rule if flow is None else "",
     )
 
 

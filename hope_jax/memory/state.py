@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hope_jax.core import show
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -45,6 +46,8 @@ class MemoryState(NamedTuple):
     rule: FlowState | None = None
     recent: Recent | None = None
     left: Float[Array, ""] | None = None
+
+    _repr_html_ = show.state
 
 
 def form(config: MemoryConfig) -> Form:

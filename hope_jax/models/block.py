@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
+from hope_jax.memory.compose import Tokens
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, GatedMLP, rms_norm
 from hope_jax.models.learning import Learning
@@ -74,6 +75,7 @@ class Block(nnx.Module):
         self.norm = rms_norm(config.d_model, dtype, rngs, config.norm_epsilon)
         if mixer is None:
             (mixer,) = config.pattern
+        self.learns = bool(mixer.memories)
         self.mixer: Any = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)
         self.levels = nnx.List(
             [
@@ -130,6 +132,17 @@ class Block(nnx.Module):
             state = self.initial_state(x.shape[0])
         return x, BlockState(mixer, state.fast, opened)
 
+    def watch(
+        self, x: Float[Array, "B T D"], state: BlockState, **how: Any
+    ) -> tuple[Float[Array, "B T D"], tuple[Tokens, ...]]:
+        """What a call says, and what the memories of the mixer were given
+        (`MixerConfig.memories`)."""
+        if not self.learns:
+            return self(x, state, **how)[0], ()
+        y, _, written = self.mixer.watch(self.norm(x), state.mixer, **how)
+        fast = dict(zip(self.config.fast, state.fast, strict=False))
+        return self._chain(x + y, fast), written
+
     def _chain(self, x, fast):
         chain = list(enumerate(self.levels))
         match self.config.cms.order:
@@ -176,13 +189,28 @@ class Group(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], BlockState]:
         """As `Block`."""
         states = []
-        for i, part in enumerate(self.parts):
-            mine = state and BlockState(
-                state.mixer[i], tuple(level[i] for level in state.fast)
-            )
+        for part, mine in zip(self.parts, self._states(state), strict=True):
             x, mine = part(x, mine, aligned=aligned, learn=learn, ends=ends)
             states.append(mine)
         return x, _join(states)
+
+    def watch(
+        self, x: Float[Array, "B T D"], state: BlockState, **how: Any
+    ) -> tuple[Float[Array, "B T D"], tuple[Tokens, ...]]:
+        """As `Block`, of one block after the other."""
+        made = ()
+        for part, mine in zip(self.parts, self._states(state), strict=True):
+            x, written = part.watch(x, mine, **how)
+            made += written
+        return x, made
+
+    def _states(self, state):
+        """That of each block."""
+        return [
+            state
+            and BlockState(state.mixer[i], tuple(level[i] for level in state.fast))
+            for i in range(len(self.parts))
+        ]
 
     def end(self, mixer: PyTree) -> PyTree:
         """As `Block`."""

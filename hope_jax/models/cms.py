@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax import optim
 from hope_jax.core import level as level_lib
+from hope_jax.core import show
 from hope_jax.core.config import one_of
 from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
@@ -156,6 +157,8 @@ class CMSConfig:
     accumulator: Literal["float32", "bfloat16"] = "float32"
     rate_bound: float = 1.0
     rates: Literal["learned", "generated"] = "learned"
+
+    _repr_html_ = show.config
 
     def __post_init__(self):
         if not self.levels:

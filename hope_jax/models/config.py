@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hope_jax.core import show
 from hope_jax.core.config import at_least, one_of
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.layers import DTYPES
@@ -50,6 +51,8 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     dtype: str = "float32"
     remat: bool = False
+
+    _repr_html_ = show.config
 
     def __post_init__(self):
         object.__setattr__(self, "mixer", _mixers(self.mixer))

@@ -13,8 +13,8 @@ it should not.
 import functools
 import itertools
 import operator
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
 from hope_jax.kernels.select import scan_chunks
+from hope_jax.memory.compose import Tokens
 from hope_jax.models import cms, learning
 from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
@@ -39,6 +41,7 @@ __all__ = [
     "LanguageModel",
     "Ledger",
     "ModelConfig",
+    "Watched",
     "abstract",
     "apply",
     "build",
@@ -50,6 +53,7 @@ __all__ = [
     "serve",
     "state_bytes",
     "unfold",
+    "watch",
     "write",
 ]
 
@@ -87,6 +91,8 @@ class LMState(NamedTuple):
     levels: tuple[cms.FastLevel, ...]
     held: Held | None
     position: Int[Array, " B"]
+
+    _repr_html_ = show.state
 
 
 class Ledger(NamedTuple):
@@ -212,7 +218,7 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 
 def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState:
     """`batch` rows at the learned initial states, before their first token."""
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     return _rows_first(_begin(model, batch))
 
 
@@ -283,7 +289,7 @@ def apply(
                 f"count must be of the {tokens.shape[1]} tokens of a row, got {count}."
             )
     aligned = state is None if aligned is None else aligned
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     tokens = ids("tokens", tokens, model.config.vocab)
     if labels is not None:
         labels = ids("labels", labels, model.config.vocab)
@@ -412,7 +418,7 @@ def unfold(
     """
     if state.held is None:
         return state
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
     state = _layers_first(state)
     held, fast = state.held, state.blocks.fast
@@ -456,7 +462,7 @@ def write(
     Returns:
       The tokens, the logits after the last of them and the state.
     """
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
     model.losses = False
     _check_state(model, state, logits.shape[0], False)
@@ -507,7 +513,7 @@ def serve(
       The tokens and their losses in nats under what was said before each, 0 beyond
       the counts; then logits, ledger and state.
     """
-    model = nnx.merge(graphdef, params)
+    model = _merged(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
     model.losses = False
     rows, steps = logits.shape[0], jax.tree.leaves(xs)[0].shape[0]
@@ -536,6 +542,141 @@ def serve(
     tokens, losses = walk.made
     assert walk.ledger is not None
     return (tokens.T, losses.T), walk.logits, walk.ledger, _rows_first(walk.state)
+
+
+def _merged(graphdef, params) -> Any:
+    """The model, of parameters that are all there; says what is not."""
+    try:
+        return nnx.merge(graphdef, params)
+    except (ValueError, TypeError) as error:
+        if not isinstance(graphdef, nnx.GraphDef):
+            said = f"graphdef must be that of build, got {type(graphdef).__name__}."
+        elif not isinstance(params, Mapping):
+            said = (
+                f"params must be the parameters of build, got {type(params).__name__}"
+                "; a state is an argument of its own."
+            )
+        else:
+            own, given = (_names(tree) for tree in (_asked(graphdef), params))
+            lacks, more = sorted(own - given), sorted(given - own)
+            if not lacks and not more:
+                raise
+            said = "params must be all parameters of build, and no others:"
+            said += f" they lack {', '.join(lacks)}." if lacks else ""
+            said += f" nothing asks for {', '.join(more)}." if more else ""
+        raise ValueError(said) from error
+
+
+def _asked(graphdef: nnx.GraphDef) -> nnx.State:
+    """The parameters that a model has, as shapes; it holds its config as it is."""
+    held = (getattr(value, "value", None) for _, value in graphdef.attributes)
+    return abstract(next(one for one in held if isinstance(one, ModelConfig)))
+
+
+def _names(tree: PyTree) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(path_names(path)) for path, _ in leaves}
+
+
+class Watched(NamedTuple):
+    """What there was to see of a base chunk; leaves lead with rows, then layers.
+
+    Attributes:
+      losses: in nats, of each label.
+      levels: the fast CMS levels before they moved, with what they learned of it.
+      written: what the memories of the mixers were given, one after the other and in a
+        pattern mixer after mixer, leaves `[B, L, H, C, ...]`
+        (`hope_jax.models.mixers.base.MixerConfig.memories`).
+    """
+
+    losses: Float[Array, "B C"]
+    levels: tuple[cms.FastLevel, ...]
+    written: tuple[Tokens, ...]
+
+
+def watch(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    tokens: Int[Array, "B C"],
+    labels: Int[Array, "B C"],
+    state: LMState,
+    *,
+    learn: bool | Learning = True,
+) -> tuple[Watched, LMState]:
+    """What `apply` does with `labels`, for somebody to look on: one base chunk, from a
+    boundary of its clock on, in more time and memory.
+
+    Args:
+      graphdef, params: of `build`.
+      tokens, labels: as of `apply`; of a model without fast levels a multiple of
+        `config.span`.
+      state: where each row stands; nothing is held.
+      learn: static; as of `apply`.
+
+    Raises:
+      ValueError: as `apply`; or tokens that are no base chunk, or do not begin where
+        one does. What is traced cannot be looked at.
+    """
+    model = _merged(graphdef, params)
+    config, (rows, length) = model.config, tokens.shape
+    whole = config.span if config.nests else 1
+    if length != (config.base_chunk or length) or length % whole:
+        raise ValueError(
+            f"tokens must be [B, {config.base_chunk or config.span}], a base chunk of "
+            f"{config.name!r}, got {tokens.shape}."
+        )
+    model.learning = learn = learning.resolve(config, learn)
+    model.losses = True
+    _check_state(model, state, rows, False)
+    if not isinstance(state.position, Tracer):
+        off = np.asarray(state.position) % length != 0
+        if state.held is not None:
+            off |= np.asarray(state.held.count) > 0
+        if off.any():
+            raise ValueError(
+                f"state must stand at a multiple of {length} tokens and hold none, got "
+                f"position {np.asarray(state.position).tolist()}: read with labels."
+            )
+    tokens, labels = (
+        ids("tokens", tokens, config.vocab),
+        ids("labels", labels, config.vocab),
+    )
+    state = _layers_first(state)
+    mixers, fast, _ = state.blocks
+    written = _written(model, tokens, state.blocks, learn)
+    if not state.levels or not learn.cms:
+        read = _read(
+            *(model, tokens, mixers, fast),
+            aligned=config.nests,
+            learn=learn,
+            targets=labels,
+        )
+        life = _Life(read.mixers, fast, state.levels, state.position + length)
+        levels = life.levels
+    else:
+        life = _Life(config.bare(mixers), fast, state.levels, state.position)
+        life, read = _learn(model, life, tokens, labels)
+        levels = life.levels
+        life = _move_due(model, life)
+        life = life._replace(mixers=config.full(life.mixers))
+    after = LMState(
+        BlockState(life.mixers, life.fast), life.levels, state.held, life.position
+    )
+    before = _rows_first(state._replace(levels=levels)).levels
+    return Watched(read.said, before, _swap(written)), _rows_first(after)
+
+
+def _written(model, tokens, blocks, learn):
+    """What the memories of each layer are given."""
+    graphdef, params = nnx.split(model.blocks, nnx.Param)
+    how = {"aligned": model.config.nests, "learn": learn}
+
+    def layer(x, block):
+        params, mixer, fast = block
+        return nnx.merge(graphdef, params).watch(x, BlockState(mixer, fast), **how)
+
+    x = model.embedded(tokens)
+    return jax.lax.scan(layer, x, (params, blocks.mixer, blocks.fast))[1]
 
 
 def ids(name: str, tokens: Array | np.ndarray, vocab: int) -> Int[Array, "..."]:
@@ -940,14 +1081,19 @@ def _read_aligned(
 
 def _live(model, life, xs):
     """Reads a base chunk of `[C, B]` tokens and labels, and moves what is due then."""
-    tokens, labels = (a.T for a in xs)
+    life, read = _learn(model, life, *(a.T for a in xs))
+    return _move_due(model, life), jnp.moveaxis(read.said, 1, 0)
+
+
+def _learn(model, life, tokens, labels):
+    """Reads a base chunk and adds up what it says of the fast levels."""
     learned, read = _read_and_blame(model, tokens, labels, life.mixers, life.fast)
     life = life._replace(
         mixers=model.config.bare(read.mixers),
         levels=_accumulate(model, life.levels, learned, read),
         position=life.position + tokens.shape[1],
     )
-    return _move_due(model, life), jnp.moveaxis(read.said, 1, 0)
+    return life, read
 
 
 def _move_due(model, life, rows=None):

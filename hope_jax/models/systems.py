@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from hope_jax.memory.flow import Transformation, transformation
 from hope_jax.models import cms, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers.base import MixerConfig
-from hope_jax.optim.leaves import path_names
+from hope_jax.optim.leaves import path_names, wide
 
 SLOW = "slow weights"
 
@@ -104,6 +105,54 @@ def _owner(config: ModelConfig, keys: tuple[str, ...]) -> str | tuple[MixerConfi
         if part.start and inside.startswith(f"{part.start}."):
             return mixer, part.start
     return SLOW
+
+
+MEMORIES = "memories"
+_RETENTIONS = (("bias_alpha",), ("alpha", "up", "bias"))  # logits of α, by their paths
+
+
+def of_step(
+    config: ModelConfig, gradient: PyTree, change: PyTree, params: PyTree
+) -> dict[str, Array]:
+    """What an optimizer step did, level by level, for the log of a training.
+
+    Args:
+      config: of the model.
+      gradient, change: of its parameters, trees like these.
+      params: where it was before the step.
+
+    Returns:
+      Float32 scalars: `grad_norm/<level>` and `update_norm/<level>` of `CMS 1`, ...,
+      of the starts of the `memories` and of the `slow weights`; `rate/<level>`, the
+      learned rate of a level that moves while reading; `half_life/shortest` and
+      `half_life/longest`, in tokens, of all heads of mixers with a retention gate,
+      where the token says nothing.
+    """
+    squares = collections.defaultdict(list)
+    both = zip(
+        *map(jax.tree_util.tree_leaves_with_path, (gradient, change)), strict=True
+    )
+    for (path, g), (_, moved) in both:
+        owner = _owner(config, path_names(path))
+        name = owner if isinstance(owner, str) else MEMORIES
+        for what, leaf in (("grad_norm", g), ("update_norm", moved)):
+            squares[f"{what}/{name}"].append(jnp.sum(jnp.square(wide(leaf))))
+    made = {name: jnp.sqrt(sum(found)) for name, found in sorted(squares.items())}
+    half_lives = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = path_names(path)
+        if names == ("rates",):
+            rates = config.cms.rate_bound * jax.nn.sigmoid(leaf)
+            made |= {f"rate/{_called(i)}": rates[n] for n, i in enumerate(config.fast)}
+        if any(names[-len(end) :] == end for end in _RETENTIONS):
+            forgets = -jax.nn.log_sigmoid(wide(leaf)).ravel()
+            # A log takes finite numbers alone.
+            half_lives.append(math.log(2.0) / jnp.maximum(forgets, 1e-9))
+    if half_lives:
+        every = jnp.concatenate(half_lives)
+        made["half_life/shortest"] = jnp.min(every)
+        made["half_life/longest"] = jnp.max(every)
+    return made
 
 
 # Living ------------------------------------------------------------------------------
@@ -210,7 +259,12 @@ def living(
             flow=flow,
         )
     boxes = (
-        dataclasses.replace(box, level=levels[box.name]._replace(clock=box.clock))
+        dataclasses.replace(
+            box,
+            level=levels[box.name]._replace(
+                clock=box.clock, objective_name=box.objective, flow_name=box.rule
+            ),
+        )
         for box in described.boxes
     )
     edges = (

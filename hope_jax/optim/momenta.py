@@ -56,6 +56,8 @@ def hebbian_level(learning_rate: float, *, decay: float = 0.9) -> Level:
         read=lambda m, g: m,
         objective=lambda m, g: jnp.vdot(m, g),
         flow=_forgetting(learning_rate, decay),
+        objective_name="⟨m, g⟩",
+        flow_name="GD that forgets",
         read_at="post",
     )
 
@@ -71,6 +73,8 @@ def delta_level(learning_rate: float, *, decay: float = 0.9) -> Level:
         read=lambda m, g: m,
         objective=lambda m, g: 0.5 * jnp.sum((m * g + 1.0) ** 2),
         flow=_forgetting(learning_rate, decay),
+        objective_name="½‖m g + 1‖²",
+        flow_name="GD that forgets",
         read_at="post",
     )
 

@@ -329,7 +329,7 @@ def changed(config: ModelConfig, one: Slots, start: Slots) -> Float[Array, "2 M"
     def norms(levels):
         return jnp.stack([optax.tree.norm(level) for level in levels])
 
-    now, before = memories(config, one), memories(config, start)
+    now, before = memories(config, one.state), memories(config, start.state)
     learned = jax.tree.map(jnp.subtract, now, before)
     return jnp.stack([norms(learned), norms(before)])
 
@@ -345,20 +345,20 @@ def names(config: ModelConfig) -> tuple[str, ...]:
     return (*found, *(f"CMS {place + 1}" for place in config.fast))
 
 
-def memories(config: ModelConfig, slots: Slots) -> tuple[PyTree, ...]:
+def memories(config: ModelConfig, state: lm.LMState) -> tuple[PyTree, ...]:
     """The fast weights of each level of `names`."""
-    mixers = slots.state.blocks.mixer
+    mixers = state.blocks.mixer
     found = []
-    for mixer, state in zip(
+    for mixer, where in zip(
         config.pattern, mixers if len(config.pattern) > 1 else (mixers,), strict=True
     ):
-        own = _weights(state)
+        own = _weights(where)
         if mixer.modifies_itself:  # one batch of them, in the order of its parts
             (own,) = own
             count = jax.tree.leaves(own)[0].shape[-3]
             own = [{n: w[..., i, :, :] for n, w in own.items()} for i in range(count)]
         found += own
-    return (*found, *slots.state.blocks.fast)
+    return (*found, *state.blocks.fast)
 
 
 def _is_memory(node):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hope_jax import optim
+from hope_jax.core import show
 from hope_jax.core.config import at_least
 from hope_jax.data import text
 from hope_jax.models import lm
@@ -33,6 +34,8 @@ class DataConfig:
     undecodable: text.Undecodable = "raise"
     max_train_bytes: int | None = None
     max_validation_bytes: int | None = 250_000
+
+    _repr_html_ = show.config
 
     def __post_init__(self):
         at_least(self, vocab=257)
@@ -82,6 +85,8 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+
+    _repr_html_ = show.config
 
     def __post_init__(self):
         for name in ("rule", "embeddings", "convolutions", "others"):
@@ -152,6 +157,8 @@ class TrainConfig:
     validate_batches: int = 8
     keep: int = 3
 
+    _repr_html_ = show.config
+
     def __post_init__(self):
         at_least(
             self,
@@ -188,6 +195,8 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+
+    _repr_html_ = show.config
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:

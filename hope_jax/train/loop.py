@@ -28,7 +28,7 @@ from rich import progress
 from hope_jax import optim
 from hope_jax.core import config as config_lib
 from hope_jax.data import stream, text, tokenizer
-from hope_jax.models import lm
+from hope_jax.models import lm, systems
 from hope_jax.models.capture import dense_kernels
 from hope_jax.optim.leaves import path_names
 from hope_jax.train import checkpoint, sharding
@@ -194,6 +194,7 @@ def train(
             mesh,
             config.train.stretch,
             config.train.accumulate,
+            functools.partial(systems.of_step, config.model),
         )
         step = sharding.jit_step(step, mesh)
         validate = _validation(graphdef, config, source, mesh)

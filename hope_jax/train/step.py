@@ -54,6 +54,7 @@ def make_step(
     mesh: Mesh | None = None,
     stretch: int = 0,
     accumulate: int = 1,
+    of_step: Callable[[PyTree, PyTree, PyTree], Metrics] = lambda *trees: {},
 ) -> Callable[[TrainState, Int[Array, "B T1"] | Packed], tuple[TrainState, Metrics]]:
     """The step of a language model: `(state, batch) -> (state, metrics)`.
 
@@ -72,10 +73,12 @@ def make_step(
       mesh: whose devices share the rows of a batch (`hope_jax.train.sharding`).
       stretch: tokens between places where a document of `Packed` rows may begin.
       accumulate: parts in which each device reads its rows, one after another.
+      of_step: further metrics, of the gradient, of the change of the parameters, and of
+        these before it.
 
     Returns:
       A pure function. Metrics are float32 scalars: `loss` in nats, `grad_norm`,
-      `update_norm`; and int32 `tokens`, predicted in the step.
+      `update_norm`, and those of `of_step`; and int32 `tokens`, predicted in the step.
     """
 
     def live(params, fast, batch):
@@ -114,6 +117,7 @@ def make_step(
             "grad_norm": optax.tree.norm(after.gradient),
             "update_norm": optax.tree.norm(change),
             "tokens": jnp.asarray(count, jnp.int32),
+            **of_step(after.gradient, change, state.params),
         }
         return state._replace(level=moved), metrics
 

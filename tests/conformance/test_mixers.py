@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import named
+from hope_jax.memory.state import MemoryState
 from hope_jax.models.mixers import MIXERS
 from hope_jax.models.mixers.memory import NamedConfig
 from hope_jax.models.rotary import Llama3
@@ -208,3 +210,49 @@ def test_new_values_do_not_compile_again(kind):
     read(kind, text(7), aligned=True)
     assert program(kind, True)._cache_size() == 1
     assert program(kind, False)._cache_size() <= len(set(sum(ORDERS, ())))
+
+
+def test_memories_are_those_of_the_parts_that_learn():
+    for kind in MIXERS:
+        config = configured(kind)
+        learns = [part for part in config.parts if part.period > 0]
+        assert len(config.memories) == len(learns), kind
+
+
+@pytest.mark.parametrize("kind", [k for k in SMALL if configured(k).memories])
+def test_a_memory_is_where_what_it_was_given_takes_it(kind):
+    """`watch` is a call, and its tokens, lived through by `memory_scan`, end there."""
+    config, (graphdef, params) = configured(kind), built(kind)
+    x, begun = jnp.asarray(text()[:, :4]), start(kind)
+
+    @jax.jit
+    def watch(params, state):
+        layer = nnx.merge(graphdef, params)
+        y, after, written = layer.watch(x, state, aligned=True)
+        return y, after, written, layer(x, state, aligned=True)
+
+    y, after, written, (expected, _) = watch(params, begun)
+    close(y, expected)
+    is_memory = lambda node: isinstance(node, MemoryState)  # noqa: E731
+    memories = lambda state: [  # noqa: E731
+        node for node in jax.tree.leaves(state, is_leaf=is_memory) if is_memory(node)
+    ]
+    before, ends = memories(begun), memories(after)
+    if config.modifies_itself:  # of one batch, apart
+
+        def apart(batch):
+            each = range(len(written))
+            return [jax.tree.map(lambda a, i=i: a[:, :, i], batch) for i in each]
+
+        before, ends = apart(*before), apart(*ends)
+    for memory, tokens, old, new in zip(
+        config.memories, written, before, ends, strict=True
+    ):
+        if memory.gradient == "exact":
+            old = old._replace(anchor=None)
+
+        def live(old, tokens, memory=memory):
+            return memory_scan(memory, old, tokens, start=old.weights)[0].weights
+
+        lived = jax.jit(jax.vmap(jax.vmap(live)))(old, tokens)
+        jax.tree.map(close, lived, new.weights)

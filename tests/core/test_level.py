@@ -306,3 +306,20 @@ def test_inputs_do_not_add_up_over_a_period():
     )
     with pytest.raises(ValueError, match=r"period \(2\) must be 1 .* inputs"):
         tick(level, begin(level, jnp.zeros(())), jnp.zeros(()))
+
+
+def test_parameters_and_states_are_told_apart():
+    level = Level(
+        init=lambda key: jnp.zeros(2),
+        read=lambda m, x: m,
+        objective=lambda m, x: jnp.sum((m - x) ** 2),
+        flow=optax.sgd(0.1),
+    )
+    state, x = begin(level, jnp.zeros(2)), jnp.ones((3, 2))
+    with pytest.raises(
+        ValueError, match="params is a LevelState, where a level stands"
+    ):
+        begin(level, state)
+    for live, items in ((unroll, x), (tick, x[0])):
+        with pytest.raises(ValueError, match="state must be a LevelState, got dict"):
+            live(level, {"m": jnp.zeros(2)}, items)

@@ -30,8 +30,9 @@ close = compare.within()
 
 
 def box(name, period=1.0, level=None):
-    clock = Clock(period=period) if level is None else level.clock
-    return Box(name, clock, 10, "½‖Mk − v‖²", "GD", level)
+    if level is not None:
+        return Box(name, level.clock, 10, level=level)
+    return Box(name, Clock(period=period), 10, "½‖Mk − v‖²", "GD")
 
 
 def names(sys):
@@ -148,6 +149,8 @@ def test_boxes_that_make_no_sense_are_refused():
         Box("", Clock(), 1, "", "")
     with pytest.raises(ValueError, match="differs from its level's own"):
         Box("a", Clock(period=3), 1, "", "", projection())
+    with pytest.raises(ValueError, match="rule of 'a' is 'GD', what its level says, "):
+        Box("a", Clock(), 1, "", "Adam", projection()._replace(flow_name="GD"))
 
 
 # Running ------------------------------------------------------------------------------
@@ -413,7 +416,8 @@ def test_a_system_is_a_box_of_a_system(key):
         flow=optax.sgd(0.1),
         clock=Clock(period=5),
     )
-    inner_box = Box.of("inner", inner, objective="echo", rule="SGD")
+    inner_box = Box.of("inner", inner._replace(objective_name="echo"))
+    assert inner_box.objective == "echo"
     assert inner_box.parameters == 3 * 2 * 2 + 2 * 2
     outer = System(
         (inner_box, box("readout", level=readout)),
@@ -535,3 +539,10 @@ def test_draw_all_kinds_and_the_ends_of_the_axis():
 def test_examples_in_docstrings():
     results = doctest.testmod(system)
     assert results.attempted > 0 and results.failed == 0
+
+
+def test_a_start_is_of_parameters():
+    system = System((box("a", level=projection()),))
+    params = {"a": jnp.zeros((2, 2))}
+    with pytest.raises(ValueError, match=r"params\['a'\] is a LevelState, where"):
+        start(system, start(system, params))

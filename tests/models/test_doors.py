@@ -109,3 +109,36 @@ def test_generation_says_when_there_is_nothing_to_draw_from():
     )
     with pytest.raises(FloatingPointError, match="logits are not finite"):
         next(made)
+
+
+def without(params, *path):
+    params = jax.tree.map(lambda a: a, params)
+    *path, last = path
+    inside = params
+    for name in path:
+        inside = inside[name]
+    del inside[last]
+    return params
+
+
+def test_parameters_that_are_none_or_not_all():
+    graphdef, params = small.built(CONFIG)
+    state = small.start(CONFIG)
+    doors = {
+        "apply": lambda params: lm.apply(graphdef, params, TOKENS),
+        "initial_state": lambda params: lm.initial_state(graphdef, params, 2),
+        "watch": lambda params: lm.watch(graphdef, params, TOKENS, TOKENS, state),
+        "unfold": lambda params: lm.unfold(graphdef, params, state),
+    }
+    for door in doors.values():
+        with pytest.raises(ValueError, match="of build, got LMState; a state is an"):
+            door(state)
+        lacking = without(params, "blocks", "levels", 1, "mlp", "up", "kernel")
+        with pytest.raises(ValueError, match="lack blocks.levels.1.mlp.up.kernel."):
+            door(lacking)
+    more = jax.tree.map(lambda a: a, params)
+    more["again"] = more["rates"]
+    with pytest.raises(ValueError, match="others: nothing asks for again."):
+        doors["apply"](more)
+    with pytest.raises(ValueError, match="graphdef must be that of build, got State"):
+        lm.apply(params, params, TOKENS)

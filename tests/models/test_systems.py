@@ -1,6 +1,7 @@
 """The systems of our models are no mere description: `core.live` runs them."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -209,8 +210,8 @@ def test_a_self_modifying_layer_lives_as_its_system_says():
     )
     system = System(
         (
-            Box("projections", projections.clock, 0, "own values", "GD", projections),
-            Box("main memory", memory.clock, 0, "values", "GD", memory),
+            Box("projections", projections.clock, 0, level=projections),
+            Box("main memory", memory.clock, 0, level=memory),
         ),
         (Edge("projections", "main memory", "generate"),),
     )
@@ -227,3 +228,45 @@ def _query(q):
     """A token that asks only."""
     one = jnp.zeros(())
     return Tokens(k=q, v=q, q=q, eta=one, alpha=one + 1.0, theta=one)
+
+
+def test_what_a_step_says_of_each_level():
+    """Norms of the parameters that are each level's, a rate and half-lives."""
+    config = dataclasses.replace(small.HOPE, layers=1)
+    _, params = small.built(config)
+    gradient = jax.tree.map(jnp.zeros_like, params)
+    change = jax.tree.map(jnp.zeros_like, params)
+
+    def put(tree, *path, value):
+        *path, last = path
+        for name in path:
+            tree = tree[name]
+        leaf = tree[last]
+        tree[last] = jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(value), leaf)
+
+    mlp = ("blocks", "levels", 1, "mlp", "up", "kernel")
+    put(gradient, *mlp, value=3.0)
+    put(gradient, "blocks", "levels", 1, "norm", "scale", value=4.0)
+    put(change, "blocks", "mixer", "main_start", "w1", value=2.0)
+    put(change, "embed", "embedding", value=0.5)
+    put(params := jax.tree.map(jnp.copy, params), "rates", value=0.0)
+    bias = jnp.log(jnp.array([[0.5, 0.75]])) - jnp.log(jnp.array([[0.5, 0.25]]))
+    params["blocks"]["mixer"]["bias_alpha"] = jax.tree.map(
+        lambda a: bias, params["blocks"]["mixer"]["bias_alpha"]
+    )
+    said = jax.jit(functools.partial(systems.of_step, config))(gradient, change, params)
+    expected = {
+        "grad_norm/CMS 2": 5.0,
+        "update_norm/memories": 2.0,
+        "update_norm/slow weights": 0.5,
+        "rate/CMS 1": 0.5,
+        "rate/CMS 2": 0.5,
+        "half_life/shortest": 1.0,
+        "half_life/longest": math.log(0.5) / math.log(0.75),
+    }
+    parts = [f"CMS {i}" for i in (1, 2, 3)] + [systems.MEMORIES, systems.SLOW]
+    zero = {f"{w}/{part}": 0.0 for w in ("grad_norm", "update_norm") for part in parts}
+    expected = zero | {"rate/CMS 3": 0.1} | expected
+    assert said.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(said[name], value, rtol=1e-4, err_msg=name)

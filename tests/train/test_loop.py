@@ -60,6 +60,10 @@ def test_what_the_log_says(finished):
         # Bytes as tokens, and one token more for each document's start.
         ratio = line["bits_per_byte"] / (line["loss"] / np.log(2))
         assert 1 < ratio < 1.01
+        parts = [v for k, v in line.items() if k.startswith("update_norm/")]
+        np.testing.assert_allclose(
+            np.sqrt(np.sum(np.square(parts))), line["update_norm"], rtol=1e-5
+        )
     validated = [line["step"] for line in log if "validation_bits_per_byte" in line]
     assert validated == [5, 10, 12]
     assert {k: v for k, v in log[-1].items() if k != "step"} == outcome.metrics

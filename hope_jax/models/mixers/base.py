@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 
+from hope_jax.core import show
 from hope_jax.core.system import Edge
 from hope_jax.memory import named
 from hope_jax.memory.compose import MemoryConfig
@@ -45,6 +46,8 @@ class MixerConfig(abc.ABC):
     even: ClassVar[bool] = False
     modifies_itself: ClassVar[bool] = False
     controlled: ClassVar[bool] = True
+
+    _repr_html_ = show.config
 
     def check_heads(self, d_model: int, heads: int) -> None:
         """Refuses a model whose heads it cannot have.
@@ -92,6 +95,14 @@ class MixerConfig(abc.ABC):
     @abc.abstractmethod
     def parts(self) -> tuple[Part, ...]:
         """Its levels."""
+
+    @property
+    def memories(self) -> tuple[MemoryConfig, ...]:
+        """The memory of each of its parts that learns, in their order. Its module then
+        has `watch(x, state, aligned=, learn=)`: a call of it, which also returns what
+        each of them was given, `Tokens` of leaves `[B, H, T, ...]` whose values are
+        what it stores."""
+        return ()
 
     @property
     def ends(self) -> tuple[str, ...]:

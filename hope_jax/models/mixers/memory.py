@@ -122,6 +122,10 @@ class MemoryMixerConfig(MixerConfig):
     def parts(self) -> tuple[Part, ...]:
         return (recalling("memory", self.memory, "start"),)
 
+    @property
+    def memories(self) -> tuple[MemoryConfig, ...]:
+        return (self.memory,)
+
     def bare(self, state: "MemoryMixerState") -> "MemoryMixerState":
         return state._replace(memory=bare(state.memory))
 
@@ -179,6 +183,10 @@ class NamedConfig(MixerConfig):
     def parts(self) -> tuple[Part, ...]:
         title = named.get(self.kind).title
         return (recalling(f"{title} memory", self.layer.memory, "start"),)
+
+    @property
+    def memories(self) -> tuple[MemoryConfig, ...]:
+        return self.layer.memories
 
     def bare(self, state: "MemoryMixerState") -> "MemoryMixerState":
         return self.layer.bare(state)
@@ -430,6 +438,18 @@ class MemoryMixer(nnx.Module):
         y = self.norm(y.astype(self.dtype)).reshape(x.shape)
         y = self.out(y * jax.nn.silu(self.gate(x)))
         return y, MemoryMixerState(memory, tails, position)
+
+    def watch(
+        self,
+        x: Float[Array, "B T D"],
+        state: MemoryMixerState,
+        *,
+        aligned: bool,
+        learn: bool | Learning = True,
+    ) -> tuple[Float[Array, "B T D"], MemoryMixerState, tuple[Tokens]]:
+        """A call, and what the memories were given (`MixerConfig.memories`)."""
+        y, after = self(x, state, aligned=aligned, learn=learn)
+        return y, after, (self.tokens(x, state)[0],)
 
     def _start(self):
         """The learned memories, leaves `[H, ...]`."""

@@ -252,6 +252,11 @@ class SelfModifyingConfig(MixerConfig):
         return (*made, main)
 
     @property
+    def memories(self) -> tuple[MemoryConfig, ...]:
+        own = dataclasses.replace(self.memory, chunk=self.projection_chunk)
+        return (*(own for _ in self.projections), self.memory)
+
+    @property
     def ends(self) -> tuple[str, ...]:
         return (self.parts[-1].name,)
 
@@ -509,6 +514,45 @@ class SelfModifyingTitans(nnx.Module):
         )
         state = self._keep_tail(state, tail)
         return self._output(jnp.moveaxis(y, 0, 1), gate), state
+
+    def watch(
+        self,
+        x: Float[Array, "B T D"],
+        state: SelfModifyingState,
+        *,
+        aligned: bool,
+        learn: bool | Learning = True,
+    ) -> tuple[Float[Array, "B T D"], SelfModifyingState, tuple[Tokens, ...]]:
+        """A call, and what each memory was given (`MixerConfig.memories`): keys and
+        rates that all share, but for what a projection takes of the rate, and targets
+        of its own."""
+        config, (_, shares) = self.config, self._given()
+        # Values that the main memory makes itself are of its own, smaller chunks.
+        one = config.projection_chunk == config.memory.chunk
+        aligned = aligned and (one or config.targets != "all")
+
+        def chunk(state, x):
+            x = jnp.moveaxis(x, 0, 1)
+            seen = self._static(x, state.tails.q)[0]
+            seen = Seen(*(jnp.moveaxis(a, 2, 1) for a in seen))
+            with jax.default_matmul_precision("float32"):
+                (tokens, own), _ = self._generate(state, seen)
+                stored = self._main_value(_some(state.memories, -1).anchor, tokens.v)
+            made = tuple(
+                tokens._replace(
+                    v=stored if i < 0 else own[:, :, i],
+                    eta=tokens.eta * shares[None, :, i, None],
+                )
+                for i in (*range(len(config.projections)), -1)
+            )
+            y, state = self(x, state, aligned=aligned, learn=learn)
+            made = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), made)
+            return state, (jnp.moveaxis(y, 1, 0), made)
+
+        size, xs = config.projection_chunk if aligned else 1, jnp.moveaxis(x, 1, 0)
+        after, (y, made) = scan_chunks(chunk, chunk, size, state, xs)
+        made = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), made)
+        return jnp.moveaxis(y, 0, 1), after, made
 
     def end(self, state: SelfModifyingState) -> SelfModifyingState:
         """Ends the chunks that rows have read to their end: the next token finds what

@@ -30,7 +30,7 @@ from hope_jax.core.config import at_least
 from hope_jax.core.system import Edge
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
-from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.compose import MemoryConfig, Tokens
 from hope_jax.memory.gates import GateConfig
 from hope_jax.memory.state import commit
 from hope_jax.models.layers import (
@@ -94,6 +94,10 @@ class TitansConfig(MixerConfig):
     def parts(self) -> tuple[Part, ...]:
         memory = recalling(f"{self._short} memory", self.memory, "memory.start")
         return (memory, softmax(f"{self._short} attention"))
+
+    @property
+    def memories(self) -> tuple[MemoryConfig, ...]:
+        return (self.memory,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -373,8 +377,36 @@ class MemoryAsContext(nnx.Module):
         )
         return jnp.moveaxis(y, 0, 1), state
 
+    def watch(
+        self,
+        x: Float[Array, "B T D"],
+        state: ContextState,
+        *,
+        aligned: bool,
+        learn: bool | Learning = True,
+    ) -> tuple[Float[Array, "B T D"], ContextState, tuple[Tokens]]:
+        """A call, and what the memory was given: what attention says."""
+
+        def read(state, tokens):
+            x = jnp.moveaxis(tokens, 0, 1)
+            said, *_ = self._attend(x, state, aligned)
+            y, state = self._read(x, state, aligned, learn)
+            return state, (jnp.moveaxis(said, 1, 0), jnp.moveaxis(y, 1, 0))
+
+        chunk, xs = self.config.segment if aligned else 1, jnp.moveaxis(x, 1, 0)
+        after, made = scan_chunks(read, read, chunk, state, xs)
+        said, y = (jnp.moveaxis(a, 0, 1) for a in made)
+        return y, after, (self.memory.tokens(said, state.memory)[0],)
+
     def _read(self, x, state, aligned, learn):
         """Tokens from a segment's start on, or one token anywhere."""
+        y, start, tails, pairs = self._attend(x, state, aligned)
+        recalled, memory = self.memory(y, state.memory, aligned=aligned, learn=learn)
+        return self.join(y, recalled), ContextState(memory, start, tails, pairs)
+
+    def _attend(self, x, state, aligned):
+        """What attention says of these tokens, and what the state is then but for the
+        memory, which that is given."""
         rows, length, _ = x.shape
         segment, memory = self.config.segment, state.memory
         slot = memory.position % segment
@@ -411,9 +443,7 @@ class MemoryAsContext(nnx.Module):
             jnp.concatenate([visible, visible], axis=-1),
             self.heads.pairs(_rows(self.persistent[...], rows)),
         )
-        recalled, memory = self.memory(y, memory, aligned=aligned, learn=learn)
-        state = ContextState(memory, start, reader.tails, pairs)
-        return self.join(y, recalled), state
+        return y, start, reader.tails, pairs
 
 
 class GateState(NamedTuple):
@@ -469,6 +499,18 @@ class MemoryAsGate(nnx.Module):
         )
         recalled, memory = self.memory(x, state.memory, aligned=aligned, learn=learn)
         return self.join(y, recalled), GateState(memory, window)
+
+    def watch(
+        self,
+        x: Float[Array, "B T D"],
+        state: GateState,
+        *,
+        aligned: bool,
+        learn: bool | Learning = True,
+    ) -> tuple[Float[Array, "B T D"], GateState, tuple[Tokens]]:
+        """A call, and what the memory was given."""
+        y, after = self(x, state, aligned=aligned, learn=learn)
+        return y, after, (self.memory.tokens(x, state.memory)[0],)
 
 
 class LayerState(NamedTuple):
@@ -528,6 +570,18 @@ class MemoryAsLayer(nnx.Module):
         y, memory = self.memory(x, state.memory, aligned=aligned, learn=learn)
         y, window = slide(self.heads, y, state.window, position, state.persistent)
         return self.out(y), LayerState(memory, state.persistent, window)
+
+    def watch(
+        self,
+        x: Float[Array, "B T D"],
+        state: LayerState,
+        *,
+        aligned: bool,
+        learn: bool | Learning = True,
+    ) -> tuple[Float[Array, "B T D"], LayerState, tuple[Tokens]]:
+        """A call, and what the memory was given."""
+        y, after = self(x, state, aligned=aligned, learn=learn)
+        return y, after, (self.memory.tokens(x, state.memory)[0],)
 
 
 _State = TypeVar("_State", ContextState, GateState, LayerState)

@@ -314,6 +314,18 @@ class TNT(nnx.Module):
         y = y.reshape(rows, length, self.d_model) * jax.nn.silu(self.gate(x))
         return self.out(y), state
 
+    def watch(
+        self,
+        x: Float[Array, "B T D"],
+        state: TNTState,
+        *,
+        aligned: bool,
+        learn: bool | Learning = True,
+    ) -> tuple[Float[Array, "B T D"], TNTState, tuple[Tokens, ...]]:
+        """A call, and what each memory was given (`MixerConfig.memories`)."""
+        y, after = self(x, state, aligned=aligned, learn=learn)
+        return y, after, self._streams(x, state.tails)[0]
+
     def _streams(self, x, tails) -> tuple[tuple[Tokens, ...], Tails]:
         """The tokens of each memory, `[B, H, T, ...]`; they differ in their gates."""
         rows, length, _ = x.shape
