@@ -632,7 +632,7 @@ def test_merging_averages_what_was_learned():
     made.feed("a", TEXT)
     made.feed("b", TEXT[::-1][:21])  # stands elsewhere in its chunks
     made.merge({"a": 1.0, "b": 3.0}, "c")
-    levels = [slots_lib.memories(CONFIG, made.row(n)) for n in "abc"]
+    levels = [slots_lib.memories(CONFIG, made.row(n).state) for n in "abc"]
     expected = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, *levels[:2])
     compare.within(1e-6, 1e-7)(levels[2], expected)
     fresh = opened("a").row("a")
