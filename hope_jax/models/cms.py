@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax import optim
 from hope_jax.core import level as level_lib
-from hope_jax.core.config import one_of
+from hope_jax.core.config import one_of, refuse_unread
 from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
 from hope_jax.optim.leaves import wide
@@ -45,6 +45,24 @@ def _check_nested(config: "CMSConfig") -> None:
                 f"{_rule(config.whole[i]).kind!r} of levels.{i} takes more than these: "
                 "use another, or variant='sequential'."
             )
+
+
+def _check_mixing(config: "CMSConfig") -> None:
+    """Refuses what is not about several levels side by side."""
+    refuse_unread(config, "mixing", "order", config.order, ("independent",))
+    refuse_unread(config, "top_k", "mixing", config.mixing, ("routed",))
+    count = len(config.levels)
+    if config.mixing != "mean" and count < 2:
+        raise ValueError(
+            f"mixing={config.mixing!r} is about what several levels say, and `levels` "
+            "has one: use mixing='mean'."
+        )
+    if config.mixing == "routed" and not 2 <= config.top_k < count:
+        raise ValueError(
+            f"top_k must be at least 2 and below the number of levels ({count}), got "
+            f"{config.top_k}: one alone has a weight of 1 whatever the router says, "
+            "which then learns nothing; for all of them use mixing='gated'."
+        )
 
 
 _ACCUMULATORS = ("float32", "bfloat16")
@@ -113,8 +131,16 @@ class CMSConfig:
       activation: of the gate: `silu` is SwiGLU, `gelu` (exact) and `gelu_tanh` GeGLU.
       bias: whether the MLPs' projections have one.
       order: `fast_to_slow` (the paper's figures), `slow_to_fast` (equation 70 as
-        printed), or `independent`: each level reads what the mixer leaves, and the mean
-        of what they say is added (equation 74 with equal weights).
+        printed), or `independent`: each level reads what the mixer leaves, and what
+        they say is added up (equation 74).
+      mixing: by which weights, where levels are independent: their `mean`; `learned`
+        ones, 1 / levels at the start, each by itself and of any sign; `gated`, a
+        softmax over the levels for each token, of a projection of what they read that
+        starts at zero, so that all begin at the mean; or `routed`: of these gates the
+        `top_k` largest of each token, made to add up to 1 again. Of gates that are
+        equal, as all are at the start, those of faster levels are taken. Every level
+        is computed for every token, and one that is not taken learns nothing from it.
+      top_k: how many levels are taken where they are routed.
       variant: `sequential` (equation 73): levels go on as long as the text does.
         `nested` (equation 72): whenever a level moves, the next faster one that moves
         begins again, at a start that the slower one owns: a copy a row of the learned
@@ -147,6 +173,8 @@ class CMSConfig:
     activation: Activation = "silu"
     bias: bool = False
     order: Literal["fast_to_slow", "slow_to_fast", "independent"] = "fast_to_slow"
+    mixing: Literal["mean", "learned", "gated", "routed"] = "mean"
+    top_k: int = 2
     variant: Literal["sequential", "nested"] = "sequential"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
@@ -170,6 +198,7 @@ class CMSConfig:
             self,
             activation=typing.get_args(Activation),
             order=("fast_to_slow", "slow_to_fast", "independent"),
+            mixing=("mean", "learned", "gated", "routed"),
             variant=("sequential", "nested"),
             reduction=("mean", "sum"),
             gradient=("exact", "first_order", "none"),
@@ -190,6 +219,7 @@ class CMSConfig:
                     f"rate ({level.rate}) must be below rate_bound ({self.rate_bound})."
                 )
         _check_shared(self)
+        _check_mixing(self)
         if self.variant == "nested":
             _check_nested(self)
 
