@@ -111,7 +111,8 @@ class Mix(nnx.Module):
         if self.top_k < count:
             _, best = jax.lax.top_k(logits, self.top_k)
             taken = jnp.any(jax.nn.one_hot(best, count, dtype=bool), axis=-2)
-            logits = jnp.where(taken, logits, -jnp.inf)
+            # Not infinite: the gradient of a gradient would have no value there.
+            logits = jnp.where(taken, logits, jnp.finfo(logits.dtype).min)
         return jax.nn.softmax(logits, axis=-1)
 
 

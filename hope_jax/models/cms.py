@@ -333,9 +333,27 @@ def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
     """The rule of a level, for one row."""
     assert level.clip is not None
     return optax.chain(
-        optax.clip_by_global_norm(level.clip),
+        _clip(level.clip),
         optim.inner(_rule(level), rate),
     )
+
+
+def _clip(longest: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, to the bit, that has a derivative at zero too: a
+    level that no token was routed to has learned nothing."""
+
+    def update(gradient, state, params=None):
+        del params
+        square = optax.tree.norm(gradient, squared=True)
+        norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+        short = (square == 0) | (norm < longest)
+        clipped = jax.tree.map(
+            lambda g: jnp.where(short, g, (g / norm.astype(g.dtype)) * longest),
+            gradient,
+        )
+        return clipped, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def begin_level(

@@ -688,7 +688,8 @@ def _closed(config, rows):
     if config.cms.rates != "generated":
         return None
     parts = len(config.pattern)
-    zeros = jnp.zeros((config.layers // parts, rows), jnp.float32)
+    shape = config.layers // parts, rows
+    zeros = jnp.zeros(shape, wide_type(jnp.dtype(DTYPES[config.dtype])))
     return zeros if parts == 1 else (zeros,) * parts
 
 
