@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from hope_jax import optim
 from hope_jax.core import level as level_lib
-from hope_jax.core.config import one_of, refuse_unread
+from hope_jax.core.config import at_least, one_of, refuse_unread
 from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
 from hope_jax.optim.leaves import wide
@@ -65,6 +65,26 @@ def _check_mixing(config: "CMSConfig") -> None:
         )
 
 
+def _check_truncated(config: "CMSConfig") -> None:
+    """Refuses a cut of what no gradient goes through."""
+    for i, level in enumerate(config.levels):
+        if level.truncate is None:
+            continue
+        if config.gradient != "exact":
+            raise ValueError(
+                f"truncate={level.truncate} of levels.{i} is about gradients that go "
+                f"through moves, and gradient={config.gradient!r} goes through none: "
+                "use gradient='exact', or leave truncate None."
+            )
+        if config.variant == "nested" or i not in config.fast:
+            raise ValueError(
+                f"truncate={level.truncate} of levels.{i} is about the moves of a "
+                "level that goes on from each, got variant="
+                f"{config.variant!r}, period {level.period} and rate {level.rate}: "
+                "leave it None."
+            )
+
+
 _ACCUMULATORS = ("float32", "bfloat16")
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -96,6 +116,13 @@ class CMSLevel:
       clip: bound on the norm of one row's inner gradient, over the level's whole stack.
       pull: how much of the way back to its start a move also takes the level.
       accumulator: the type that its gradients are kept in until it moves.
+      truncate: with `gradient="exact"`, through how many of the level's own moves the
+        outer gradient goes back from where its weights are read: the last 1 to
+        `truncate` of them, for the way is cut every `truncate` moves. Of a stretch of
+        so many the first move sees weights and a state of its rule that are constants,
+        but that the weights have the slope of where they started, and what is learned
+        for it is learned there too. None goes back to the start. It bounds what
+        gradients are products of, not what is kept to make them.
     """
 
     period: float
@@ -105,8 +132,10 @@ class CMSLevel:
     clip: float | None = None
     pull: float | None = None
     accumulator: Literal["float32", "bfloat16"] | None = None
+    truncate: int | None = None
 
     def __post_init__(self):
+        at_least(self, truncate=1)
         if self.period != math.inf and (
             self.period < 1 or not float(self.period).is_integer()
         ):
@@ -220,6 +249,7 @@ class CMSConfig:
                 )
         _check_shared(self)
         _check_mixing(self)
+        _check_truncated(self)
         if self.variant == "nested":
             _check_nested(self)
 
@@ -423,6 +453,21 @@ def move(
     over_rows = jax.vmap(move_row, (axis, *axes), (axis, *axes))
     moved, *after = over_rows(weights, *state[:3])
     return moved, FastLevel(*after, owned=state.owned)
+
+
+@jax.custom_jvp
+def cut(weights: Array, start: Array) -> Array:
+    """`weights`, `[L, B, ...]`, which to the level above are constants but that they
+    move as far as `start`, `[L, ...]`, does."""
+    del start
+    return weights
+
+
+@cut.defjvp
+def _cut_slope(primals, tangents):
+    weights, _ = primals
+    _, start = tangents
+    return weights, jnp.broadcast_to(start[:, None], weights.shape)
 
 
 def begin_again(

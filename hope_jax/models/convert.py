@@ -371,7 +371,7 @@ def freeze_level(
     """
     _check_index(config, index)
     levels = list(config.cms.levels)
-    levels[index] = dataclasses.replace(levels[index], rate=0.0)
+    levels[index] = dataclasses.replace(levels[index], rate=0.0, truncate=None)
     return _rearranged(config, params, levels, list(range(len(levels))), chain=False)
 
 

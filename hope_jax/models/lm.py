@@ -750,16 +750,48 @@ def _say(model, x, targets):
 _SAID = 256  # tokens whose logits are held at once
 
 
-def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read"]:
+def _read_and_blame(
+    model, tokens, labels, mixers, fast, position
+) -> tuple[PyTree, "_Read"]:
     """What a base chunk's loss says of each row's fast weights, and its `_read`.
 
-    The gradient is that of the chunk alone: states at its start are constants to it.
+    The gradient is that of the chunk alone: states at its start, at `position`, are
+    constants to it.
     """
     graphdef, params = nnx.split(model, nnx.Param)
     chunk = _Chunk(tokens, labels, mixers, fast)
-    if model.config.cms.gradient == "exact":
-        return jax.checkpoint(_blame, static_argnums=0)(graphdef, params, chunk)
-    return _blame_constant(graphdef, params, chunk)
+    if model.config.cms.gradient != "exact":
+        return _blame_constant(graphdef, params, chunk)
+    blame = jax.checkpoint(_blame, static_argnums=0)
+    if all(level.truncate is None for level, _ in _moving(model.config, fast)):
+        return blame(graphdef, params, chunk)
+    # What is read goes back as far as it may, what is learned not in every chunk. The
+    # values are the same, and so the two are one program but for their derivatives.
+    learned, there = blame(
+        graphdef, params, chunk._replace(fast=_cut(model, fast, position))
+    )
+    read = jax.checkpoint(_read_chunk, static_argnums=0)(graphdef, params, chunk)
+    return learned, read._replace(opened=there.opened)
+
+
+def _cut(model, fast, position):
+    """Fast weights as those that learn at `position` see them (`CMSLevel.truncate`)."""
+    starts, made = model.blocks.starts(), []
+    for (level, weights), start in zip(
+        _moving(model.config, fast), starts, strict=False
+    ):
+        moves = position // int(level.period)
+        made.append(_cut_at(level, moves, weights, start))
+    return tuple(made)
+
+
+def _cut_at(level, moves, weights, start):
+    """The weights of a level for its next move after so many: cut where that is the
+    first of a stretch."""
+    if level.truncate is None:
+        return weights
+    first = moves % level.truncate == 0
+    return _where_any(first, jax.tree.map(cms.cut, weights, start), weights)
 
 
 # A first-order move is traced as a value, as the forward half of its derivative and
@@ -942,7 +974,9 @@ def _read_aligned(
 def _live(model, life, xs):
     """Reads a base chunk of `[C, B]` tokens and labels, and moves what is due then."""
     tokens, labels = (a.T for a in xs)
-    learned, read = _read_and_blame(model, tokens, labels, life.mixers, life.fast)
+    learned, read = _read_and_blame(
+        model, tokens, labels, life.mixers, life.fast, life.position
+    )
     life = life._replace(
         mixers=model.config.bare(read.mixers),
         levels=_accumulate(model, life.levels, learned, read),
@@ -961,14 +995,15 @@ def _move_due(model, life, rows=None):
         # With the next faster level, which may begin again.
         those = slice(max(0, which - 1), which + 1)
         old = tuple(fast[those]), tuple(levels[those]), ledger
+        moves = life.position // period - 1  # before this one
         if rows is None and period == config.base_chunk:
-            fast[those], levels[those], ledger = _move(model, which, *old)
+            fast[those], levels[those], ledger = _move(model, which, moves, *old)
             continue
         due = Clock(period=period).moves(life.position)
         due = due if rows is None else due & rows
 
-        def move(*old, which=which, due=due):
-            return _move(model, which, *old, rows=due if due.ndim else None)
+        def move(*old, which=which, moves=moves, due=due):
+            return _move(model, which, moves, *old, rows=due if due.ndim else None)
 
         def stay(*old):
             return old
@@ -979,9 +1014,10 @@ def _move_due(model, life, rows=None):
     return life._replace(fast=tuple(fast), levels=tuple(levels), ledger=ledger)
 
 
-def _move(model, which, fast, states, ledger, rows=None):
+def _move(model, which, moves, fast, states, ledger, rows=None):
     """Moves one fast level of the rows that are chosen, by default of all: the last of
-    those that are given, the next faster of which begins again where levels nest."""
+    those that are given, the next faster of which begins again where levels nest.
+    `moves` is how many it has made."""
     config = model.config
     rate, start = model.inner_rates()[which], model.blocks.starts()
     (*faster, weights), (*faster_states, state) = fast, states
@@ -990,9 +1026,12 @@ def _move(model, which, fast, states, ledger, rows=None):
             (rate, start, state, faster_states)
         )
     level = config.cms.whole[config.fast[which]]
-    moved, after = cms.move(
-        config.cms, level, rate, start[which], weights, state, axis=1
-    )
+    here, given = _cut_at(level, moves, weights, start[which]), state
+    if level.truncate is not None:
+        constant = jax.lax.stop_gradient(state.opt)
+        first = moves % level.truncate == 0
+        given = state._replace(opt=_where_any(first, constant, state.opt, axis=0))
+    moved, after = cms.move(config.cms, level, rate, start[which], here, given, axis=1)
     may = rows
     if ledger is not None:
         moved, may, ledger = _keep_account(ledger, which, rows, weights, moved)
@@ -1066,7 +1105,12 @@ def _settle(model, state, token, ledger=None, reading=None):
     def settle():
         labels = jnp.concatenate([state.held.tokens[:, 1:], token[:, None]], axis=1)
         learned, read = _read_and_blame(
-            model, state.held.tokens, labels, state.held.mixers, state.blocks.fast
+            model,
+            state.held.tokens,
+            labels,
+            state.held.mixers,
+            state.blocks.fast,
+            state.position - model.config.base_chunk,
         )
         levels = tuple(
             _where_level(complete, new, old)
@@ -1337,6 +1381,13 @@ def _where(rows, new, old, axis=1):
         return jnp.where(rows.reshape(shape), a, b)
 
     return jax.tree.map(choose, new, old)
+
+
+def _where_any(rows, new, old, axis=1):
+    """`_where`, of one answer for all rows too."""
+    if rows.ndim:
+        return _where(rows, new, old, axis)
+    return jax.tree.map(lambda a, b: jnp.where(rows, a, b), new, old)
 
 
 def _where_state(rows, new, old):

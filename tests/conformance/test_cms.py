@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import hope_jax
-from hope_jax.models import lm
+from hope_jax.models import cms, lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.optim.leaves import path_names
 from tests.models import small
@@ -25,6 +25,10 @@ from tests.models.test_promises import assert_same_state
 
 LENGTH, PERIODS, LONGEST = 16, (2, 4), 7
 LEVELS = (*(CMSLevel(period=p, rate=0.5) for p in PERIODS), CMSLevel(period=math.inf))
+TRUNCATED = tuple(
+    dataclasses.replace(level, truncate=truncate)
+    for level, truncate in zip(LEVELS, (3, 1, None), strict=True)
+)
 INDEPENDENT = dict(order="independent")
 MEMBERS = {
     "fast_to_slow": {},
@@ -36,8 +40,13 @@ MEMBERS = {
     "nested": dict(variant="nested"),
     "generated": dict(rates="generated"),
     "bfloat16": dict(accumulator="bfloat16"),
+    "truncated": dict(levels=TRUNCATED, rule="momentum", rates="generated"),
 }
 ROUNDED = ("bfloat16",)  # sums that jump
+NO_SLOPE = {
+    "bfloat16": "a rounded sum jumps",
+    "truncated": "a part of the slope is left out: held to the definition below",
+}
 PARTS = {  # what has an outer gradient, beside each level's start and the inner rates
     "learned": "mix.shares",
     "gated": "mix.gate",
@@ -49,14 +58,14 @@ each = pytest.mark.parametrize("member", MEMBERS)
 
 def configured(member, dtype="float64"):
     fields = dict(levels=LEVELS, hidden=6, gradient="exact", pull=0.1)
-    cms = CMSConfig(**fields | MEMBERS[member])
+    chain = CMSConfig(**fields | MEMBERS[member])
     attention = small.HOPE_ATTENTION
-    return dataclasses.replace(attention, layers=1, cms=cms, dtype=dtype)
+    return dataclasses.replace(attention, layers=1, cms=chain, dtype=dtype)
 
 
 @pytest.fixture(autouse=True)
 def wide():
-    """Flax's norms mix their own float32 with float64, which strict promotion refuses."""
+    """Flax's norms mix float32 of their own in, which strict promotion refuses."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -162,8 +171,8 @@ def test_at_rates_of_zero_no_level_moves(member):
 def test_the_outer_gradient_is_that_of_finite_differences(member, part):
     """Through every move: in where the levels start, in their rates, and in what the
     member alone has."""
-    if member in ROUNDED:
-        pytest.skip("a rounded sum has no slope")
+    if member in NO_SLOPE:
+        pytest.skip(NO_SLOPE[member])
     part = PARTS.get(member) if part == "own" else part
     if part is None:
         pytest.skip("it has nothing of its own")
@@ -179,3 +188,85 @@ def test_the_outer_gradient_is_that_of_finite_differences(member, part):
     exact = sum(jax.tree.leaves(jax.tree.map(np.vdot, gradient, direction)))
     assert abs(exact) > 1e-6
     np.testing.assert_allclose(exact, numeric, rtol=1e-5, atol=2e-10)
+
+
+def truncated_by_definition(member):
+    """`truncates -> loss, gradient` of `whole` in a plain loop over base chunks. Of
+    every stretch of so many moves the first is made from, and learned at, constants
+    that move with where the level starts."""
+    config, params = configured(member), started(member)
+    graphdef, base = lm.abstract_model(config)[0], config.base_chunk
+
+    @jax.jit
+    def begin(params):
+        return lm._begin(nnx.merge(graphdef, params), TOKENS.shape[0])
+
+    @jax.jit
+    def read(params, mixers, fast, tokens):
+        model = nnx.merge(graphdef, params)
+        return lm._read(model, tokens, mixers, fast, aligned=True, learn=True)
+
+    @jax.jit
+    def slopes(params, mixers, fast, tokens, labels):
+        def objective(fast):
+            made = read(params, mixers, fast, tokens)
+            return lm.next_token_loss(made.said, labels).sum(), made.opened
+
+        return jax.grad(objective, has_aux=True)(fast)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def move(i, params, weights, level):
+        model = nnx.merge(graphdef, params)
+        rate, start = model.inner_rates()[i], model.blocks.starts()[i]
+        whole = config.cms.whole[i]
+        return cms.move(config.cms, whole, rate, start, weights, level, axis=1)
+
+    def loss(params, truncates):
+        begun = begin(params)
+        mixers, start, _ = begun.blocks
+        fast, levels, said = list(start), list(begun.levels), []
+        for n in range(LENGTH // base):
+            tokens = TOKENS[:, n * base : (n + 1) * base]
+            here = list(fast)
+            for i, period in enumerate(PERIODS):
+                if n * base // period % truncates[i] == 0:
+                    here[i] = jax.tree.map(
+                        lambda w, s: s + jax.lax.stop_gradient(w - s), fast[i], start[i]
+                    )
+            logits, after, _ = read(params, mixers, tuple(fast), tokens)
+            said.append(logits)
+            if n == LENGTH // base - 1:
+                break  # the label of its last token is not there
+            labels = TOKENS[:, n * base + 1 : (n + 1) * base + 1]
+            gradient, opened = slopes(params, mixers, tuple(here), tokens, labels)
+            for i, period in enumerate(PERIODS):
+                more = jax.tree.map(jnp.add, levels[i].learned.gradient, gradient[i])
+                open_ = levels[i].opened + opened[..., i].sum(axis=2)
+                learned = levels[i].learned._replace(gradient=more)
+                levels[i] = levels[i]._replace(learned=learned, opened=open_)
+                if (n + 1) * base % period == 0:
+                    if here[i] is not fast[i]:
+                        constant = jax.lax.stop_gradient(levels[i].opt)
+                        levels[i] = levels[i]._replace(opt=constant)
+                    fast[i], levels[i] = move(i, params, here[i], levels[i])
+            mixers = after
+        logits = jnp.concatenate(said, axis=1)
+        losses = lm.next_token_loss(logits[:, :-1], jnp.asarray(TOKENS[:, 1:]))
+        return losses[:, PERIODS[0] :].mean()
+
+    params = jax.tree.map(jnp.asarray, params)
+    return functools.partial(jax.value_and_grad(loss), params)
+
+
+def test_a_truncated_gradient_is_its_definition():
+    loss, _, _, gradient = whole("truncated")(started("truncated"), TOKENS)
+    definition = truncated_by_definition("truncated")
+    wanted, want = definition((3, 1))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    far = lambda a, b: max(  # noqa: E731
+        np.abs(x - y).max() / np.abs(y).max()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+    assert far(gradient, want) < 1e-5
+    for other in ((2, 1), (3, 2)):
+        assert far(gradient, definition(other)[1]) > 1e-3

@@ -186,6 +186,17 @@ def test_bad_model_configs(changes, message):
             lambda: CMSConfig(levels=(CMSLevel(period=math.inf, rate=1.0),)),
             r"rate \(1.0\) must be below rate_bound \(1.0\)",
         ),
+        (lambda: CMSLevel(period=4, truncate=0), "truncate must be at least 1, got 0"),
+        (
+            lambda: CMSConfig(levels=(CMSLevel(period=4, truncate=2),)),
+            "truncate=2 of levels.0 .* gradient='first_order' goes through none",
+        ),
+        (
+            lambda: CMSConfig(
+                levels=(CMSLevel(period=4, rate=0.0, truncate=2),), gradient="exact"
+            ),
+            "truncate=2 of levels.0 is about the moves of .* rate 0.0",
+        ),
         (lambda: CMSConfig(mixing="gated"), "mixing='gated' is read by nothing"),
         (lambda: CMSConfig(top_k=1), "top_k=1 is read by nothing: mixing='mean'"),
         (
