@@ -18,6 +18,7 @@ from flax import nnx
 import hope_jax
 from hope_jax.models import cms, lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
+from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.optim.leaves import path_names
 from tests.models import small
 from tests.models.test_clocks import moves
@@ -137,6 +138,24 @@ def test_pieces_make_the_whole(member):
             said.append(logits[:, :count])
         np.testing.assert_allclose(np.concatenate(said, 1), expected, atol=tolerance)
         assert_same_state(state, end, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("periods", "base", "length"), [((7, 50, 350), 1, 353), ((10, 1000), 10, 1013)]
+)
+def test_periods_need_not_nest(periods, base, length):
+    levels = tuple(CMSLevel(period=p, rate=0.5) for p in periods)
+    mixer = AttentionConfig(context=128)
+    config = dataclasses.replace(
+        small.HOPE_ATTENTION,
+        layers=1,
+        mixer=mixer,
+        cms=CMSConfig(levels=levels, hidden=6),
+    )
+    assert config.base_chunk == base
+    with jax.enable_x64(False):
+        _, state = small.read(config, small.some_tokens(length=length))
+    assert moves(state) == [[(length - 1) // p] * 2 for p in periods]
 
 
 @each
