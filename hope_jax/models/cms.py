@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax import optim
 from hope_jax.core import level as level_lib
@@ -45,6 +45,13 @@ def _check_nested(config: "CMSConfig") -> None:
                 f"{_rule(config.whole[i]).kind!r} of levels.{i} takes more than these: "
                 "use another, or variant='sequential'."
             )
+    fast, *slower = (config.levels[i].period for i in config.fast)
+    if config.inner == "exact" and (len(slower) > 1 or slower[0] % fast):
+        raise ValueError(
+            "inner='exact' is for two levels that move while reading, the slower "
+            f"period a multiple of the faster, got {[fast, *slower]}: use "
+            "inner='first_order'."
+        )
 
 
 def _check_mixing(config: "CMSConfig") -> None:
@@ -174,8 +181,14 @@ class CMSConfig:
         `nested` (equation 72): whenever a level moves, the next faster one that moves
         begins again, at a start that the slower one owns: a copy a row of the learned
         one, which moves with the slower level, by its rule, on the gradients of all
-        that the faster one read meanwhile. They are taken where the faster level stood
-        (first order), not through its moves, as equation 72 has them.
+        that the faster one read meanwhile.
+      inner: where levels nest, which gradients: `first_order` takes them where the
+        faster level stood; `exact`, equation 72, in where it began, through its moves.
+        That is for two levels, the slower period a multiple of the faster. A row then
+        keeps the tokens since the slower level's last move, and the mixers' states
+        there, and reads them again at the next; where not all of them were learned from
+        as they came (learning switched off or limited, a level reset), the move is
+        first order.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
@@ -205,6 +218,7 @@ class CMSConfig:
     mixing: Literal["mean", "learned", "gated", "routed"] = "mean"
     top_k: int = 2
     variant: Literal["sequential", "nested"] = "sequential"
+    inner: Literal["first_order", "exact"] = "first_order"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
     gradient: Literal["exact", "first_order", "none"] = "first_order"
@@ -229,6 +243,7 @@ class CMSConfig:
             order=("fast_to_slow", "slow_to_fast", "independent"),
             mixing=("mean", "learned", "gated", "routed"),
             variant=("sequential", "nested"),
+            inner=("first_order", "exact"),
             reduction=("mean", "sum"),
             gradient=("exact", "first_order", "none"),
             accumulator=_ACCUMULATORS,
@@ -250,6 +265,7 @@ class CMSConfig:
         _check_shared(self)
         _check_mixing(self)
         _check_truncated(self)
+        refuse_unread(self, "inner", "variant", self.variant, ("nested",))
         if self.variant == "nested":
             _check_nested(self)
 
@@ -293,6 +309,26 @@ class CMSConfig:
         return tuple(i for i, moves in enumerate(moving) if moves)
 
 
+class Window(NamedTuple):
+    """What came since the owner of a start last moved, for `CMSConfig.inner` exact.
+
+    Attributes:
+      mixers: the mixers' states then, bare; leaves as of the blocks.
+      tokens, labels: what was read, and what followed each, `[B, W]`, W the owner's
+        period; what is not there yet is left from before.
+      chunks: `[B]`, how many base chunks of it were learned from, all as they came; far
+        below zero where one was not.
+    """
+
+    mixers: PyTree
+    tokens: Int[Array, "B W"]
+    labels: Int[Array, "B W"]
+    chunks: Int[Array, " B"]
+
+
+SPOILED = -(2**30)  # chunks of a window that is not as it was read
+
+
 class Owned(NamedTuple):
     """The start of a level that the next slower one owns (`CMSConfig.variant`).
 
@@ -300,11 +336,13 @@ class Owned(NamedTuple):
       start: where the level begins again; rows as in its weights.
       learned: the sums over its tokens since the slower level's last move.
       opt: the state of the slower level's rule.
+      window: these tokens, where gradients go through the level's moves; else None.
     """
 
     start: PyTree
     learned: PyTree
     opt: PyTree
+    window: Window | None = None
 
 
 class FastLevel(NamedTuple):
@@ -366,6 +404,17 @@ def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
         _clip(level.clip),
         optim.inner(_rule(level), rate),
     )
+
+
+def spoiled(state: FastLevel, rows: Bool[Array, " B"]) -> FastLevel:
+    """The state of a level whose window is not as it was read, in the rows that are
+    chosen: its start moves in the first order next time. Others are left alone."""
+    owned = state.owned
+    if owned is None or owned.window is None:
+        return state
+    chunks = jnp.where(rows, SPOILED, owned.window.chunks)
+    window = owned.window._replace(chunks=chunks)
+    return state._replace(owned=owned._replace(window=window))
 
 
 def _clip(longest: float) -> optax.GradientTransformation:
@@ -498,7 +547,8 @@ def begin_again(
     moved, after = move(config, owner, rate, start, owned.start, sums, axis)
     fresh = begin_level(level, moved, axis, owner)
     nothing = level_lib.nothing(state.opened)
-    kept = Owned(moved, level_lib.nothing(owned.learned), after.opt)
+    learned = level_lib.nothing(owned.learned)
+    kept = Owned(moved, learned, after.opt, owned.window)
     return moved, fresh._replace(opened=nothing, owned=kept)
 
 

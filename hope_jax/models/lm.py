@@ -10,6 +10,7 @@ arrives: then the levels move, and that token is the first to see it. Nothing re
 it should not.
 """
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -24,6 +25,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from hope_jax.core import level as level_lib
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
 from hope_jax.kernels.select import scan_chunks
@@ -646,7 +648,10 @@ def _rows_first(state: LMState) -> LMState:
             opened=_swap(v.opened),
             owned=v.owned
             and v.owned._replace(
-                start=_swap(v.owned.start), learned=_swap(v.owned.learned)
+                start=_swap(v.owned.start),
+                learned=_swap(v.owned.learned),
+                window=v.owned.window
+                and v.owned.window._replace(mixers=_swap(v.owned.window.mixers)),
             ),
         )
         for v in state.levels
@@ -673,6 +678,16 @@ def _begin(model, rows, horizon=None):
         cms.begin_level(level, weights, 1, owner)._replace(opened=_closed(config, rows))
         for (level, weights), owner in itertools.zip_longest(moving, owners)
     )
+    if owners and config.cms.inner == "exact":
+        first, slow = levels
+        size = rows, config.fast_periods[1]
+        window = cms.Window(
+            mixers=config.bare(blocks.mixer),
+            tokens=jnp.zeros(size, jnp.int32),
+            labels=jnp.zeros(size, jnp.int32),
+            chunks=jnp.zeros((rows,), jnp.int32),
+        )
+        levels = first._replace(owned=first.owned._replace(window=window)), slow
     held = None
     if levels:
         held = Held(
@@ -862,7 +877,10 @@ def _blame_constant_backward(graphdef, residuals, cotangents):
 _blame_constant.defvjp(_blame_constant_forward, _blame_constant_backward)
 
 
-def _accumulate(model, levels, learned, read):
+def _accumulate(model, levels, learned, read, chunk):
+    """The levels with what a chunk, `(tokens, labels, mixers, position)` at its start,
+    has taught them."""
+
     def gathered(which, level):
         if not model.learning.levels[model.config.fast[which]]:
             return level
@@ -870,7 +888,8 @@ def _accumulate(model, levels, learned, read):
         owned = level.owned
         if owned is not None:
             sums = collect(owned.learned, learned[which].gradient)
-            owned = owned._replace(learned=sums)
+            window = owned.window and _kept_in(owned.window, *chunk)
+            owned = owned._replace(learned=sums, window=window)
         return level._replace(
             learned=collect(level.learned, learned[which]),
             opened=collect(level.opened, opened),
@@ -878,6 +897,77 @@ def _accumulate(model, levels, learned, read):
         )
 
     return tuple(gathered(which, level) for which, level in enumerate(levels))
+
+
+def _kept_in(window, tokens, labels, mixers, position):
+    """A window with one more base chunk, which begins it where its owner has moved."""
+    rows, size = window.tokens.shape
+    slot = jnp.broadcast_to(position % size, (rows,))
+    place = jnp.arange(size, dtype=jnp.int32)[None] - slot[:, None]
+    here = (place >= 0) & (place < tokens.shape[1])
+    place = jnp.clip(place, 0, tokens.shape[1] - 1)
+
+    def put(old, new):
+        return jnp.where(here, jnp.take_along_axis(new, place, axis=1), old)
+
+    begins = slot == 0
+    return cms.Window(
+        _where(begins, mixers, window.mixers),
+        put(window.tokens, tokens),
+        put(window.labels, labels),
+        jnp.where(begins, 0, window.chunks) + 1,
+    )
+
+
+def _through_moves(model, own, slow):
+    """What a whole window says of where the faster of two levels began, through its
+    moves (equation 72): reads the window once more. `slow` are the weights of the
+    slower level, which stood still meanwhile. As ever, the states at the start of each
+    base chunk are constants."""
+    config, window = model.config, own.owned.window
+    level, chunk = config.cms.whole[config.fast[0]], config.base_chunk
+    exact = dataclasses.replace(config.cms, gradient="exact")
+    graphdef, params = nnx.split(model, nnx.Param)
+    given = params, window.mixers, own.owned.start, slow
+    if config.cms.gradient != "exact":  # to the level above it is a constant
+        given = jax.lax.stop_gradient(given)
+    params, mixers, start, slow = given
+    model = nnx.merge(graphdef, params)
+    rate, learned_start = model.inner_rates()[0], model.blocks.starts()[0]
+    blame = jax.checkpoint(_blame, static_argnums=0)
+    closed = level_lib.nothing(own.opened)
+
+    def loss(start):
+        def step(life, xs):
+            weights, state, mixers = life
+            tokens, labels = xs
+            mixers = jax.lax.stop_gradient(mixers)
+            here = _Chunk(tokens, labels, mixers, (weights, slow))
+            (learned, _), read = blame(graphdef, params, here)
+            losses = read.said if model.losses else next_token_loss(read.said, labels)
+            opened = jax.tree.map(lambda a: jnp.sum(a[..., 0], axis=2), read.opened)
+            state = state._replace(
+                learned=collect(state.learned, learned), opened=opened
+            )
+            weights, state = cms.move(
+                exact, level, rate, learned_start, weights, state, axis=1
+            )
+            life = weights, state._replace(opened=closed), config.bare(read.mixers)
+            return life, jnp.sum(losses)
+
+        cut = lambda a: jnp.moveaxis(a.reshape(len(a), -1, chunk), 1, 0)  # noqa: E731
+        state = cms.begin_level(level, start, 1)._replace(opened=closed)
+        life = start, state, mixers
+        _, losses = jax.lax.scan(step, life, (cut(window.tokens), cut(window.labels)))
+        return jnp.sum(losses)
+
+    through = jax.grad(loss)(start)
+    whole = window.chunks == window.tokens.shape[1] // chunk
+    sums = jax.tree.map(
+        lambda new, old: new.astype(old.dtype), through, own.owned.learned
+    )
+    sums = _where(whole, sums, own.owned.learned)
+    return own._replace(owned=own.owned._replace(learned=sums))
 
 
 def _read_documents(model, tokens, labels, targets, state, begins, start, learn):
@@ -979,7 +1069,13 @@ def _live(model, life, xs):
     )
     life = life._replace(
         mixers=model.config.bare(read.mixers),
-        levels=_accumulate(model, life.levels, learned, read),
+        levels=_accumulate(
+            model,
+            life.levels,
+            learned,
+            read,
+            (tokens, labels, life.mixers, life.position),
+        ),
         position=life.position + tokens.shape[1],
     )
     return _move_due(model, life), jnp.moveaxis(read.said, 1, 0)
@@ -1034,22 +1130,27 @@ def _move(model, which, moves, fast, states, ledger, rows=None):
     moved, after = cms.move(config.cms, level, rate, start[which], here, given, axis=1)
     may = rows
     if ledger is not None:
+        before = ledger
         moved, may, ledger = _keep_account(ledger, which, rows, weights, moved)
         opt = _where(may, after.opt, state.opt, axis=0)
-        after = after._replace(opt=opt)
+        shortened = (ledger.shortened > before.shortened)[:, which]
+        after = cms.spoiled(after._replace(opt=opt), ~may | shortened)
     if rows is not None:
         moved = _where(rows, moved, weights)
         after = _where_level(rows, after, state)
     for i, (old, own) in enumerate(zip(faster, faster_states, strict=True)):
         if own.owned is None or not model.learning.levels[config.fast[which - 1]]:
             continue
+        taught = own
+        if own.owned.window is not None:
+            taught = _through_moves(model, own, weights)
         at, begun = cms.begin_again(
             config.cms,
             config.cms.whole[config.fast[which - 1]],
             level,
             rate,
             start[which - 1],
-            own,
+            taught,
             state.opened,
             axis=1,
         )
@@ -1104,21 +1205,20 @@ def _settle(model, state, token, ledger=None, reading=None):
 
     def settle():
         labels = jnp.concatenate([state.held.tokens[:, 1:], token[:, None]], axis=1)
+        position = state.position - model.config.base_chunk
         learned, read = _read_and_blame(
             model,
             state.held.tokens,
             labels,
             state.held.mixers,
             state.blocks.fast,
-            state.position - model.config.base_chunk,
+            position,
         )
+        chunk = state.held.tokens, labels, state.held.mixers, position
+        gathered = _accumulate(model, state.levels, learned, read, chunk)
         levels = tuple(
             _where_level(complete, new, old)
-            for new, old in zip(
-                _accumulate(model, state.levels, learned, read),
-                state.levels,
-                strict=True,
-            )
+            for new, old in zip(gathered, state.levels, strict=True)
         )
         mixers, fast, _ = state.blocks
         life = _Life(mixers, fast, levels, state.position, ledger)
@@ -1415,10 +1515,20 @@ def _where_level(rows, new, old):
             _where(rows, new.owned.start, owned.start),
             _where(rows, new.owned.learned, owned.learned),
             _where(rows, new.owned.opt, owned.opt, axis=0),
+            _where_window(rows, new.owned.window, owned.window),
         )
     return cms.FastLevel(
         _where(rows, new.learned, old.learned),
         _where(rows, new.opt, old.opt, axis=0),
         _where(rows, new.opened, old.opened),
         owned,
+    )
+
+
+def _where_window(rows, new, old):
+    if old is None:
+        return None
+    return cms.Window(
+        _where(rows, new.mixers, old.mixers),
+        *_where(rows, new[1:], old[1:], axis=0),
     )

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from hope_jax.memory.state import MemoryState
-from hope_jax.models import lm
+from hope_jax.models import cms, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.stream.generate import Drawing, draw
@@ -224,7 +224,8 @@ def reset(
             if new_text:
                 owned = owned._replace(learned=new.owned.learned)
         if again[i]:
-            return weights, new._replace(owned=owned)
+            begun = new._replace(owned=owned)
+            return weights, cms.spoiled(begun, jnp.ones((1,), bool))
         kept = new._replace(opt=old.opt) if new_text else old
         return state.blocks.fast[i], kept._replace(owned=owned)
 

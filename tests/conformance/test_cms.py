@@ -39,6 +39,7 @@ MEMBERS = {
     "gated": INDEPENDENT | dict(mixing="gated"),
     "routed": INDEPENDENT | dict(mixing="routed", top_k=2),
     "nested": dict(variant="nested"),
+    "through moves": dict(variant="nested", inner="exact"),
     "generated": dict(rates="generated"),
     "bfloat16": dict(accumulator="bfloat16"),
     "truncated": dict(levels=TRUNCATED, rule="momentum", rates="generated"),
@@ -289,3 +290,52 @@ def test_a_truncated_gradient_is_its_definition():
     assert far(gradient, want) < 1e-5
     for other in ((2, 1), (3, 2)):
         assert far(gradient, definition(other)[1]) > 1e-3
+
+
+def test_a_start_moves_by_the_gradient_through_its_levels_moves():
+    """MAML of the second order, by hand: the loss of a window of two base chunks as a
+    function of where the faster level began, one move in between."""
+    member = "through moves"
+    config, params = configured(member), started(member)
+    model = nnx.merge(lm.abstract_model(config)[0], jax.tree.map(jnp.asarray, params))
+    begun = lm._begin(model, 2)
+    (start, slow), (rate, slow_rate) = begun.blocks.fast, model.inner_rates()
+
+    @jax.jit
+    def chunk(fast, mixers, tokens, labels):
+        made = lm._read(model, tokens, mixers, (fast, slow), aligned=True, learn=True)
+        return lm.next_token_loss(made.said, labels).sum(), made.mixers
+
+    def step(rate, mean):
+        """What a move adds, but for its pull."""
+        squares = [(g**2).sum((0, 2, 3), keepdims=True) for g in jax.tree.leaves(mean)]
+        by = rate * jnp.minimum(1.0, 1.0 / jnp.sqrt(sum(squares)))
+        return jax.tree.map(lambda g: -by * g, mean)
+
+    def window(start):
+        slope = jax.grad(chunk, has_aux=True)
+        first, second = (TOKENS[:, i : i + 3] for i in (0, 2))
+        given = begun.blocks.mixer, first[:, :2], jnp.asarray(first[:, 1:])
+        before, mixers = chunk(start, *given)
+        mean = jax.tree.map(lambda g: g / 2, slope(start, *given)[0])
+        learned = jax.lax.stop_gradient(start)
+        moved = jax.tree.map(
+            lambda w, s, d: w + d - 0.1 * (w - s), start, learned, step(rate, mean)
+        )
+        mixers = jax.lax.stop_gradient(mixers)
+        after, _ = chunk(moved, mixers, second[:, :2], jnp.asarray(second[:, 1:]))
+        return before + after
+
+    mean = jax.tree.map(lambda g: g / 4, jax.grad(window)(start))
+    want = jax.tree.map(jnp.add, start, step(slow_rate, mean))
+    run, begin = piecewise(member)
+    padded = np.pad(TOKENS[:, :5], ((0, 0), (0, LONGEST - 5)))
+    _, state = run(params, padded, begin(params), np.int32(5))
+    got = lm._layers_first(state).levels[0].owned.start
+    far = lambda a, b: max(  # noqa: E731
+        jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b))
+    )
+    assert far(got, want) < 1e-6 < 1e-3 < far(got, start)
+    begin_again = piecewise("nested")
+    _, state = begin_again[0](params, padded, begin_again[1](params), np.int32(5))
+    assert far(lm._layers_first(state).levels[0].owned.start, want) > 1e-4
