@@ -96,10 +96,9 @@ class Mix(nnx.Module):
         mean = sum(((a - first) / len(said) for a in others), first)
         if self.mixing == "mean":
             return mean
-        shares = self.shares[...]
-        more = sum(
-            shares[i].astype(wide(a).dtype) * wide(a) for i, a in enumerate(said)
-        )
+        shares, more = self.shares[...], jnp.zeros_like(wide(mean))
+        for i, a in enumerate(said):
+            more = more + shares[i].astype(more.dtype) * wide(a)
         return mean + more.astype(mean.dtype)
 
     def gates(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K"]:

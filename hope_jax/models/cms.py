@@ -421,14 +421,14 @@ def _clip(longest: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm`, to the bit, that has a derivative at zero too: a
     level that no token was routed to has learned nothing."""
 
-    def update(gradient, state, params=None):
+    def update(updates, state, params=None):
         del params
-        square = optax.tree.norm(gradient, squared=True)
+        square = optax.tree.norm(updates, squared=True)
         norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
         short = (square == 0) | (norm < longest)
         clipped = jax.tree.map(
             lambda g: jnp.where(short, g, (g / norm.astype(g.dtype)) * longest),
-            gradient,
+            updates,
         )
         return clipped, state
 

@@ -687,6 +687,7 @@ def _begin(model, rows, horizon=None):
             labels=jnp.zeros(size, jnp.int32),
             chunks=jnp.zeros((rows,), jnp.int32),
         )
+        assert first.owned is not None
         levels = first._replace(owned=first.owned._replace(window=window)), slow
     held = None
     if levels:

@@ -220,12 +220,15 @@ def reset(
         new, old = fresh.state.levels[i], state.levels[i]
         weights, owned = fresh.state.blocks.fast[i], new.owned
         if owned is not None and not again[i + 1]:
-            weights, owned = old.owned.start, old.owned
+            if again[i]:  # what it has read is no longer what has moved it
+                old = cms.spoiled(old, jnp.ones((1,), bool))
+            owned = old.owned
+            assert owned is not None and new.owned is not None
+            weights = owned.start
             if new_text:
                 owned = owned._replace(learned=new.owned.learned)
         if again[i]:
-            begun = new._replace(owned=owned)
-            return weights, cms.spoiled(begun, jnp.ones((1,), bool))
+            return weights, new._replace(owned=owned)
         kept = new._replace(opt=old.opt) if new_text else old
         return state.blocks.fast[i], kept._replace(owned=owned)
 

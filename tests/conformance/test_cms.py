@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import hope_jax
-from hope_jax.models import cms, lm
+from hope_jax.models import cms, learning, lm
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.optim.leaves import path_names
@@ -336,6 +336,46 @@ def test_a_start_moves_by_the_gradient_through_its_levels_moves():
         jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b))
     )
     assert far(got, want) < 1e-6 < 1e-3 < far(got, start)
-    begin_again = piecewise("nested")
-    _, state = begin_again[0](params, padded, begin_again[1](params), np.int32(5))
-    assert far(lm._layers_first(state).levels[0].owned.start, want) > 1e-4
+
+    def first_order(spoiled):
+        """Three tokens, and two more."""
+        kind = member if spoiled else "nested"
+        run, begin = piecewise(kind)
+        _, state = run(params, padded, begin(params), np.int32(3))
+        if spoiled:
+            first = cms.spoiled(state.levels[0], jnp.ones((2,), bool))
+            state = state._replace(levels=(first, *state.levels[1:]))
+        _, state = run(params, np.roll(padded, -3, axis=1), state, np.int32(2))
+        return lm._layers_first(state).levels[0].owned.start
+
+    plain = first_order(spoiled=False)
+    assert far(plain, want) > 1e-4
+    assert far(first_order(spoiled=True), plain) < 1e-6
+
+
+def test_a_window_with_a_move_that_was_limited_is_spoiled():
+    """Shortened in row 0, not made in row 1, as it would be in row 2."""
+    with jax.enable_x64(False):
+        config = configured("through moves", "float32")
+        graphdef, params = small.built(config)
+        state = lm._layers_first(small.start(config, 3))
+        first = state.levels[0]
+        ones = jax.tree.map(jnp.ones_like, first.learned)
+        ledger = lm.Ledger(
+            longest=np.float32([1e-3, np.inf, np.inf]),
+            most=np.int32([9, 0, 9]),
+            moves=np.zeros((3, 2), np.int32),
+            shortened=np.zeros((3, 2), np.int32),
+            way=np.zeros((3, 2), np.float32),
+        )
+
+        @jax.jit
+        def move(params, ledger, weights, level, rows):
+            model = nnx.merge(graphdef, params)
+            model.learning = learning.resolve(config, True)
+            return lm._move(model, 0, 0, (weights,), (level,), ledger, rows)[1][0]
+
+        given = params, ledger, state.blocks.fast[0], first._replace(learned=ones)
+        for rows in (np.ones(3, bool), np.zeros(3, bool)):
+            chunks = move(*given, rows).owned.window.chunks
+            assert ((np.asarray(chunks) < 0) == rows * [True, True, False]).all()

@@ -297,6 +297,7 @@ def test_nested_levels_of_hope_read_as_one():
         ((CMSLevel(period=4), CMSLevel(period=8, rate=0.0)), {}, "1 such levels"),
         ((CMSLevel(period=4), CMSLevel(period=8)), {"order": "independent"}, "chain"),
         ((CMSLevel(period=4), CMSLevel(period=8)), {"rule": "dgd"}, "rule 'dgd' of"),
+        ((CMSLevel(period=4), CMSLevel(period=6)), {"inner": "exact"}, r"got \[4, 6\]"),
     ],
 )
 def test_what_cannot_nest_is_refused(levels, changes, message):

@@ -197,6 +197,7 @@ def test_bad_model_configs(changes, message):
             ),
             "truncate=2 of levels.0 is about the moves of .* rate 0.0",
         ),
+        (lambda: CMSConfig(inner="exact"), "inner='exact' is read by nothing"),
         (lambda: CMSConfig(mixing="gated"), "mixing='gated' is read by nothing"),
         (lambda: CMSConfig(top_k=1), "top_k=1 is read by nothing: mixing='mean'"),
         (
