@@ -781,8 +781,8 @@ def _read_and_blame(
     blame = jax.checkpoint(_blame, static_argnums=0)
     if all(level.truncate is None for level, _ in _moving(model.config, fast)):
         return blame(graphdef, params, chunk)
-    # What is read goes back as far as it may, what is learned not in every chunk. The
-    # values are the same, and so the two are one program but for their derivatives.
+    # The same values twice: what is read has the slope of weights as they came to be,
+    # what is learned not in every chunk.
     learned, there = blame(
         graphdef, params, chunk._replace(fast=_cut(model, fast, position))
     )
