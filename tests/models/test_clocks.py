@@ -25,6 +25,7 @@ from hope_jax.models.capture import dense_kernels
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.config import with_context
 from hope_jax.models.mixers.attention import AttentionConfig
+from hope_jax.models.mixers.memory import NamedConfig
 from hope_jax.optim.capture import dgd_gradients
 from hope_jax.optim.rules.m3 import M3
 from hope_jax.stream import generate
@@ -278,11 +279,14 @@ def test_a_nested_start_moves_as_far_as_its_owner_is_opened():
     assert max(np.abs(w).max() for w in jax.tree.leaves(whole)) > 1e-2
 
 
-def test_nested_levels_of_hope_read_as_one():
-    """Memories in chunks, generated factors, two mixers a group."""
+def test_nested_levels_of_a_hybrid_read_as_one():
+    """Memories in chunks, generated factors, two mixers a group; each window of the
+    slower level is read once more at its end."""
     levels = tuple(CMSLevel(period=p, rate=0.5) for p in (4, 8))
-    chain = CMSConfig(levels=levels, hidden=6, variant="nested", rates="generated")
-    mixers = (small.HOPE.mixer, AttentionConfig(context=32))
+    nested = dict(variant="nested", inner="exact", rates="generated")
+    chain = CMSConfig(levels=levels, hidden=6, **nested)
+    memory = NamedConfig(kind="gated_delta_net", chunk=2)
+    mixers = (memory, AttentionConfig(context=32))
     config = dataclasses.replace(small.HOPE, mixer=mixers, cms=chain)
     tokens = small.some_tokens(length=19)
     whole, end = small.read(config, tokens)
