@@ -61,6 +61,61 @@ class CMSBlock(nnx.Module):
         return jax.vmap(lambda w, h: nnx.merge(graphdef, w)(h))(fast, h)
 
 
+class Mix(nnx.Module):
+    """What independent levels add together, of what each says (`CMSConfig.mixing`).
+
+        mean(a) + Σᵢ dᵢ aᵢ         learned, d = 0 at the start
+        a₁ + Σᵢ gᵢ(x) (aᵢ − a₁)    gated, routed: Σᵢ gᵢ = 1
+
+    Equation 74 of arXiv:2512.24695, which leaves the weights open. In these forms equal
+    levels add, to the bit, what one of them says: by any gates, and by weights that
+    have not learned.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        cms, count = config.cms, len(config.cms.levels)
+        self.mixing = cms.mixing
+        self.top_k = cms.top_k if cms.mixing == "routed" else count
+        self.epsilon = config.norm_epsilon
+        if cms.mixing == "learned":
+            self.shares = nnx.Param(jnp.zeros((count,), jnp.float32))
+        elif cms.mixing != "mean":
+            zeros = nnx.initializers.zeros_init()
+            self.gate = nnx.Linear(config.d_model, count, kernel_init=zeros, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], said: list[Float[Array, "B T D"]]
+    ) -> Float[Array, "B T D"]:
+        """`x` is what the levels read, `said` what each of them says of it."""
+        first, *others = said
+        if self.mixing in ("gated", "routed"):
+            gates, mixed = self.gates(x), wide(first)
+            for i, a in enumerate(others, 1):
+                mixed = mixed + gates[..., i, None] * (wide(a) - wide(first))
+            return mixed.astype(first.dtype)
+        # The mean, which of equal levels is to the bit what one says.
+        mean = sum(((a - first) / len(said) for a in others), first)
+        if self.mixing == "mean":
+            return mean
+        shares, more = self.shares[...], jnp.zeros_like(wide(mean))
+        for i, a in enumerate(said):
+            more = more + shares[i].astype(more.dtype) * wide(a)
+        return mean + more.astype(mean.dtype)
+
+    def gates(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K"]:
+        """Of the K levels, by the direction of what they read."""
+        x = wide(x)
+        size = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        logits = self.gate(x * jax.lax.rsqrt(size + self.epsilon))
+        count = logits.shape[-1]
+        if self.top_k < count:
+            _, best = jax.lax.top_k(logits, self.top_k)
+            taken = jnp.any(jax.nn.one_hot(best, count, dtype=bool), axis=-2)
+            # Not infinite: the gradient of a gradient would have no value there.
+            logits = jnp.where(taken, logits, jnp.finfo(logits.dtype).min)
+        return jax.nn.softmax(logits, axis=-1)
+
+
 class Block(nnx.Module):
     """`y, state = block(x, state)`: mixer and CMS chain, both residual.
 
@@ -83,6 +138,8 @@ class Block(nnx.Module):
                 for level in config.cms.whole
             ]
         )
+        if config.cms.order == "independent":
+            self.mix = Mix(config, rngs=rngs)
         if config.cms.rates == "generated":
             zeros = nnx.initializers.zeros_init()  # every factor is 1 at the start
             self.open = nnx.Linear(
@@ -149,10 +206,8 @@ class Block(nnx.Module):
             case "slow_to_fast":
                 chain.reverse()
             case "independent":
-                first, *others = (level.says(x, fast.get(i)) for i, level in chain)
-                # The mean, which of equal levels is to the bit what one says.
-                mean = sum(((a - first) / len(chain) for a in others), first)
-                return x + mean
+                said = [level.says(x, fast.get(i)) for i, level in chain]
+                return x + self.mix(x, said)
         for i, level in chain:
             x = level(x, fast.get(i))
         return x

@@ -19,12 +19,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax import optim
 from hope_jax.core import level as level_lib
 from hope_jax.core import show
-from hope_jax.core.config import one_of
+from hope_jax.core.config import at_least, one_of, refuse_unread
 from hope_jax.core.level import Collected
 from hope_jax.optim import capture, slopes
 from hope_jax.optim.leaves import wide
@@ -45,6 +45,51 @@ def _check_nested(config: "CMSConfig") -> None:
                 "variant='nested' moves starts by gradients alone, and rule "
                 f"{_rule(config.whole[i]).kind!r} of levels.{i} takes more than these: "
                 "use another, or variant='sequential'."
+            )
+    fast, *slower = (config.levels[i].period for i in config.fast)
+    if config.inner == "exact" and (len(slower) > 1 or slower[0] % fast):
+        raise ValueError(
+            "inner='exact' is for two levels that move while reading, the slower "
+            f"period a multiple of the faster, got {[fast, *slower]}: use "
+            "inner='first_order'."
+        )
+
+
+def _check_mixing(config: "CMSConfig") -> None:
+    """Refuses what is not about several levels side by side."""
+    refuse_unread(config, "mixing", "order", config.order, ("independent",))
+    refuse_unread(config, "top_k", "mixing", config.mixing, ("routed",))
+    count = len(config.levels)
+    if config.mixing != "mean" and count < 2:
+        raise ValueError(
+            f"mixing={config.mixing!r} is about what several levels say, and `levels` "
+            "has one: use mixing='mean'."
+        )
+    if config.mixing == "routed" and not 2 <= config.top_k < count:
+        raise ValueError(
+            f"top_k must be at least 2 and below the number of levels ({count}), got "
+            f"{config.top_k}: one alone has a weight of 1 whatever the router says, "
+            "which then learns nothing; for all of them use mixing='gated'."
+        )
+
+
+def _check_truncated(config: "CMSConfig") -> None:
+    """Refuses a cut of what no gradient goes through."""
+    for i, level in enumerate(config.levels):
+        if level.truncate is None:
+            continue
+        if config.gradient != "exact":
+            raise ValueError(
+                f"truncate={level.truncate} of levels.{i} is about gradients that go "
+                f"through moves, and gradient={config.gradient!r} goes through none: "
+                "use gradient='exact', or leave truncate None."
+            )
+        if config.variant == "nested" or i not in config.fast:
+            raise ValueError(
+                f"truncate={level.truncate} of levels.{i} is about the moves of a "
+                "level that goes on from each, got variant="
+                f"{config.variant!r}, period {level.period} and rate {level.rate}: "
+                "leave it None."
             )
 
 
@@ -79,6 +124,13 @@ class CMSLevel:
       clip: bound on the norm of one row's inner gradient, over the level's whole stack.
       pull: how much of the way back to its start a move also takes the level.
       accumulator: the type that its gradients are kept in until it moves.
+      truncate: with `gradient="exact"`, through how many of the level's own moves the
+        outer gradient goes back from where its weights are read: the last 1 to
+        `truncate` of them, for the way is cut every `truncate` moves. Of a stretch of
+        so many the first move sees weights and a state of its rule that are constants,
+        but that the weights have the slope of where they started, and what is learned
+        for it is learned there too. None goes back to the start. It bounds what
+        gradients are products of, not what is kept to make them.
     """
 
     period: float
@@ -88,8 +140,10 @@ class CMSLevel:
     clip: float | None = None
     pull: float | None = None
     accumulator: Literal["float32", "bfloat16"] | None = None
+    truncate: int | None = None
 
     def __post_init__(self):
+        at_least(self, truncate=1)
         if self.period != math.inf and (
             self.period < 1 or not float(self.period).is_integer()
         ):
@@ -114,14 +168,28 @@ class CMSConfig:
       activation: of the gate: `silu` is SwiGLU, `gelu` (exact) and `gelu_tanh` GeGLU.
       bias: whether the MLPs' projections have one.
       order: `fast_to_slow` (the paper's figures), `slow_to_fast` (equation 70 as
-        printed), or `independent`: each level reads what the mixer leaves, and the mean
-        of what they say is added (equation 74 with equal weights).
+        printed), or `independent`: each level reads what the mixer leaves, and what
+        they say is added up (equation 74).
+      mixing: by which weights, where levels are independent: their `mean`; `learned`
+        ones, 1 / levels at the start, each by itself and of any sign; `gated`, a
+        softmax over the levels for each token, of a projection of what they read that
+        starts at zero, so that all begin at the mean; or `routed`: of these gates the
+        `top_k` largest of each token, made to add up to 1 again. Of gates that are
+        equal, as all are at the start, those of faster levels are taken. Every level
+        is computed for every token, and one that is not taken learns nothing from it.
+      top_k: how many levels are taken where they are routed.
       variant: `sequential` (equation 73): levels go on as long as the text does.
         `nested` (equation 72): whenever a level moves, the next faster one that moves
         begins again, at a start that the slower one owns: a copy a row of the learned
         one, which moves with the slower level, by its rule, on the gradients of all
-        that the faster one read meanwhile. They are taken where the faster level stood
-        (first order), not through its moves, as equation 72 has them.
+        that the faster one read meanwhile.
+      inner: where levels nest, which gradients: `first_order` takes them where the
+        faster level stood; `exact`, equation 72, in where it began, through its moves.
+        That is for two levels, the slower period a multiple of the faster. A row then
+        keeps the tokens since the slower level's last move, and the mixers' states
+        there, and reads them again at the next; where not all of them were learned from
+        as they came (learning switched off or limited, a level reset), the move is
+        first order.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
@@ -148,7 +216,10 @@ class CMSConfig:
     activation: Activation = "silu"
     bias: bool = False
     order: Literal["fast_to_slow", "slow_to_fast", "independent"] = "fast_to_slow"
+    mixing: Literal["mean", "learned", "gated", "routed"] = "mean"
+    top_k: int = 2
     variant: Literal["sequential", "nested"] = "sequential"
+    inner: Literal["first_order", "exact"] = "first_order"
     rule: Annotated[optim.Rule, RULES] = RULES.get("sgd")
     reduction: Literal["mean", "sum"] = "mean"
     gradient: Literal["exact", "first_order", "none"] = "first_order"
@@ -173,7 +244,9 @@ class CMSConfig:
             self,
             activation=typing.get_args(Activation),
             order=("fast_to_slow", "slow_to_fast", "independent"),
+            mixing=("mean", "learned", "gated", "routed"),
             variant=("sequential", "nested"),
+            inner=("first_order", "exact"),
             reduction=("mean", "sum"),
             gradient=("exact", "first_order", "none"),
             accumulator=_ACCUMULATORS,
@@ -193,6 +266,9 @@ class CMSConfig:
                     f"rate ({level.rate}) must be below rate_bound ({self.rate_bound})."
                 )
         _check_shared(self)
+        _check_mixing(self)
+        _check_truncated(self)
+        refuse_unread(self, "inner", "variant", self.variant, ("nested",))
         if self.variant == "nested":
             _check_nested(self)
 
@@ -236,6 +312,26 @@ class CMSConfig:
         return tuple(i for i, moves in enumerate(moving) if moves)
 
 
+class Window(NamedTuple):
+    """What came since the owner of a start last moved, for `CMSConfig.inner` exact.
+
+    Attributes:
+      mixers: the mixers' states then, bare; leaves as of the blocks.
+      tokens, labels: what was read, and what followed each, `[B, W]`, W the owner's
+        period; what is not there yet is left from before.
+      chunks: `[B]`, how many base chunks of it were learned from, all as they came; far
+        below zero where one was not.
+    """
+
+    mixers: PyTree
+    tokens: Int[Array, "B W"]
+    labels: Int[Array, "B W"]
+    chunks: Int[Array, " B"]
+
+
+SPOILED = -(2**30)  # chunks of a window that is not as it was read
+
+
 class Owned(NamedTuple):
     """The start of a level that the next slower one owns (`CMSConfig.variant`).
 
@@ -243,11 +339,13 @@ class Owned(NamedTuple):
       start: where the level begins again; rows as in its weights.
       learned: the sums over its tokens since the slower level's last move.
       opt: the state of the slower level's rule.
+      window: these tokens, where gradients go through the level's moves; else None.
     """
 
     start: PyTree
     learned: PyTree
     opt: PyTree
+    window: Window | None = None
 
 
 class FastLevel(NamedTuple):
@@ -306,9 +404,38 @@ def flow(level: CMSLevel, rate: Array | float) -> optax.GradientTransformation:
     """The rule of a level, for one row."""
     assert level.clip is not None
     return optax.chain(
-        optax.clip_by_global_norm(level.clip),
+        _clip(level.clip),
         optim.inner(_rule(level), rate),
     )
+
+
+def spoiled(state: FastLevel, rows: Bool[Array, " B"]) -> FastLevel:
+    """The state of a level whose window is not as it was read, in the rows that are
+    chosen: its start moves in the first order next time. Others are left alone."""
+    owned = state.owned
+    if owned is None or owned.window is None:
+        return state
+    chunks = jnp.where(rows, SPOILED, owned.window.chunks)
+    window = owned.window._replace(chunks=chunks)
+    return state._replace(owned=owned._replace(window=window))
+
+
+def _clip(longest: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, to the bit, that has a derivative at zero too: a
+    level that no token was routed to has learned nothing."""
+
+    def update(updates, state, params=None):
+        del params
+        square = optax.tree.norm(updates, squared=True)
+        norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+        short = (square == 0) | (norm < longest)
+        clipped = jax.tree.map(
+            lambda g: jnp.where(short, g, (g / norm.astype(g.dtype)) * longest),
+            updates,
+        )
+        return clipped, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def begin_level(
@@ -380,6 +507,21 @@ def move(
     return moved, FastLevel(*after, owned=state.owned)
 
 
+@jax.custom_jvp
+def cut(weights: Array, start: Array) -> Array:
+    """`weights`, `[L, B, ...]`, which to the level above are constants but that they
+    move as far as `start`, `[L, ...]`, does."""
+    del start
+    return weights
+
+
+@cut.defjvp
+def _cut_slope(primals, tangents):
+    weights, _ = primals
+    _, start = tangents
+    return weights, jnp.broadcast_to(start[:, None], weights.shape)
+
+
 def begin_again(
     config: CMSConfig,
     level: CMSLevel,
@@ -408,7 +550,8 @@ def begin_again(
     moved, after = move(config, owner, rate, start, owned.start, sums, axis)
     fresh = begin_level(level, moved, axis, owner)
     nothing = level_lib.nothing(state.opened)
-    kept = Owned(moved, level_lib.nothing(owned.learned), after.opt)
+    learned = level_lib.nothing(owned.learned)
+    kept = Owned(moved, learned, after.opt, owned.window)
     return moved, fresh._replace(opened=nothing, owned=kept)
 
 

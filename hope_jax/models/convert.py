@@ -57,8 +57,8 @@ def stack_levels(
         )
     if config.cms.order == "independent":
         raise ValueError(
-            "config.cms.order must be that of a chain, got 'independent', which takes "
-            "the mean of a layer's levels: use copy_levels."
+            "config.cms.order must be that of a chain, got 'independent', which adds "
+            "what a layer's levels say side by side: use copy_levels."
         )
     count = len(levels)
     if assignment is None:
@@ -79,17 +79,22 @@ def stack_levels(
         mine = mine.reshape(-1, *[1] * (source.ndim - 1))
         return jnp.where(mine, source, jnp.zeros_like(source))
 
-    return _leveled(config, params, levels, config.cms.order, placed)
+    return _leveled(config, params, levels, {"order": config.cms.order}, placed)
 
 
 def copy_levels(
-    config: ModelConfig, params: PyTree, levels: Sequence[CMSLevel]
+    config: ModelConfig,
+    params: PyTree,
+    levels: Sequence[CMSLevel],
+    *,
+    mixing: Literal["mean", "learned", "gated", "routed"] = "mean",
+    top_k: int = 2,
 ) -> tuple[ModelConfig, PyTree]:
     """Makes each MLP of a trained model as many copies of itself as there are levels,
     side by side, and keeps its function.
 
     The second reading of section 7.3 of arXiv:2512.24695: every level of every layer
-    starts at that layer's pre-trained MLP. A layer adds the mean of what its levels say
+    starts at that layer's pre-trained MLP. A layer adds a mean of what its levels say
     (`cms.order="independent"`, equation 74), which of equal ones is what each says: a
     chain of copies would be another function. With all rates at 0 the logits are the
     pre-trained ones, bit for bit.
@@ -97,6 +102,7 @@ def copy_levels(
     Args:
       config, params: the pre-trained model, with one MLP a block.
       levels: from fast to slow.
+      mixing, top_k: as of `CMSConfig`; weights and gates begin as those of a new model.
 
     Returns:
       As `stack_levels`.
@@ -104,12 +110,14 @@ def copy_levels(
     Raises:
       ValueError: a model of several MLPs a block, or levels of another width.
     """
-    return _leveled(config, params, levels, "independent", lambda names, source: source)
+    independent = dict(order="independent", mixing=mixing, top_k=top_k)
+    return _leveled(config, params, levels, independent, lambda names, source: source)
 
 
-def _leveled(config, params, levels, order, placed):
-    """A model of one MLP a block with `levels`; `placed(names, source)` is what a
-    parameter of a level starts at, of the trained one's."""
+def _leveled(config, params, levels, how, placed):
+    """A model of one MLP a block with `levels`, put together as `how` says, fields of
+    its continuum memory; `placed(names, source)` is what a parameter of a level starts
+    at, of the trained one's."""
     if len(config.cms.levels) != 1:
         raise ValueError(
             "config must have one MLP a block to stack levels on, got "
@@ -117,7 +125,7 @@ def _leveled(config, params, levels, order, placed):
         )
     (trained_level,) = config.cms.whole
     cms = dataclasses.replace(
-        config.cms, levels=tuple(levels), hidden=trained_level.hidden, order=order
+        config.cms, levels=tuple(levels), hidden=trained_level.hidden, **how
     )
     for level in cms.whole:
         if level.hidden != trained_level.hidden:
@@ -132,7 +140,7 @@ def _leveled(config, params, levels, order, placed):
         names = path_names(path)
         if "rates" in names:
             return lm.first_rates(leveled)
-        if "open" in names:  # every factor is 1 at the start
+        if "open" in names or _mixes(names):  # every factor is 1, all weights equal
             return jnp.zeros(leaf.shape, leaf.dtype)
         if "mixer" in names or "levels" not in names:
             return trained[names]
@@ -147,7 +155,8 @@ def unstack_levels(config: ModelConfig, params: PyTree) -> tuple[ModelConfig, Py
 
     What `stack_levels` made is taken apart: in each layer the one level is kept whose
     output projection is not zero; of what `copy_levels` made one copy, while they are
-    equal. Logits are those of a reading in which no level moves.
+    equal and their weights add up to 1. Logits are those of a reading in which no level
+    moves.
 
     Args:
       config, params: a model of any number of levels; parameters that can be looked at.
@@ -157,7 +166,7 @@ def unstack_levels(config: ModelConfig, params: PyTree) -> tuple[ModelConfig, Py
 
     Raises:
       ValueError: a layer has more than one MLP that adds something, or copies that are
-        no longer equal; names them.
+        no longer equal or as one; names them.
     """
     count = len(config.cms.levels)
     hidden = {level.hidden for level in config.cms.whole}
@@ -171,6 +180,8 @@ def unstack_levels(config: ModelConfig, params: PyTree) -> tuple[ModelConfig, Py
         levels=(CMSLevel(period=math.inf),),
         hidden=hidden.pop(),
         order="fast_to_slow",
+        mixing="mean",
+        top_k=2,
         rates="learned",
     )
     single = dataclasses.replace(config, cms=cms)
@@ -221,8 +232,16 @@ def _adding(config, leaves) -> dict[tuple[str, ...], np.ndarray]:
 
 
 def _check_copies(leaves) -> None:
-    """Refuses levels that are not all equal."""
+    """Refuses levels that are not all equal, or that together are not one of them."""
     for names, leaf in leaves.items():
+        if _mixes(names) and "shares" in names:
+            total = 1 + np.sum(np.asarray(leaf, np.float64), axis=-1)
+            if np.any(total != 1):
+                raise ValueError(
+                    f"params {'.'.join(names)} give the levels of a layer weights of "
+                    f"{total.tolist()} together, and one MLP a layer has one of 1: the "
+                    "weights have learned."
+                )
         if "mixer" in names or "levels" not in names:
             continue
         at = names.index("levels") + 1
@@ -233,6 +252,11 @@ def _check_copies(leaves) -> None:
                 "have learned, and one MLP a layer cannot hold them. Only levels of "
                 "`stack_levels` stay one MLP a layer in training."
             )
+
+
+def _mixes(names) -> bool:
+    """Whether this is a weight or a gate of independent levels."""
+    return "mix" in names and "mixer" not in names
 
 
 def _by_name(params):
@@ -249,7 +273,8 @@ def add_level(
     as that of a new model, with a zero output projection.
 
     Args:
-      config, params: a trained model, whose levels are a chain.
+      config, params: a trained model, whose levels are a chain, or are independent with
+        `learned` weights: then the others keep theirs.
       level: the new one.
       key: decides its MLP.
 
@@ -258,7 +283,7 @@ def add_level(
       learned, those of its other levels' moves among them.
 
     Raises:
-      ValueError: levels of which the mean is taken.
+      ValueError: independent levels whose weights add up to 1.
     """
     levels = list(config.cms.levels)
     at = sum(level.period >= other.period for other in levels)
@@ -277,7 +302,7 @@ def split_level(
     it learns.
 
     Args:
-      config, params: a trained model, whose levels are a chain.
+      config, params: a trained model, as of `add_level`.
       index: of the level, in `config.cms.levels`.
       faster, slower: what it becomes, with clocks of their own.
 
@@ -301,7 +326,7 @@ def remove_level(
     """The chain without one of its levels.
 
     Args:
-      config, params: a trained model, whose levels are a chain.
+      config, params: a trained model, as of `add_level`.
       index: of the level, in `config.cms.levels`.
       forget: whether a level may be removed that adds something, which is then lost.
 
@@ -346,7 +371,7 @@ def freeze_level(
     """
     _check_index(config, index)
     levels = list(config.cms.levels)
-    levels[index] = dataclasses.replace(levels[index], rate=0.0)
+    levels[index] = dataclasses.replace(levels[index], rate=0.0, truncate=None)
     return _rearranged(config, params, levels, list(range(len(levels))), chain=False)
 
 
@@ -368,10 +393,12 @@ def _level_of(names) -> int | None:
 def _rearranged(config, params, levels, sources, empty=(), key=None, chain=True):
     """A model of other `levels`, each with the MLP of the level in `sources`, or a new
     one; those that are `empty` have a zero output projection."""
-    if chain and config.cms.order == "independent":
+    independent = config.cms.order == "independent"
+    if chain and independent and config.cms.mixing != "learned":
         raise ValueError(
-            "config.cms.order must be that of a chain, got 'independent', which takes "
-            "the mean of a layer's levels: with one more or less it is another one."
+            "config.cms.order must be that of a chain, got 'independent' with mixing="
+            f"{config.cms.mixing!r}, whose weights of a layer's levels add up to 1: "
+            "with one more or less they are others. mixing='learned' can keep them."
         )
     rates = config.cms.rates
     if not any(level.rate > 0 and level.period != math.inf for level in levels):
@@ -401,6 +428,14 @@ def _rearranged(config, params, levels, sources, empty=(), key=None, chain=True)
             return column(lm.first_rates(made), trained.get(names))
         if "open" in names:  # a new factor is 1 at the start
             return column(jnp.zeros(leaf.shape, leaf.dtype), trained[names])
+        if _mixes(names) and "shares" in names:
+            # 1 / levels + share is what stays; a new level's is that of a new model.
+            old, now = trained[names], jnp.zeros(leaf.shape, leaf.dtype)
+            apart = 1 / len(config.cms.levels) - 1 / len(levels)
+            for new, source in enumerate(sources):
+                if source is not None and new not in empty:
+                    now = now.at[..., new].set(old[..., source] + apart)
+            return now
         level = _level_of(names)
         if level is None:
             return trained[names]

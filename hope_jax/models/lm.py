@@ -10,6 +10,7 @@ arrives: then the levels move, and that token is the first to see it. Nothing re
 it should not.
 """
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -24,6 +25,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from hope_jax.core import level as level_lib
 from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
@@ -787,7 +789,10 @@ def _rows_first(state: LMState) -> LMState:
             opened=_swap(v.opened),
             owned=v.owned
             and v.owned._replace(
-                start=_swap(v.owned.start), learned=_swap(v.owned.learned)
+                start=_swap(v.owned.start),
+                learned=_swap(v.owned.learned),
+                window=v.owned.window
+                and v.owned.window._replace(mixers=_swap(v.owned.window.mixers)),
             ),
         )
         for v in state.levels
@@ -814,6 +819,17 @@ def _begin(model, rows, horizon=None):
         cms.begin_level(level, weights, 1, owner)._replace(opened=_closed(config, rows))
         for (level, weights), owner in itertools.zip_longest(moving, owners)
     )
+    if owners and config.cms.inner == "exact":
+        first, slow = levels
+        size = rows, config.fast_periods[1]
+        window = cms.Window(
+            mixers=config.bare(blocks.mixer),
+            tokens=jnp.zeros(size, jnp.int32),
+            labels=jnp.zeros(size, jnp.int32),
+            chunks=jnp.zeros((rows,), jnp.int32),
+        )
+        assert first.owned is not None
+        levels = first._replace(owned=first.owned._replace(window=window)), slow
     held = None
     if levels:
         held = Held(
@@ -829,7 +845,8 @@ def _closed(config, rows):
     if config.cms.rates != "generated":
         return None
     parts = len(config.pattern)
-    zeros = jnp.zeros((config.layers // parts, rows), jnp.float32)
+    shape = config.layers // parts, rows
+    zeros = jnp.zeros(shape, wide_type(jnp.dtype(DTYPES[config.dtype])))
     return zeros if parts == 1 else (zeros,) * parts
 
 
@@ -890,16 +907,48 @@ def _say(model, x, targets):
 _SAID = 256  # tokens whose logits are held at once
 
 
-def _read_and_blame(model, tokens, labels, mixers, fast) -> tuple[PyTree, "_Read"]:
+def _read_and_blame(
+    model, tokens, labels, mixers, fast, position
+) -> tuple[PyTree, "_Read"]:
     """What a base chunk's loss says of each row's fast weights, and its `_read`.
 
-    The gradient is that of the chunk alone: states at its start are constants to it.
+    The gradient is that of the chunk alone: states at its start, at `position`, are
+    constants to it.
     """
     graphdef, params = nnx.split(model, nnx.Param)
     chunk = _Chunk(tokens, labels, mixers, fast)
-    if model.config.cms.gradient == "exact":
-        return jax.checkpoint(_blame, static_argnums=0)(graphdef, params, chunk)
-    return _blame_constant(graphdef, params, chunk)
+    if model.config.cms.gradient != "exact":
+        return _blame_constant(graphdef, params, chunk)
+    blame = jax.checkpoint(_blame, static_argnums=0)
+    if all(level.truncate is None for level, _ in _moving(model.config, fast)):
+        return blame(graphdef, params, chunk)
+    # The same values twice: what is read has the slope of weights as they came to be,
+    # what is learned not in every chunk.
+    learned, there = blame(
+        graphdef, params, chunk._replace(fast=_cut(model, fast, position))
+    )
+    read = jax.checkpoint(_read_chunk, static_argnums=0)(graphdef, params, chunk)
+    return learned, read._replace(opened=there.opened)
+
+
+def _cut(model, fast, position):
+    """Fast weights as those that learn at `position` see them (`CMSLevel.truncate`)."""
+    starts, made = model.blocks.starts(), []
+    for (level, weights), start in zip(
+        _moving(model.config, fast), starts, strict=False
+    ):
+        moves = position // int(level.period)
+        made.append(_cut_at(level, moves, weights, start))
+    return tuple(made)
+
+
+def _cut_at(level, moves, weights, start):
+    """The weights of a level for its next move after so many: cut where that is the
+    first of a stretch."""
+    if level.truncate is None:
+        return weights
+    first = moves % level.truncate == 0
+    return _where_any(first, jax.tree.map(cms.cut, weights, start), weights)
 
 
 # A first-order move is traced as a value, as the forward half of its derivative and
@@ -970,7 +1019,10 @@ def _blame_constant_backward(graphdef, residuals, cotangents):
 _blame_constant.defvjp(_blame_constant_forward, _blame_constant_backward)
 
 
-def _accumulate(model, levels, learned, read):
+def _accumulate(model, levels, learned, read, chunk):
+    """The levels with what a chunk, `(tokens, labels, mixers, position)` at its start,
+    has taught them."""
+
     def gathered(which, level):
         if not model.learning.levels[model.config.fast[which]]:
             return level
@@ -978,7 +1030,8 @@ def _accumulate(model, levels, learned, read):
         owned = level.owned
         if owned is not None:
             sums = collect(owned.learned, learned[which].gradient)
-            owned = owned._replace(learned=sums)
+            window = owned.window and _kept_in(owned.window, *chunk)
+            owned = owned._replace(learned=sums, window=window)
         return level._replace(
             learned=collect(level.learned, learned[which]),
             opened=collect(level.opened, opened),
@@ -986,6 +1039,77 @@ def _accumulate(model, levels, learned, read):
         )
 
     return tuple(gathered(which, level) for which, level in enumerate(levels))
+
+
+def _kept_in(window, tokens, labels, mixers, position):
+    """A window with one more base chunk, which begins it where its owner has moved."""
+    rows, size = window.tokens.shape
+    slot = jnp.broadcast_to(position % size, (rows,))
+    place = jnp.arange(size, dtype=jnp.int32)[None] - slot[:, None]
+    here = (place >= 0) & (place < tokens.shape[1])
+    place = jnp.clip(place, 0, tokens.shape[1] - 1)
+
+    def put(old, new):
+        return jnp.where(here, jnp.take_along_axis(new, place, axis=1), old)
+
+    begins = slot == 0
+    return cms.Window(
+        _where(begins, mixers, window.mixers),
+        put(window.tokens, tokens),
+        put(window.labels, labels),
+        jnp.where(begins, 0, window.chunks) + 1,
+    )
+
+
+def _through_moves(model, own, slow):
+    """What a whole window says of where the faster of two levels began, through its
+    moves (equation 72): reads the window once more. `slow` are the weights of the
+    slower level, which stood still meanwhile. As ever, the states at the start of each
+    base chunk are constants."""
+    config, window = model.config, own.owned.window
+    level, chunk = config.cms.whole[config.fast[0]], config.base_chunk
+    exact = dataclasses.replace(config.cms, gradient="exact")
+    graphdef, params = nnx.split(model, nnx.Param)
+    given = params, window.mixers, own.owned.start, slow
+    if config.cms.gradient != "exact":  # to the level above it is a constant
+        given = jax.lax.stop_gradient(given)
+    params, mixers, start, slow = given
+    model = nnx.merge(graphdef, params)
+    rate, learned_start = model.inner_rates()[0], model.blocks.starts()[0]
+    blame = jax.checkpoint(_blame, static_argnums=0)
+    closed = level_lib.nothing(own.opened)
+
+    def loss(start):
+        def step(life, xs):
+            weights, state, mixers = life
+            tokens, labels = xs
+            mixers = jax.lax.stop_gradient(mixers)
+            here = _Chunk(tokens, labels, mixers, (weights, slow))
+            (learned, _), read = blame(graphdef, params, here)
+            losses = read.said if model.losses else next_token_loss(read.said, labels)
+            opened = jax.tree.map(lambda a: jnp.sum(a[..., 0], axis=2), read.opened)
+            state = state._replace(
+                learned=collect(state.learned, learned), opened=opened
+            )
+            weights, state = cms.move(
+                exact, level, rate, learned_start, weights, state, axis=1
+            )
+            life = weights, state._replace(opened=closed), config.bare(read.mixers)
+            return life, jnp.sum(losses)
+
+        cut = lambda a: jnp.moveaxis(a.reshape(len(a), -1, chunk), 1, 0)  # noqa: E731
+        state = cms.begin_level(level, start, 1)._replace(opened=closed)
+        life = start, state, mixers
+        _, losses = jax.lax.scan(step, life, (cut(window.tokens), cut(window.labels)))
+        return jnp.sum(losses)
+
+    through = jax.grad(loss)(start)
+    whole = window.chunks == window.tokens.shape[1] // chunk
+    sums = jax.tree.map(
+        lambda new, old: new.astype(old.dtype), through, own.owned.learned
+    )
+    sums = _where(whole, sums, own.owned.learned)
+    return own._replace(owned=own.owned._replace(learned=sums))
 
 
 def _read_documents(model, tokens, labels, targets, state, begins, start, learn):
@@ -1087,10 +1211,18 @@ def _live(model, life, xs):
 
 def _learn(model, life, tokens, labels):
     """Reads a base chunk and adds up what it says of the fast levels."""
-    learned, read = _read_and_blame(model, tokens, labels, life.mixers, life.fast)
+    learned, read = _read_and_blame(
+        model, tokens, labels, life.mixers, life.fast, life.position
+    )
     life = life._replace(
         mixers=model.config.bare(read.mixers),
-        levels=_accumulate(model, life.levels, learned, read),
+        levels=_accumulate(
+            model,
+            life.levels,
+            learned,
+            read,
+            (tokens, labels, life.mixers, life.position),
+        ),
         position=life.position + tokens.shape[1],
     )
     return life, read
@@ -1106,14 +1238,15 @@ def _move_due(model, life, rows=None):
         # With the next faster level, which may begin again.
         those = slice(max(0, which - 1), which + 1)
         old = tuple(fast[those]), tuple(levels[those]), ledger
+        moves = life.position // period - 1  # before this one
         if rows is None and period == config.base_chunk:
-            fast[those], levels[those], ledger = _move(model, which, *old)
+            fast[those], levels[those], ledger = _move(model, which, moves, *old)
             continue
         due = Clock(period=period).moves(life.position)
         due = due if rows is None else due & rows
 
-        def move(*old, which=which, due=due):
-            return _move(model, which, *old, rows=due if due.ndim else None)
+        def move(*old, which=which, moves=moves, due=due):
+            return _move(model, which, moves, *old, rows=due if due.ndim else None)
 
         def stay(*old):
             return old
@@ -1124,9 +1257,10 @@ def _move_due(model, life, rows=None):
     return life._replace(fast=tuple(fast), levels=tuple(levels), ledger=ledger)
 
 
-def _move(model, which, fast, states, ledger, rows=None):
+def _move(model, which, moves, fast, states, ledger, rows=None):
     """Moves one fast level of the rows that are chosen, by default of all: the last of
-    those that are given, the next faster of which begins again where levels nest."""
+    those that are given, the next faster of which begins again where levels nest.
+    `moves` is how many it has made."""
     config = model.config
     rate, start = model.inner_rates()[which], model.blocks.starts()
     (*faster, weights), (*faster_states, state) = fast, states
@@ -1135,27 +1269,35 @@ def _move(model, which, fast, states, ledger, rows=None):
             (rate, start, state, faster_states)
         )
     level = config.cms.whole[config.fast[which]]
-    moved, after = cms.move(
-        config.cms, level, rate, start[which], weights, state, axis=1
-    )
+    here, given = _cut_at(level, moves, weights, start[which]), state
+    if level.truncate is not None:
+        constant = jax.lax.stop_gradient(state.opt)
+        first = moves % level.truncate == 0
+        given = state._replace(opt=_where_any(first, constant, state.opt, axis=0))
+    moved, after = cms.move(config.cms, level, rate, start[which], here, given, axis=1)
     may = rows
     if ledger is not None:
+        before = ledger
         moved, may, ledger = _keep_account(ledger, which, rows, weights, moved)
         opt = _where(may, after.opt, state.opt, axis=0)
-        after = after._replace(opt=opt)
+        shortened = (ledger.shortened > before.shortened)[:, which]
+        after = cms.spoiled(after._replace(opt=opt), ~may | shortened)
     if rows is not None:
         moved = _where(rows, moved, weights)
         after = _where_level(rows, after, state)
     for i, (old, own) in enumerate(zip(faster, faster_states, strict=True)):
         if own.owned is None or not model.learning.levels[config.fast[which - 1]]:
             continue
+        taught = own
+        if own.owned.window is not None:
+            taught = _through_moves(model, own, weights)
         at, begun = cms.begin_again(
             config.cms,
             config.cms.whole[config.fast[which - 1]],
             level,
             rate,
             start[which - 1],
-            own,
+            taught,
             state.opened,
             axis=1,
         )
@@ -1210,16 +1352,20 @@ def _settle(model, state, token, ledger=None, reading=None):
 
     def settle():
         labels = jnp.concatenate([state.held.tokens[:, 1:], token[:, None]], axis=1)
+        position = state.position - model.config.base_chunk
         learned, read = _read_and_blame(
-            model, state.held.tokens, labels, state.held.mixers, state.blocks.fast
+            model,
+            state.held.tokens,
+            labels,
+            state.held.mixers,
+            state.blocks.fast,
+            position,
         )
+        chunk = state.held.tokens, labels, state.held.mixers, position
+        gathered = _accumulate(model, state.levels, learned, read, chunk)
         levels = tuple(
             _where_level(complete, new, old)
-            for new, old in zip(
-                _accumulate(model, state.levels, learned, read),
-                state.levels,
-                strict=True,
-            )
+            for new, old in zip(gathered, state.levels, strict=True)
         )
         mixers, fast, _ = state.blocks
         life = _Life(mixers, fast, levels, state.position, ledger)
@@ -1484,6 +1630,13 @@ def _where(rows, new, old, axis=1):
     return jax.tree.map(choose, new, old)
 
 
+def _where_any(rows, new, old, axis=1):
+    """`_where`, of one answer for all rows too."""
+    if rows.ndim:
+        return _where(rows, new, old, axis)
+    return jax.tree.map(lambda a, b: jnp.where(rows, a, b), new, old)
+
+
 def _where_state(rows, new, old):
     """Chooses rows of a whole state, whose blocks lead with layers."""
     held = old.held
@@ -1509,10 +1662,20 @@ def _where_level(rows, new, old):
             _where(rows, new.owned.start, owned.start),
             _where(rows, new.owned.learned, owned.learned),
             _where(rows, new.owned.opt, owned.opt, axis=0),
+            _where_window(rows, new.owned.window, owned.window),
         )
     return cms.FastLevel(
         _where(rows, new.learned, old.learned),
         _where(rows, new.opt, old.opt, axis=0),
         _where(rows, new.opened, old.opened),
         owned,
+    )
+
+
+def _where_window(rows, new, old):
+    if old is None:
+        return None
+    return cms.Window(
+        _where(rows, new.mixers, old.mixers),
+        *_where(rows, new[1:], old[1:], axis=0),
     )

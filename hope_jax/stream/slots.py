@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from hope_jax.memory.state import MemoryState
-from hope_jax.models import lm
+from hope_jax.models import cms, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.stream.generate import Drawing, draw
@@ -220,7 +220,11 @@ def reset(
         new, old = fresh.state.levels[i], state.levels[i]
         weights, owned = fresh.state.blocks.fast[i], new.owned
         if owned is not None and not again[i + 1]:
-            weights, owned = old.owned.start, old.owned
+            if again[i]:  # what it has read is no longer what has moved it
+                old = cms.spoiled(old, jnp.ones((1,), bool))
+            owned = old.owned
+            assert owned is not None and new.owned is not None
+            weights = owned.start
             if new_text:
                 owned = owned._replace(learned=new.owned.learned)
         if again[i]:

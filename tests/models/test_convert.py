@@ -67,6 +67,52 @@ def test_a_changed_model_says_what_it_said(name):
     np.testing.assert_allclose(read(config, changed, learn=False), before, atol=1e-6)
 
 
+INDEPENDENT = dataclasses.replace(
+    CONFIG,
+    cms=dataclasses.replace(CONFIG.cms, order="independent", mixing="learned"),
+)
+
+
+@pytest.mark.parametrize("name", ["added", "split", "removed", "frozen"])
+def test_levels_with_weights_of_their_own_keep_them(name):
+    """Added, split or removed, the others weigh what they weighed."""
+    _, params = small.built(INDEPENDENT)
+    shares = np.float32([[0.3, -0.2, 0.1]])
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, w: shares if "shares" in str(path) else w, params
+    )
+    config, changed = CHANGES[name](INDEPENDENT, params)
+    before = read(INDEPENDENT, params, learn=False)
+    np.testing.assert_allclose(read(config, changed, learn=False), before, atol=1e-6)
+    now = 1 / len(config.cms.levels) + np.asarray(changed["blocks"]["mix"]["shares"])
+    weights = np.ravel(1 / 3 + shares).tolist()
+    new = {"added": (2, 1 / 4), "split": (1, 1 / 4)}
+    if name in new:
+        weights.insert(*new[name])
+    np.testing.assert_allclose(now, [weights], atol=1e-6)
+
+
+@pytest.mark.parametrize("mixing", ["learned", "gated", "routed"])
+def test_copies_say_what_each_says_by_whatever_weights(mixing):
+    """At rest bit for bit, and back; not back once their weights have learned."""
+    one = dataclasses.replace(CONFIG, cms=CMSConfig(hidden=6))
+    _, params = small.built(one)
+    levels = [CMSLevel(period=p, rate=0.0) for p in (4, 8, 16)]
+    config, copied = convert.copy_levels(one, params, levels, mixing=mixing)
+    np.testing.assert_array_equal(read(config, copied), read(one, params))
+    back = convert.unstack_levels(config, copied)
+    assert back[0] == one
+    jax.tree.map(np.testing.assert_array_equal, back[1], params)
+    learned = jax.tree_util.tree_map_with_path(
+        lambda path, w: w + 0.5 if "'mix'" in str(path) else w, copied
+    )
+    if mixing == "learned":
+        with pytest.raises(ValueError, match=r"weights of \[2.5\] together"):
+            convert.unstack_levels(config, learned)
+    else:
+        np.testing.assert_array_equal(read(config, learned), read(one, params))
+
+
 def test_an_added_level_adds_what_it_learns():
     """Nothing before its first move; the others move as they did."""
     params = trained()
@@ -102,11 +148,11 @@ def test_what_cannot_be_done_is_said():
         convert.freeze_level(CONFIG, params, 3)
     with pytest.raises(ValueError, match="levels must be listed from fast to slow"):
         convert.split_level(CONFIG, params, 0, LEVEL, LEVEL)
-    mean = dataclasses.replace(
-        CONFIG, cms=dataclasses.replace(CONFIG.cms, order="independent")
-    )
-    with pytest.raises(ValueError, match="chain, got 'independent'"):
-        convert.add_level(mean, params, LEVEL, key)
+    for mixing in ("mean", "gated", "routed"):
+        cms = dataclasses.replace(CONFIG.cms, order="independent", mixing=mixing)
+        mean = dataclasses.replace(CONFIG, cms=cms)
+        with pytest.raises(ValueError, match=f"'independent' with mixing='{mixing}'"):
+            convert.add_level(mean, params, LEVEL, key)
     one = dataclasses.replace(CONFIG, cms=CMSConfig(hidden=6))
     with pytest.raises(ValueError, match="levels has one level"):
         convert.remove_level(one, params, 0)

@@ -11,7 +11,6 @@ from flax import nnx
 
 from hope_jax.core.level import Collected
 from hope_jax.models import cms, lm
-from hope_jax.optim.leaves import path_names
 from tests.models import small
 
 LENGTH = 17
@@ -119,49 +118,6 @@ def test_every_initial_state_learns_by_finite_differences(float64, name):
     assert abs(exact) > 1e-7
     noise = 2e-10  # of a difference of losses, over twice the step
     np.testing.assert_allclose(exact, numeric, rtol=1e-5, atol=noise)
-
-
-@pytest.mark.parametrize("part", ["levels.0", "levels.1", "rates"])
-def test_nested_levels_learn_by_finite_differences(float64, part):
-    """Through every move, of the starts that slower levels own too."""
-    loss, grad, params, tokens = nested_in_float64()
-    rng = np.random.default_rng(0)
-
-    def drawn(path, w):
-        mine = part in ".".join(path_names(path))
-        return mine * rng.standard_normal(w.shape)
-
-    direction = jax.tree_util.tree_map_with_path(drawn, params)
-    at = lambda e: float(  # noqa: E731
-        loss(jax.tree.map(lambda w, d: w + e * d, params, direction), tokens)
-    )
-    numeric = (at(1e-5) - at(-1e-5)) / 2e-5
-    each = jax.tree.map(lambda g, d: float(np.vdot(g, d)), grad, direction)
-    exact = sum(jax.tree.leaves(each))
-    assert abs(exact) > 1e-7
-    np.testing.assert_allclose(exact, numeric, rtol=1e-5, atol=2e-10)
-
-
-@functools.cache
-def nested_in_float64():
-    levels = tuple(cms.CMSLevel(period=p, rate=0.5) for p in (2, 4))
-    chain = cms.CMSConfig(
-        levels=levels, hidden=6, variant="nested", gradient="exact", pull=0.1
-    )
-    with jax.enable_x64(False):
-        params = small.built(
-            dataclasses.replace(small.HOPE_ATTENTION, layers=1, cms=chain)
-        )[1]
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        config = dataclasses.replace(
-            small.HOPE_ATTENTION, layers=1, cms=chain, dtype="float64"
-        )
-        params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), params)
-        tokens = jnp.asarray(small.some_tokens(length=10))
-        both = jax.jit(jax.value_and_grad(loss_of(config)))
-        both = both.lower(params, tokens).compile()
-        gradient = jax.device_get(both(params, tokens)[1])
-        return lambda *at: both(*at)[0], gradient, jax.device_get(params), tokens
 
 
 def first_order_by_definition(config, params, tokens):

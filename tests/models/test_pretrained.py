@@ -414,9 +414,11 @@ def test_levels_that_a_model_cannot_have_are_refused(opened):
         convert.stack_levels(*copies, LEVELS)
 
 
-def test_independent_levels_add_their_mean():
-    """Each reads what the mixer leaves; in the picture too."""
-    cms = CMSConfig(levels=(*STILL, CMSLevel(period=16)), hidden=5, order="independent")
+@pytest.mark.parametrize("mixing", ["mean", "learned", "gated", "routed"])
+def test_independent_levels_add_what_they_say(mixing):
+    """Each reads what the mixer leaves; in the picture too. Weights by hand."""
+    levels = (*STILL, CMSLevel(period=16))
+    cms = CMSConfig(levels=levels, hidden=5, order="independent", mixing=mixing)
     config = ModelConfig(d_model=8, heads=2, layers=1, mixer="attention", cms=cms)
     graphdef, params = small.shaken(Block(config, rngs=nnx.Rngs(0)))
     x = jnp.asarray(small.drawn(2, 7, 8))
@@ -426,12 +428,27 @@ def test_independent_levels_add_their_mean():
         block = nnx.merge(graphdef, params)
         left = x + block.mixer(block.norm(x))[0]
         said = [level.mlp(level.norm(left)) for level in block.levels]
-        return block(x)[0], left + sum(said) / 3
+        return block(x)[0], left, said
 
-    made, expected = both(params)
+    made, left, said = jax.device_get(both(params))
+    weights = np.full((2, 7, 3), 1 / 3)
+    if mixing == "learned":
+        weights = weights + np.asarray(params["mix"]["shares"][...])
+    elif mixing != "mean":
+        unit = left / np.sqrt(np.mean(left**2, axis=-1, keepdims=True) + 1e-6)
+        gate = params["mix"]["gate"]
+        kernel, bias = (np.asarray(gate[name][...]) for name in ("kernel", "bias"))
+        gates = np.exp(unit @ kernel + bias)
+        if mixing == "routed":  # of three the two largest
+            gates = np.where(gates == gates.min(-1, keepdims=True), 0, gates)
+        weights = gates / gates.sum(-1, keepdims=True)
+    expected = left + np.einsum("btk,kbtd->btd", weights, said)
     np.testing.assert_allclose(made, expected, atol=1e-5)
+    assert np.ptp(weights) > 0.1 or mixing == "mean"
     drawn = systems.system(config, 32)
     readers = {e.target for e in drawn.edges if e.source == "attention"}
     assert readers == {"CMS 1", "CMS 2", "CMS 3"}
+    parameters = sum(box.parameters for box in drawn.boxes)
+    assert parameters == lm.count_parameters(config)
     with pytest.raises(ValueError, match="cms.order that of a chain .* 'independent'"):
         systems.living(*lm.abstract_model(config), 32)

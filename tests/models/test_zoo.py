@@ -186,6 +186,32 @@ def test_bad_model_configs(changes, message):
             lambda: CMSConfig(levels=(CMSLevel(period=math.inf, rate=1.0),)),
             r"rate \(1.0\) must be below rate_bound \(1.0\)",
         ),
+        (lambda: CMSLevel(period=4, truncate=0), "truncate must be at least 1, got 0"),
+        (
+            lambda: CMSConfig(levels=(CMSLevel(period=4, truncate=2),)),
+            "truncate=2 of levels.0 .* gradient='first_order' goes through none",
+        ),
+        (
+            lambda: CMSConfig(
+                levels=(CMSLevel(period=4, rate=0.0, truncate=2),), gradient="exact"
+            ),
+            "truncate=2 of levels.0 is about the moves of .* rate 0.0",
+        ),
+        (lambda: CMSConfig(inner="exact"), "inner='exact' is read by nothing"),
+        (lambda: CMSConfig(mixing="gated"), "mixing='gated' is read by nothing"),
+        (lambda: CMSConfig(top_k=1), "top_k=1 is read by nothing: mixing='mean'"),
+        (
+            lambda: CMSConfig(order="independent", mixing="gated"),
+            "mixing='gated' is about what several levels say, and `levels` has one",
+        ),
+        (
+            lambda: CMSConfig(
+                levels=(CMSLevel(period=4), CMSLevel(period=8)),
+                order="independent",
+                mixing="routed",
+            ),
+            r"top_k must be at least 2 and below the number of levels \(2\), got 2",
+        ),
     ],
 )
 def test_bad_cms_configs(make, message):
