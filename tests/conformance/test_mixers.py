@@ -43,6 +43,7 @@ SMALL = {
     "tnt": dict(
         memory=dict(expansion=2), global_chunk=8, local_chunks=(2, 4), shard=4, conv=3
     ),
+    "in_place_ttt": dict(chunk=4, expansion=1),
 }
 each = pytest.mark.parametrize("kind", MIXERS)
 
