@@ -222,7 +222,7 @@ def measure(task: lab.Task) -> dict[str, float]:
 
     lives = [n * HALF_LIFE for n in LIVES if ablation.room(n * HALF_LIFE) <= s.window]
     plays = opened.config.data.load().train  # the letters are in no text
-    asked = [np.frombuffer(document.data, np.uint8) for document in plays]
+    asked = [ByteTokenizer().encode(document.data) for document in plays]
     asked = ablation.texts(asked, count=s.facts, length=s.window + 1)
     facts = ablation.plant(asked, lives, task.seed, LETTERS)
     for name, learn in switches(config.model).items():

@@ -15,6 +15,7 @@ it), how often it had to, and the bytes of the state and of the process.
 """
 
 import dataclasses
+import functools
 import json
 import resource
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from hope_jax.data.tokenizer import ByteTokenizer, encode_documents
 from hope_jax.models import lm, zoo
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.mixers.memory import NamedConfig
-from hope_jax.models.mixers.self_modifying import MLP, SelfModifyingConfig
+from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
 from hope_jax.stream.reader import open_checkpoint
 from hope_jax.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from launch import command
@@ -45,13 +46,14 @@ STEPS = {"full": 400, "smoke": 2}
 
 def rows(scale: str) -> dict[str, RunConfig]:
     """Hope and its twin; they differ in the model alone."""
+    memory = dataclasses.replace(MLP if scale == "full" else MATRIX, chunk=64)
+    if scale == "full":
+        memory = dataclasses.replace(memory, expansion=2)
     hope = lm.ModelConfig(
         d_model=32,
         layers=1,
         heads=2,
-        mixer=SelfModifyingConfig(
-            memory=dataclasses.replace(MLP, chunk=64, expansion=2), projection_chunk=64
-        ),
+        mixer=SelfModifyingConfig(memory=memory, projection_chunk=64),
         cms=CMSConfig(
             levels=tuple(CMSLevel(period=p) for p in PERIODS[scale]),
             hidden=32,
@@ -101,6 +103,7 @@ def norms(state: lm.LMState) -> dict[str, float]:
     return {name: norm(weights) for name, weights in moving(state).items()}
 
 
+@functools.cache
 def reads(config: lm.ModelConfig):
     """`(params, state, tokens[N, C + 1]) -> state, loss, moves`: N base chunks, and in
     how many of them each of `moving` changed."""
