@@ -3,9 +3,12 @@
 import zipfile
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import continual_reading
+from hope_jax.evaluate import ablation
 from hope_jax.models import lm
 from hope_jax.stream.reader import Opened, reader_of
 from hope_jax.train.config import check_rows
@@ -69,6 +72,20 @@ def test_every_question_has_its_answer(tmp_path, monkeypatch, capsys):
     # CMS levels have moved at the first reading, attention's window is over.
     gained = lambda m: m["lasting/first"] - m["lasting/again"]  # noqa: E731
     assert gained(hope["metrics"]) > 0.1 > abs(gained(attention["metrics"]))
-    assert "facts/nothing/1" in hope["metrics"]
+    config, reader, params, *_ = opens(tmp_path / "hope_matrix-0")
+    plays = config.data.load().validation[0].data
+    a, b = (
+        ablation.texts([ids.astype(np.int32)], count=2, length=769)[:, :385]
+        for ids in (
+            np.frombuffer(plays, np.uint8),
+            continual_reading.addresses(str(tmp_path / "data")),
+        )
+    )
+    state, bits = reader.initial_state(params, 2), []
+    for text in (a, b, a):
+        cost, state = ablation.costs(reader, True, params, jnp.asarray(text), state)
+        bits.append(float(cost.mean() / np.log(2)))
+    assert hope["metrics"]["lasting/first"] == pytest.approx(bits[0], rel=1e-5)
+    assert hope["metrics"]["lasting/after B"] == pytest.approx(bits[2], rel=1e-5)
     assert hope["metrics"]["facts/nothing/1"] == 0
     assert "| hope_matrix | all |" in made and "| transformer | all |" in made
