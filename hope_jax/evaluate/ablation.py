@@ -252,9 +252,9 @@ def read_twice(
         )
     rows = jnp.asarray(text[:, : length + 1], jnp.int32)
     start = reader.initial_state(params, rows.shape[0])
-    first, state = _costs(reader, learn, params, rows, start)
-    again, _ = _costs(reader, learn, params, rows, state)
-    other, _ = _costs(reader, learn, params, jnp.roll(rows, 1, axis=0), state)
+    first, state = costs(reader, learn, params, rows, start)
+    again, _ = costs(reader, learn, params, rows, state)
+    other, _ = costs(reader, learn, params, jnp.roll(rows, 1, axis=0), state)
     return Readings(*(float(jnp.mean(cost)) for cost in (first, again, other)))
 
 
@@ -268,13 +268,13 @@ def ask(
     """
 
     def answers(text):
-        costs = []
+        found = []
         for at in range(0, len(text), batch):
             part = jnp.asarray(text[at : at + batch])
             start = reader.initial_state(params, len(part))
-            cost, _ = _costs(reader, learn, params, part, start)
-            costs.append(np.asarray(cost[:, -ANSWER:], np.float64).mean(axis=1))
-        return np.concatenate(costs)
+            cost, _ = costs(reader, learn, params, part, start)
+            found.append(np.asarray(cost[:, -ANSWER:], np.float64).mean(axis=1))
+        return np.concatenate(found)
 
     absent = answers(facts.absent)
     return {d: interval(absent - answers(text)) for d, text in facts.planted.items()}
@@ -313,7 +313,7 @@ def flat(measured: Sequence[Measured]) -> dict[str, float]:
 
 
 @functools.partial(jax.jit, static_argnames=("reader", "learn"))
-def _costs(
+def costs(
     reader: Reader,
     learn: bool | Learning,
     params: PyTree,

@@ -125,7 +125,11 @@ class GatedMLP(nnx.Module):
         self.down = dense(hidden, d_model, dtype, rngs, scale=0.5, bias=bias)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        """What the last projection reads."""
+        return ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
 
 
 def where_rows(rows: Bool[Array, " B"], new: PyTree, old: PyTree) -> PyTree:

@@ -15,6 +15,8 @@ from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers import MIXERS
 from hope_jax.models.mixers.attention import AttentionConfig, SlidingWindowConfig
 from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.models.mixers.in_place_ttt import InPlaceTTTConfig
+from hope_jax.models.mixers.memory_caching import MemoryCachingConfig
 from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
 from hope_jax.models.mixers.titans import TitansContextConfig, TitansWindowConfig
 from hope_jax.models.mixers.tnt import TNTConfig
@@ -97,6 +99,8 @@ def _large(d_model: int, layers: int, heads: int, **hidden: int) -> _Size:
                 for kind in ("titans_mag", "titans_mal")
             ),
             TNTConfig(global_chunk=2048, shard=2048),
+            InPlaceTTTConfig(chunk=512),
+            MemoryCachingConfig(memory=titans, segment=256, context=4096),
         ),
         levels=_levels(256, 1024, 65_536, 1_048_576, rate=0.1),
         hidden=hidden,

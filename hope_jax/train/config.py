@@ -224,8 +224,14 @@ def check_rows(config: RunConfig) -> None:
             "may begin anew."
         )
     for i, mixer in enumerate(model.pattern):
+        place = f"model.mixer.{i}" if len(model.pattern) > 1 else "model.mixer"
+        if mixer.most is not None and mixer.most < seq_len:
+            raise ValueError(
+                f"train.seq_len ({seq_len}) must be at most {place}.context "
+                f"({mixer.most}), the most tokens of a row that {mixer.kind} has room "
+                f"for: set {place}.context={seq_len}, or shorter rows."
+            )
         if isinstance(mixer, AttentionConfig) and mixer.context != seq_len:
-            place = f"model.mixer.{i}" if len(model.pattern) > 1 else "model.mixer"
             raise ValueError(
                 f"train.seq_len ({seq_len}) and {place}.context ({mixer.context}) must "
                 "be the same: rows are what attention looks back over. Set "

@@ -45,6 +45,10 @@ SMALL = {
     "tnt": dict(
         memory=dict(expansion=2), global_chunk=8, local_chunks=(2, 4), shard=4, conv=3
     ),
+    "in_place_ttt": dict(chunk=4, expansion=1),
+    "memory_caching": dict(
+        memory=_MEMORY, conv=3, segment=4, context=16, aggregate="sparse", top=2
+    ),
 }
 each = pytest.mark.parametrize("kind", MIXERS)
 

@@ -19,7 +19,8 @@ PROGRAMS = (
     *(f"experiments.{n}" for n in ("fig4_toy", "orthogonal_tasks", "noisy_gradients")),
     *(f"experiments.{n}" for n in ("learned_optimizers", "fig11_vit", "memory")),
     *(f"experiments.{n}" for n in ("twins", "stability", "long_text", "sweep")),
-    *(f"experiments.{n}" for n in ("accumulators", "sessions")),
+    *(f"experiments.{n}" for n in ("accumulators", "sessions", "stream_10m")),
+    "experiments.continual_reading",
 )
 
 

@@ -11,7 +11,9 @@ from hope_jax.core.config import Kinds
 from hope_jax.memory import named
 from hope_jax.models.mixers.attention import AttentionConfig, SlidingWindowConfig
 from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.models.mixers.in_place_ttt import InPlaceTTTConfig
 from hope_jax.models.mixers.memory import MemoryMixerConfig, NamedConfig
+from hope_jax.models.mixers.memory_caching import MemoryCachingConfig
 from hope_jax.models.mixers.self_modifying import SelfModifyingConfig
 from hope_jax.models.mixers.titans import TitansContextConfig, TitansWindowConfig
 from hope_jax.models.mixers.tnt import TNTConfig
@@ -26,6 +28,8 @@ MIXERS = Kinds(
         "titans_mag": TitansWindowConfig(kind="titans_mag"),
         "titans_mal": TitansWindowConfig(kind="titans_mal"),
         "tnt": TNTConfig(),
+        "in_place_ttt": InPlaceTTTConfig(),
+        "memory_caching": MemoryCachingConfig(),
         **{name: NamedConfig(kind=name) for name in named.memories()},
         "softmax_attention": AttentionConfig(kind="softmax_attention"),
         "sliding_window": SlidingWindowConfig(),

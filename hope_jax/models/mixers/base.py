@@ -82,6 +82,11 @@ class MixerConfig(abc.ABC):
         need not look for it at each. 0 where the module always sees to it itself."""
         return 0
 
+    @property
+    def most(self) -> int | None:
+        """Most tokens that a row may have; None for any number."""
+        return None
+
     def bare(self, state: Any) -> Any:
         """A state of the module at a multiple of `span`, without what `full` finds
         again in the rest. Leaves may lead with anything."""

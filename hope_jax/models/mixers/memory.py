@@ -416,6 +416,17 @@ class MemoryMixer(nnx.Module):
         aligned = state is None if aligned is None else aligned
         if state is None:
             state = self.initial_state(x.shape[0])
+        _, y, state = self.lives(x, state, aligned, learn)
+        return self.said(x, y), state
+
+    def lives(
+        self,
+        x: Float[Array, "B T D"],
+        state: MemoryMixerState,
+        aligned: bool,
+        learn: bool | Learning,
+    ) -> tuple[Tokens, Float[Array, "B H T V"], MemoryMixerState]:
+        """What the memories were given, what they answer, and where they stand then."""
         learn = learning.of(learn)
         tokens, tails = self.tokens(x, state)
         tokens = learn.controls.on(tokens)
@@ -434,10 +445,15 @@ class MemoryMixer(nnx.Module):
             memory, y = _every(run, self._start())(state.memory, tokens)
         else:
             memory, y = self._live(state.memory, tokens, state.position, self._start())
+        return tokens, y, MemoryMixerState(memory, tails, position)
+
+    def said(
+        self, x: Float[Array, "B T D"], y: Float[Array, "B H T V"]
+    ) -> Float[Array, "B T D"]:
+        """What the layer makes of the memories' answers."""
         y = jnp.moveaxis(y, 1, 2)
         y = self.norm(y.astype(self.dtype)).reshape(x.shape)
-        y = self.out(y * jax.nn.silu(self.gate(x)))
-        return y, MemoryMixerState(memory, tails, position)
+        return self.out(y * jax.nn.silu(self.gate(x)))
 
     def watch(
         self,
