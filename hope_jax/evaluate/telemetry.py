@@ -186,14 +186,23 @@ def follow(
             zip(config.fast, config.fast_periods, strict=True)
         )
     )
-    count = len(config.pattern)
-    whose = [i for i, mixer in enumerate(config.pattern) for _ in mixer.memories]
-    named = zip(whose, slots.names(config), each.memories, strict=False)
+    count, names = len(config.pattern), slots.names(config)
     memories = tuple(
-        MemoryLine(name=name, layers=tuple(range(i, config.layers, count)), **line)
-        for i, name, line in named
+        MemoryLine(name=names[at], layers=tuple(range(i, config.layers, count)), **line)
+        for (i, at), line in zip(_watched(config), each.memories, strict=True)
     )
     return Timeline(position, each.loss, levels, memories)
+
+
+def _watched(config):
+    """Of every memory that can be watched: its mixer in the pattern, and its place in
+    `slots.names`."""
+    found, at = [], 0
+    for i, mixer in enumerate(config.pattern):
+        learns = sum(part.period > 0 for part in mixer.parts)
+        found += [(i, at + j) for j in range(learns) if mixer.memories]
+        at += learns
+    return found
 
 
 class _Seen(NamedTuple):
@@ -216,7 +225,7 @@ def _piece(config, recent, learn, params, text, state, start):
         slots.graph(config), params, text[:, :-1], text[:, 1:], state, learn=learn
     )
     first, old, new = (slots.memories(config, s) for s in (start, state, after))
-    count = len(seen.written)
+    count = len(new) - len(seen.levels)
     levels = []
     for i, level in enumerate(seen.levels):
         scale = 1.0
@@ -233,8 +242,10 @@ def _piece(config, recent, learn, params, text, state, start):
         )
     kinds = [memory for mixer in config.pattern for memory in mixer.memories]
     memories = []
+    places = [place for _, place in _watched(config)]
+    first, old, new = ([of[place] for place in places] for of in (first, old, new))
     for kind, tokens, at, before, weights in zip(
-        kinds, seen.written, first, old, new, strict=False
+        kinds, seen.written, first, old, new, strict=True
     ):
         kept = jnp.log2(tokens.alpha)
         ask = functools.partial(_recall, kind, recent, tokens)

@@ -21,6 +21,7 @@ from hope_jax.memory.state import MemoryState
 from hope_jax.models import cms, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
+from hope_jax.models.mixers.in_place_ttt import InPlaceTTTState
 from hope_jax.stream.generate import Drawing, draw
 
 NO_BOUND = 2**31 - 1  # moves
@@ -278,7 +279,7 @@ def merged(
             "reads."
         )
     nodes = jax.tree.leaves(slots[0].state.blocks.mixer, is_leaf=_is_memory)
-    if any(_is_memory(node) and node.rule is not None for node in nodes):
+    if any(isinstance(n, MemoryState) and n.rule is not None for n in nodes):
         raise ValueError(
             f"{config.name!r} ({config.kinds}) cannot be merged: the rule of its "
             "memory keeps more than weights, of which a weighted sum means nothing."
@@ -298,8 +299,9 @@ def _merged(config, params, slots, shares):
         if not _is_memory(new):
             return new
         weights = jax.tree.map(mean, *(old.weights for old in olds))
-        anchor = None if new.anchor is None else weights
-        return new._replace(weights=weights, anchor=anchor)
+        if not isinstance(new, MemoryState) or new.anchor is None:
+            return new._replace(weights=weights)
+        return new._replace(weights=weights, anchor=weights)
 
     blocks = [one.state.blocks for one in slots]
     mixer = jax.tree.map(
@@ -366,7 +368,7 @@ def memories(config: ModelConfig, state: lm.LMState) -> tuple[PyTree, ...]:
 
 
 def _is_memory(node):
-    return isinstance(node, MemoryState)
+    return isinstance(node, MemoryState | InPlaceTTTState)
 
 
 def _weights(mixer):

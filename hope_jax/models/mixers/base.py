@@ -103,7 +103,8 @@ class MixerConfig(abc.ABC):
 
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:
-        """The memory of each of its parts that learns, in their order. Its module then
+        """The memory of each of its parts that learns, in their order; none where what
+        they are given is not keys and values of memories. Its module then
         has `watch(x, state, aligned=, learn=)`: a call of it, which also returns what
         each of them was given, `Tokens` of leaves `[B, H, T, ...]` whose values are
         what it stores."""
