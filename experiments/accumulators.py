@@ -2,8 +2,8 @@
 
 Run:     python -m experiments.accumulators --checkpoint=DIR  (a run of the quickstart)
 Smoke:   add --chunks=4 --out=DIR.
-Expect:  sums that are 2^-9 apart after one chunk, and more with every one. No run is
-         committed yet.
+Expect:  sums that are 2^-9 apart after one chunk, and more with every one: 4 % after
+         1,024 (experiments/results/accumulators/).
 Cost:    two minutes on one CPU core.
 
 One row reads the training text, its slowest level so slow that it gathers and never
