@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hope_jax.core.config import override
 from hope_jax.train import checkpoint, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,16 @@ def test_wrong_flags_name_what_exists(arguments, message, capsys):
 
     assert train.main(["--workdir=unused", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("where", ["optimizer", "model.cms"])
+def test_the_pool_of_threads_is_widened_for_lapack_alone(where):
+    from launch import train
+
+    config = train.load_row("quickstart", "hope", "smoke")
+    rule = [f"{where}.rule=adagrad_memory"]
+    assert not train._waits(override(config, rule))
+    assert train._waits(override(config, [*rule, f"{where}.rule.form=outer"]))
 
 
 def test_experiments_are_those_with_rows_to_train():
