@@ -275,7 +275,9 @@ def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
             at = [k for k in of[0] if k.startswith(f"position/{name}")]
             ends = [int(k.rpartition("-")[2]) for k in at]
             values = np.array([[metrics[k] for k in at] for metrics in of])
-            look = {"color": COLOURS[number % len(COLOURS)], "label": row}
+            again, colour = divmod(number, len(COLOURS))
+            look = {"color": COLOURS[colour], "ls": ("-", "--", ":")[again]}
+            look["label"] = row.replace("_", " ")
             axes.plot(ends, values.mean(0), marker="o", ms=3, lw=1.4, **look)
         axes.set_xscale("log", base=2)
         title = {"A": "plays, as in training", "B": "addresses"}[name]
