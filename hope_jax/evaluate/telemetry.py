@@ -199,9 +199,8 @@ def _watched(config):
     `slots.names`."""
     found, at = [], 0
     for i, mixer in enumerate(config.pattern):
-        learns = sum(part.period > 0 for part in mixer.parts)
-        found += [(i, at + j) for j in range(learns) if mixer.memories]
-        at += learns
+        found += [(i, at + j) for j in range(len(mixer.memories))]
+        at += len(mixer.learns)
     return found
 
 

@@ -347,7 +347,7 @@ def names(config: ModelConfig) -> tuple[str, ...]:
     found = []
     for i, mixer in enumerate(config.pattern):
         before = f"{mixer.kind} {i + 1}: " if len(config.pattern) > 1 else ""
-        found += [before + part.name for part in mixer.parts if part.period > 0]
+        found += [before + part.name for part in mixer.learns]
     return (*found, *(f"CMS {place + 1}" for place in config.fast))
 
 

@@ -57,7 +57,8 @@ MODELS = {config.name: config for config in (HOPE, HOPE_ATTENTION, TRANSFORMER)}
 @functools.cache
 def built(config: ModelConfig):
     """With the kernels that open CMS moves away from the zeros at which they start."""
-    graphdef, params = lm.build(config, jax.random.key(1))
+    with jax.ensure_compile_time_eval():  # kept, even if what asks first is traced
+        graphdef, params = lm.build(config, jax.random.key(1))
     rng = np.random.default_rng(7)
 
     def shaken(path, leaf):

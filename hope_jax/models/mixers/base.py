@@ -104,11 +104,17 @@ class MixerConfig(abc.ABC):
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:
         """The memory of each of its parts that learns, in their order; none where what
-        they are given is not keys and values of memories. Its module then
-        has `watch(x, state, aligned=, learn=)`: a call of it, which also returns what
-        each of them was given, `Tokens` of leaves `[B, H, T, ...]` whose values are
-        what it stores."""
+        they are given is not keys and values of memories. With some its module has
+        `watch(x, state, aligned=, learn=)`: a call of it, which also returns what each
+        was given, `Tokens` of leaves `[B, H, T, ...]` whose values are what it stores.
+        """
         return ()
+
+    @property
+    def learns(self) -> tuple[Part, ...]:
+        """The parts whose weights a session finds in a state of the module: those of
+        `memories`."""
+        return tuple(p for p in self.parts if p.period > 0) if self.memories else ()
 
     @property
     def ends(self) -> tuple[str, ...]:

@@ -85,6 +85,10 @@ class InPlaceTTTConfig(MixerConfig):
         objective = "dot product with what comes next"
         return (Part("in-place MLP", self.chunk, objective, "gd", "mlp.down"),)
 
+    @property
+    def learns(self) -> tuple[Part, ...]:
+        return self.parts  # what it writes is no key and value of a memory
+
 
 class InPlaceTTTState(NamedTuple):
     """Where a layer stands; its size does not depend on the tokens read.
