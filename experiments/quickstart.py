@@ -5,7 +5,7 @@ Run:     bash launch/quickstart.sh (environment, data, both rows, numbers, pictu
 Smoke:   add --scale=smoke (two steps on bytes, CPU, a minute); a test runs it so.
 Expect:  Hope below `gzip -9` in bits per byte on the validation files, with its memory
          reset before each file; see experiments/README.md for the last measured number.
-Cost:    at most 12 minutes on 2 CPU cores, after the installation.
+Cost:    at most 10 minutes on 2 CPU cores, after the installation.
 
 Both rows read as many tokens of the same text in one order; only the model differs.
 """
