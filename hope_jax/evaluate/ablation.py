@@ -250,6 +250,7 @@ def read_twice(
             f"text must have more than {reader.span} tokens a row, the span of the "
             f"model's clocks, got {text.shape[1]}."
         )
+    reader.check_room("a text, read twice,", 2 * length)
     rows = jnp.asarray(text[:, : length + 1], jnp.int32)
     start = reader.initial_state(params, rows.shape[0])
     first, state = costs(reader, learn, params, rows, start)

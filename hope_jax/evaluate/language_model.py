@@ -132,7 +132,8 @@ def score(
 
     Raises:
       ValueError: an unknown mode, `rows` or `window` below 1, no documents, an empty
-        document, or a tokenizer with more ids than the model.
+        document, a tokenizer with more ids than the model, or a row, in whole windows,
+        that it has no room for.
       FloatingPointError: a document's score is not finite.
     """
     if mode not in MODES:
@@ -149,6 +150,7 @@ def score(
     for group in evaluation_windows(
         ids, window=window, batch=rows, carried=mode == "carried"
     ):
+        reader.check_room(f"a row in mode {mode!r}", group.tokens.shape[1])
         for cost, document in _costs(reader, params, group, window, mode != "frozen"):
             scored = document >= 0
             np.add.at(nats, document[scored], cost[scored])

@@ -152,8 +152,8 @@ def follow(
       learn: which parts learn.
 
     Raises:
-      ValueError: fewer tokens than a piece and the one after it, `recent` below 1, or
-        tokens that the model has no row for.
+      ValueError: fewer tokens than a piece and the one after it, or more than the model
+        has room for, `recent` below 1, or tokens that the model has no row for.
     """
     piece = config.base_chunk or config.span * math.ceil(PIECE / config.span)
     if tokens.ndim != 1 or tokens.shape[0] <= piece:
@@ -163,6 +163,7 @@ def follow(
         )
     if recent < 1:
         raise ValueError(f"recent must be at least 1, got {recent}.")
+    config.check_room("tokens", tokens.shape[0])
     text = np.asarray(lm.ids("tokens", tokens, config.vocab))
     learns = learning.resolve(config, learn).levels or ()
     state = start = _begin(config, params)

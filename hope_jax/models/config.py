@@ -159,6 +159,25 @@ class ModelConfig:
         there a row may be read in parallel."""
         return math.lcm(self.base_chunk or 1, self.mixer_chunk)
 
+    @property
+    def most(self) -> int | None:
+        """Most tokens of a row, for which every mixer has room; None for any number."""
+        return min((m.most for m in self.pattern if m.most is not None), default=None)
+
+    def check_room(self, what: str, tokens: int) -> None:
+        """Refuses a row of more tokens than `most`.
+
+        Raises:
+          ValueError: names `what` it is, its tokens and what to do.
+        """
+        if self.most is not None and tokens > self.most:
+            kinds = " and ".join(m.kind for m in self.pattern if m.most == self.most)
+            raise ValueError(
+                f"{what} ({tokens} tokens) is longer than the {self.most} that {kinds} "
+                "has room for: set model.mixer.context higher (no parameter has its "
+                "shape), or read less."
+            )
+
 
 def with_context(config: ModelConfig, context: int) -> ModelConfig:
     """The model whose attention to whole rows looks back over `context` tokens."""

@@ -276,7 +276,8 @@ def apply(
 
     Raises:
       ValueError: no `[B, T]` ids of the vocabulary, a state of other rows or of another
-        model, or arguments that do not go together.
+        model, more tokens than `config.most` (inside `jit`, logits beyond it are NaN),
+        or arguments that do not go together.
     """
     if tokens.ndim != 2 or min(tokens.shape) < 1:
         raise ValueError(
@@ -323,7 +324,11 @@ def apply(
         state = _begin(model, tokens.shape[0], horizon)
     else:
         _check_state(model, state, tokens.shape[0], aligned)
-        position, state = state.position, _layers_first(state)
+        position = state.position
+        if not isinstance(position, Tracer) and not isinstance(count, Tracer):
+            more = tokens.shape[1] if count is None else int(count)
+            model.config.check_room("a row", int(jnp.max(position)) + more)
+        state = _layers_first(state)
     if not aligned:
         if anywhere and (tokens.shape[1] > 1 or count is not None):
             logits, state = _read_anywhere(model, tokens, state, count, learn)

@@ -248,8 +248,8 @@ def generate(
       block: tokens made between two looks at the host; a speed choice, never a result.
 
     Raises:
-      ValueError: `tokens` or `block` below 1, or a tokenizer with more ids than the
-        model.
+      ValueError: `tokens` or `block` below 1, a tokenizer with more ids than the model,
+        or a text, made in whole blocks, that the model has no room for.
       FloatingPointError: the model says NaN; raised where its first token would be.
     """
     # Checked here and not in the generator below, which runs at its first `next`.
@@ -260,6 +260,8 @@ def generate(
     check_tokenizer(reader, tokenizer)
     sampling = Sampling() if sampling is None else sampling
     read = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
+    made = -(-tokens // block) * block
+    reader.check_room("the prompt and what follows", len(read) + made)
     return _generate(
         reader, params, tokenizer, read, tokens, key, sampling, learn, block
     )

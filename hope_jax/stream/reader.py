@@ -39,6 +39,8 @@ class Reader(NamedTuple):
         `count` of some tokens, wherever the rows stand; None is `apply` one by one.
       writes: `(params, state, logits, choose, xs, learn) -> (tokens, logits, state)`,
         as `hope_jax.models.lm.write`; None is `apply` one by one.
+      check_room: `(what, tokens)`, which refuses a row of more tokens than the model
+        has room for (`ModelConfig.check_room`).
     """
 
     apply: Callable[
@@ -49,6 +51,7 @@ class Reader(NamedTuple):
     vocab: int
     anywhere: Callable[..., tuple[Array, PyTree]] | None = None
     writes: Callable[..., tuple[Array, Array, PyTree]] | None = None
+    check_room: Callable[[str, int], None] = lambda what, tokens: None
 
     def read(
         self,
@@ -148,7 +151,15 @@ def reader_of(config: lm.ModelConfig) -> Reader:
     def writes(params, state, logits, choose, xs, learn):
         return lm.write(graphdef, params, state, logits, choose, xs, learn=learn)
 
-    return Reader(apply, initial_state, config.span, config.vocab, anywhere, writes)
+    return Reader(
+        apply,
+        initial_state,
+        config.span,
+        config.vocab,
+        anywhere,
+        writes,
+        config.check_room,
+    )
 
 
 class Opened(NamedTuple):

@@ -22,7 +22,7 @@ from hope_jax.train.checkpoint import Damaged
 SUFFIX = ".safetensors"
 
 _FORMAT = "hope_jax.session.1"
-_TYPES = {"float32": "F32", "bfloat16": "BF16", "int32": "I32"}
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "int32": "I32", "bool": "BOOL"}
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping) -> None:

@@ -696,6 +696,9 @@ class Sessions:
                 f"Session {session.name!r} has read {session.tokens} tokens, and "
                 f"{count} more are above the {self.limits.session} that it may read."
             )
+        if self.config.most is not None:
+            read = int(self._row(session).state.position[0])
+            self.config.check_room(f"session {session.name!r}", read + count)
 
     def _ids(self, session, text):
         bos = np.array([self.tokenizer.bos], np.int32)

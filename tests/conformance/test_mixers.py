@@ -23,7 +23,7 @@ from hope_jax.models.mixers import MIXERS
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.models.mixers.memory import NamedConfig
 from hope_jax.models.rotary import Llama3
-from hope_jax.stream import slots
+from hope_jax.stream import saved, slots
 from tests import compare
 
 close = compare.within_size(2e-5)
@@ -240,6 +240,15 @@ def test_a_session_finds_the_weights_of_every_part_that_learns(kind):
     found = jax.eval_shape(weights, params)
     assert len(found) == len(slots.names(model))
     assert all(leaf.shape[:2] == (ROWS, 1) for leaf in jax.tree.leaves(found))
+
+
+@each
+def test_a_session_can_be_a_file(kind, tmp_path):
+    leaves = jax.tree_util.tree_leaves_with_path(start(kind))
+    arrays = {jax.tree_util.keystr(path): np.asarray(a) for path, a in leaves}
+    saved.write(tmp_path / "one.safetensors", arrays, {})
+    found, _ = saved.read(tmp_path / "one.safetensors", arrays)
+    jax.tree.map(np.testing.assert_array_equal, found, arrays)
 
 
 @pytest.mark.parametrize("kind", [k for k in SMALL if configured(k).memories])

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hope_jax.data.text import Document
+from hope_jax.data.tokenizer import ByteTokenizer
+from hope_jax.evaluate import ablation, language_model, telemetry
 from hope_jax.memory.compose import MemoryConfig, build_architecture
 from hope_jax.models import lm
 from hope_jax.models.mixers.memory import MemoryMixer
 from hope_jax.models.mixers.memory_caching import MemoryCachingConfig
+from hope_jax.stream import generate
+from hope_jax.stream.reader import reader_of
+from hope_jax.stream.session import Limits, Sessions
 from hope_jax.train.config import RunConfig, TrainConfig, check_rows
 from tests import compare
 
@@ -142,6 +148,37 @@ def test_a_row_longer_than_its_context_is_refused():
     )
     with pytest.raises(ValueError, match=r"seq_len \(32\) must be at most model.mixer"):
         check_rows(config)
+
+
+def test_no_door_lets_a_row_grow_longer_than_its_room():
+    """Where inside a program its logits would be NaN; nothing is lost."""
+    model = lm.ModelConfig(d_model=D, heads=HEADS, layers=1, mixer=CONFIG)
+    graphdef, params = lm.build(model, jax.random.key(0))
+    reader, tokenizer = reader_of(model), ByteTokenizer()
+    room = rf"longer than the {CONFIG.context} that memory_caching has room for"
+
+    state = lm.initial_state(graphdef, params, 1)
+    state = state._replace(position=jnp.full((1,), 12, jnp.int32))
+    with pytest.raises(ValueError, match=r"a row \(17 tokens\) is " + room):
+        lm.apply(graphdef, params, np.zeros((1, 5), np.int32), state)
+    with pytest.raises(ValueError, match=r"what follows \(19 tokens\) is " + room):
+        draws = dict(tokens=9, block=8, key=jax.random.key(0))
+        generate.generate(reader, params, tokenizer, b"ab", **draws)
+    for mode in ("reset", "carried"):
+        documents = [Document("long", b"x" * 20)]
+        with pytest.raises(ValueError, match=rf"mode '{mode}' .* is " + room):
+            asked = dict(mode=mode, window=4, rows=1)
+            language_model.score(reader, params, tokenizer, documents, **asked)
+    with pytest.raises(ValueError, match=room):
+        ablation.read_twice(reader, params, np.zeros((1, 13), np.int32), True)
+    with pytest.raises(ValueError, match=room):
+        telemetry.follow(model, params, np.zeros(70, np.int32))
+
+    made = Sessions(model, params, tokenizer, limits=Limits(slots=1))
+    made.open("ann")
+    with pytest.raises(ValueError, match=r"'ann' \(17 tokens\) is " + room):
+        made.ask("ann", "x" * 10, tokens=6, key=jax.random.key(0))
+    made.ask("ann", "x" * 9, tokens=6, key=jax.random.key(0))  # and bos
 
 
 @pytest.mark.parametrize(

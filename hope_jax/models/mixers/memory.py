@@ -14,7 +14,7 @@ memory then does is `memory_level(config.memory, width)`, token by token.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -616,6 +616,15 @@ class MemoryMixer(nnx.Module):
                 old = apply(memory.anchor, q)
                 y = jnp.where(moved[:, None, :-1, None], y, old)
         return commit_where(moved[:, -1], memory), y
+
+
+def watch(
+    layer: Any, x: Float[Array, "B T D"], state: Any, **how: Any
+) -> tuple[Float[Array, "B T D"], Any, tuple[Tokens]]:
+    """A call of a layer, `how` as that is told, and what its `memory`, which reads what
+    the layer reads, was given (`MixerConfig.memories`)."""
+    y, after = layer(x, state, **how)
+    return y, after, (layer.memory.tokens(x, state.memory)[0],)
 
 
 def _every(run: Callable, shared=None) -> Callable:

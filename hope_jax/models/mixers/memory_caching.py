@@ -35,7 +35,7 @@ from hope_jax.core.config import at_least, one_of, refuse_unread
 from hope_jax.core.system import Edge
 from hope_jax.kernels.select import scan_chunks
 from hope_jax.memory.architecture import Weights
-from hope_jax.memory.compose import MemoryConfig, Tokens, build_architecture
+from hope_jax.memory.compose import MemoryConfig, build_architecture
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models import learning
 from hope_jax.models.layers import dense, where_rows
@@ -45,6 +45,7 @@ from hope_jax.models.mixers.memory import (
     MemoryMixer,
     MemoryMixerConfig,
     MemoryMixerState,
+    watch,
 )
 from hope_jax.optim.leaves import wide
 
@@ -264,17 +265,7 @@ class MemoryCaching(nnx.Module):
         inside = place < self.config.context
         return jnp.where(inside[:, :, None], y, jnp.nan).astype(y.dtype), state
 
-    def watch(
-        self,
-        x: Float[Array, "B T D"],
-        state: MemoryCachingState,
-        *,
-        aligned: bool,
-        learn: bool | Learning = True,
-    ) -> tuple[Float[Array, "B T D"], MemoryCachingState, tuple[Tokens]]:
-        """A call, and what the live memory was given (`MixerConfig.memories`)."""
-        y, after = self(x, state, aligned=aligned, learn=learn)
-        return y, after, (self.memory.tokens(x, state.memory)[0],)
+    watch = watch
 
     def _read(self, x, state, aligned, learn):
         """Tokens of a segment from its start on, or one token anywhere."""

@@ -45,6 +45,7 @@ from hope_jax.models.mixers.memory import (
     MemoryMixer,
     MemoryMixerConfig,
     MemoryMixerState,
+    watch,
 )
 from hope_jax.optim.leaves import wide
 
@@ -500,17 +501,7 @@ class MemoryAsGate(nnx.Module):
         recalled, memory = self.memory(x, state.memory, aligned=aligned, learn=learn)
         return self.join(y, recalled), GateState(memory, window)
 
-    def watch(
-        self,
-        x: Float[Array, "B T D"],
-        state: GateState,
-        *,
-        aligned: bool,
-        learn: bool | Learning = True,
-    ) -> tuple[Float[Array, "B T D"], GateState, tuple[Tokens]]:
-        """A call, and what the memory was given."""
-        y, after = self(x, state, aligned=aligned, learn=learn)
-        return y, after, (self.memory.tokens(x, state.memory)[0],)
+    watch = watch
 
 
 class LayerState(NamedTuple):
@@ -571,17 +562,7 @@ class MemoryAsLayer(nnx.Module):
         y, window = slide(self.heads, y, state.window, position, state.persistent)
         return self.out(y), LayerState(memory, state.persistent, window)
 
-    def watch(
-        self,
-        x: Float[Array, "B T D"],
-        state: LayerState,
-        *,
-        aligned: bool,
-        learn: bool | Learning = True,
-    ) -> tuple[Float[Array, "B T D"], LayerState, tuple[Tokens]]:
-        """A call, and what the memory was given."""
-        y, after = self(x, state, aligned=aligned, learn=learn)
-        return y, after, (self.memory.tokens(x, state.memory)[0],)
+    watch = watch
 
 
 _State = TypeVar("_State", ContextState, GateState, LayerState)
