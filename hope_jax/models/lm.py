@@ -325,7 +325,8 @@ def apply(
     else:
         _check_state(model, state, tokens.shape[0], aligned)
         position = state.position
-        if not isinstance(position, Tracer) and not isinstance(count, Tracer):
+        looked_at = not isinstance(position, Tracer) and not isinstance(count, Tracer)
+        if model.config.most is not None and looked_at:
             more = tokens.shape[1] if count is None else int(count)
             model.config.check_room("a row", int(jnp.max(position)) + more)
         state = _layers_first(state)
