@@ -12,8 +12,11 @@ from flax import nnx
 from hope_jax.evaluate import telemetry
 from hope_jax.memory.compose import build_architecture
 from hope_jax.models import lm
+from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.layers import unit
 from hope_jax.models.learning import Learning
+from hope_jax.models.mixers import MIXERS
+from hope_jax.models.mixers.in_place_ttt import InPlaceTTTConfig
 from tests import compare
 from tests.models import small
 
@@ -142,6 +145,29 @@ def test_nothing_moves_of_what_does_not_learn():
     for memory in line.memories:
         assert not memory.distance.any()
         np.testing.assert_array_equal(memory.recall, memory.before)
+
+
+def test_lines_are_of_their_own_memories_whatever_stands_before_them():
+    """Weights that move and are no memory of keys and values are not followed."""
+    mixers = InPlaceTTTConfig(chunk=2), MIXERS.get("delta_net")
+    config = dataclasses.replace(
+        small.HOPE_ATTENTION,
+        mixer=mixers,
+        cms=CMSConfig(levels=(CMSLevel(period=PIECE, rate=0.5),), hidden=6),
+    )
+    graphdef, params = small.built(config)
+    line = telemetry.follow(config, params, TEXT[: PIECE + 1])
+    (memory,), (level,) = line.memories, line.levels
+    assert memory.name.startswith("delta_net 2: ") and memory.layers == (1,)
+    labels = TEXT[None, 1 : PIECE + 1]
+    _, state = jax.jit(lm.apply, static_argnums=0)(
+        graphdef, params, TEXT[None, :PIECE], labels=labels
+    )
+    start = small.start(config, 1)
+    now, then = (s.blocks.mixer[1].memory.weights for s in (state, start))
+    close(np.sqrt(np.square(memory.distance).sum()), norm(minus(now, then)))
+    now, then = (s.blocks.fast[0] for s in (state, start))
+    close(np.sqrt(np.square(level.distance).sum()), norm(minus(now, then)))
 
 
 def test_one_program_reads_any_text():
