@@ -118,6 +118,8 @@ def rows(config: ModelConfig) -> list[Row]:
             "" if changes else no_projection,
         ),
     ]
+    if learning.consolidates(config):
+        found.append(made("consolidation off", Learning(consolidation=False)))
     for i in range(count):
         reason = "" if i in fast else "it never moves while reading"
         found.append(made(f"CMS {i + 1} off", without(i), reason))

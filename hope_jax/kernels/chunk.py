@@ -50,8 +50,9 @@ def piece(
 
     The caller commits when the chunk is complete. With `reads` False only the state
     is computed and None stands for the reads. A memory that `returns` needs the `start`
-    the level above gave it; no copy of it is in the state.
+    the level above gave it; no copy of it is in the state, unless it has `starts`.
     """
+    start = _nearest(state, start)
     if config.returns and start is None:
         raise ValueError(
             f"toward={config.toward!r} and erases={config.erases!r} need the start of "
@@ -63,6 +64,11 @@ def piece(
         if config.steps > 1:
             return _several_steps(config, state, tokens, reads, start)
         return _FORMS[_form_of(config, tokens)](config, state, tokens, reads, start)
+
+
+def _nearest(state, start):
+    """The start to which a memory returns."""
+    return state.starts[0] if state.starts else start
 
 
 def _prepared(config, state, tokens):
@@ -140,7 +146,8 @@ def write(
     """
     with jax.default_matmul_precision("float32"):
         tokens, state = _prepared(config, state, tokens)
-        return _write(config, state, tokens, start if config.returns else None)
+        start = _nearest(state, start) if config.returns else None
+        return _write(config, state, tokens, start)
 
 
 def read(

@@ -17,8 +17,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
+from hope_jax.memory.consolidation import restarted, starts_of
 from hope_jax.memory.state import MemoryState
-from hope_jax.models import cms, lm
+from hope_jax.models import cms, learning, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.in_place_ttt import InPlaceTTTState
@@ -210,7 +211,8 @@ def reset(
     Without the mixers its text goes on. With them a new text begins, so levels that
     are kept have their weights and what their rule carries, and lose what they had
     learned since their last move. Where levels nest, a start belongs to the slower
-    level that owns it: if that is kept, the faster one begins again there.
+    level that owns it: if that is kept, the faster one begins again there. So do
+    memories whose `starts` are kept, the levels of `memory.consolidation`.
     """
     fresh, state = begin(config, params, 1), one.state
     again = [f"CMS {place + 1}" in levels for place in config.fast]
@@ -235,10 +237,18 @@ def reset(
 
     made = [level(i) for i in range(len(again))]
     base = fresh if new_text else one
+    mixers, held = base.state.blocks.mixer, base.state.held
+    if new_text != ("starts" in levels):
+        mixers = restarted(fresh.state.blocks.mixer, state.blocks.mixer, not new_text)
+        if held is not None and new_text:
+            held = held._replace(mixers=config.bare(mixers))
     return Slots(
         base.state._replace(
-            blocks=base.state.blocks._replace(fast=tuple(w for w, _ in made)),
+            blocks=base.state.blocks._replace(
+                mixer=mixers, fast=tuple(w for w, _ in made)
+            ),
             levels=tuple(rest for _, rest in made),
+            held=held,
         ),
         base.logits,
         one.ledger,
@@ -246,8 +256,10 @@ def reset(
 
 
 def parts(config: ModelConfig) -> tuple[str, ...]:
-    """What `reset` can put back: the mixers of all layers together, and each level."""
-    return ("mixers", *(f"CMS {place + 1}" for place in config.fast))
+    """What `reset` can put back: the mixers of all layers together, the starts to which
+    their memories return, if these are levels, and each level of the chain."""
+    starts = ("starts",) * learning.consolidates(config)
+    return ("mixers", *starts, *(f"CMS {place + 1}" for place in config.fast))
 
 
 def merged(
@@ -299,9 +311,12 @@ def _merged(config, params, slots, shares):
         if not _is_memory(new):
             return new
         weights = jax.tree.map(mean, *(old.weights for old in olds))
-        if not isinstance(new, MemoryState) or new.anchor is None:
-            return new._replace(weights=weights)
-        return new._replace(weights=weights, anchor=weights)
+        new = new._replace(weights=weights)
+        if not isinstance(new, MemoryState):
+            return new
+        starts = jax.tree.map(mean, *(old.starts for old in olds))
+        anchor = None if new.anchor is None else weights
+        return new._replace(anchor=anchor, starts=starts)
 
     blocks = [one.state.blocks for one in slots]
     mixer = jax.tree.map(
@@ -342,12 +357,13 @@ def changed(config: ModelConfig, one: Slots, start: Slots) -> Float[Array, "2 M"
 
 def names(config: ModelConfig) -> tuple[str, ...]:
     """The levels that learn while the model reads: its memories by the names of their
-    parts, after their mixers' where there are several, and `CMS 1`, ... of the chain.
+    parts and the starts that consolidate them, after their mixers' where there are
+    several, and `CMS 1`, ... of the chain.
     """
     found = []
     for i, mixer in enumerate(config.pattern):
         before = f"{mixer.kind} {i + 1}: " if len(config.pattern) > 1 else ""
-        found += [before + part.name for part in mixer.learns]
+        found += [before + part.name for part in (*mixer.learns, *mixer.starts)]
     return (*found, *(f"CMS {place + 1}" for place in config.fast))
 
 
@@ -364,6 +380,8 @@ def memories(config: ModelConfig, state: lm.LMState) -> tuple[PyTree, ...]:
             count = jax.tree.leaves(own)[0].shape[-3]
             own = [{n: w[..., i, :, :] for n, w in own.items()} for i in range(count)]
         found += own
+        for each in starts_of(where):
+            found += each
     return (*found, *state.blocks.fast)
 
 

@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core.config import at_least, one_of
 from hope_jax.kernels.chunk import piece
-from hope_jax.kernels.select import Implementation, memory_scan
-from hope_jax.memory import features, named
+from hope_jax.kernels.select import Implementation, memory_scan, scan_chunks
+from hope_jax.memory import consolidation, features, named
 from hope_jax.memory.bias import BIASES
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -33,6 +33,7 @@ from hope_jax.memory.compose import (
     half_life_to_retention,
     key_width,
 )
+from hope_jax.memory.consolidation import Consolidation, with_starts
 from hope_jax.memory.gates import GateConfig
 from hope_jax.memory.state import MemoryState, bare, begin_memory, full
 from hope_jax.models import learning
@@ -46,7 +47,13 @@ from hope_jax.models.layers import (
     where_rows,
 )
 from hope_jax.models.learning import Learning
-from hope_jax.models.mixers.base import MixerConfig, Part, recalling, scaled
+from hope_jax.models.mixers.base import (
+    MixerConfig,
+    Part,
+    consolidating,
+    recalling,
+    scaled,
+)
 from hope_jax.optim.leaves import wide
 
 _STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
@@ -66,6 +73,9 @@ class MemoryMixerConfig(MixerConfig):
         parallel; `auto` chooses.
       truncate: tokens after which the outer gradient goes no further back through the
         memory, a multiple of its chunk; None goes back to the start.
+      consolidate: slower levels, from fast to slow, to which every row's memories
+        return, in place of the start of all rows; none by default. Each has a clock of
+        its own, a multiple of `memory.chunk`.
     """
 
     kind: Literal["memory"] = "memory"
@@ -75,9 +85,18 @@ class MemoryMixerConfig(MixerConfig):
     rank: int = 32
     impl: Implementation = "auto"
     truncate: int | None = None
+    consolidate: tuple[Consolidation, ...] = ()
 
     def __post_init__(self):
         at_least(self, conv=1, rank=1)
+        consolidation.check(
+            self.consolidate, self.memory, self.memory.chunk, "memory.chunk"
+        )
+        if self.consolidate and self.truncate is not None:
+            raise ValueError(
+                f"truncate ({self.truncate}) is about memories that go on from one "
+                "start, and consolidate gives them others: leave truncate None."
+            )
         one_of(self, impl=get_args(Implementation))
         if self.truncate is not None and (
             self.truncate < 1 or self.truncate % self.memory.chunk
@@ -116,11 +135,15 @@ class MemoryMixerConfig(MixerConfig):
 
     @property
     def span(self) -> int:
-        return self.parts[0].period
+        return self.memory.chunk if self.starts else self.parts[0].period
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return (recalling("memory", self.memory, "start"),)
+
+    @property
+    def starts(self) -> tuple[Part, ...]:
+        return consolidating(self.consolidate)
 
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:
@@ -386,8 +409,9 @@ class MemoryMixer(nnx.Module):
             n: jnp.broadcast_to(w[...][None], (rows, *w.shape))
             for n, w in self.start.items()
         }
+        memory = _every(lambda w: begin_memory(self.config.memory, w))(spread)
         return MemoryMixerState(
-            memory=_every(lambda w: begin_memory(self.config.memory, w))(spread),
+            memory=with_starts(self.config.consolidate, memory),
             tails=Tails(
                 *(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q))
             ),
@@ -433,6 +457,8 @@ class MemoryMixer(nnx.Module):
         position = state.position + x.shape[1]
         if not learn.main:
             memory, y = self._only_read(state.memory, tokens.q, state.position)
+        elif aligned and state.memory.starts and learn.consolidation:
+            memory, y = self._live_by_chunks(state.memory, tokens, state.position)
         elif aligned or self._chunk_is_free:
             run = lambda s, t, start: memory_scan(  # noqa: E731
                 self.config.memory,
@@ -444,7 +470,9 @@ class MemoryMixer(nnx.Module):
             )
             memory, y = _every(run, self._start())(state.memory, tokens)
         else:
-            memory, y = self._live(state.memory, tokens, state.position, self._start())
+            memory, y = self._live(
+                state.memory, tokens, state.position, self._start(), learn.consolidation
+            )
         return tokens, y, MemoryMixerState(memory, tails, position)
 
     def said(
@@ -474,7 +502,7 @@ class MemoryMixer(nnx.Module):
     @property
     def _chunk_is_free(self) -> bool:
         """Whether a chunk may begin anywhere: nothing happens at its end."""
-        return self.config.memory.gradient == "exact"
+        return self.config.memory.gradient == "exact" and not self.config.starts
 
     def tokens(
         self, x: Float[Array, "B T D"], state: MemoryMixerState
@@ -584,7 +612,33 @@ class MemoryMixer(nnx.Module):
             return k, q, {"erase_rate": rate}
         return k, q, {}
 
-    def _live(self, memory, tokens, position, start):
+    def _live_by_chunks(self, memory, tokens, position):
+        """Chunk by chunk, at whose ends starts may move."""
+        config, learned = self.config, self._start()
+        live = _every(lambda s, t: memory_scan(config.memory, s, t, impl=config.impl))
+
+        def rest(carry, tokens):
+            memory, position = carry
+            time = tokens.k.shape[0]
+            tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), tokens)
+            memory, y = live(memory, tokens)
+            return (memory, position + time), jnp.moveaxis(y, 2, 0)
+
+        def whole(carry, tokens):
+            (memory, position), y = rest(carry, tokens)
+            memory = consolidation.consolidate(
+                config.consolidate, memory, learned, position
+            )
+            return (memory, position), y
+
+        time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), tokens)
+        carry = memory, position
+        (memory, _), y = scan_chunks(
+            whole, rest, config.memory.chunk, carry, time_first, remat=True
+        )
+        return memory, jnp.moveaxis(y, 0, 2)
+
+    def _live(self, memory, tokens, position, start, consolidates):
         """Token by token, wherever each row stands in its chunk."""
         config = self.config.memory
         live = _every(lambda s, t, start: piece(config, s, t, start=start), start)
@@ -595,6 +649,10 @@ class MemoryMixer(nnx.Module):
             memory, y = live(memory, token)
             position = position + 1
             memory = commit_where(position % config.chunk == 0, memory)
+            if memory.starts and consolidates:
+                memory = consolidation.consolidate(
+                    self.config.consolidate, memory, start, position
+                )
             return (memory, position), y[:, :, 0]
 
         time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), tokens)
@@ -649,6 +707,8 @@ def _spread(x: Float[Array, " H"], shape: tuple[int, ...]) -> Array:
 
 def commit_where(due: Bool[Array, " B"], memory: MemoryState) -> MemoryState:
     """Ends the chunk of the rows that have read all of it; leaves lead with rows."""
+    if memory.anchor is None:  # nothing happens at the end of an exact one's chunk
+        return memory
     if memory.left is not None:
         fresh = jnp.ones_like(memory.left)
         memory = memory._replace(left=where_rows(due, fresh, memory.left))

@@ -37,6 +37,7 @@ from hope_jax.core.system import Edge
 from hope_jax.kernels import chunk as kernel
 from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import scan_chunks
+from hope_jax.memory import consolidation
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -44,6 +45,7 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
+from hope_jax.memory.consolidation import Consolidation, with_starts
 from hope_jax.memory.retention import RETENTIONS
 from hope_jax.memory.rule import RULES
 from hope_jax.memory.state import (
@@ -63,7 +65,7 @@ from hope_jax.models.layers import (
     unit,
 )
 from hope_jax.models.learning import Learning
-from hope_jax.models.mixers.base import MixerConfig, Part, scaled
+from hope_jax.models.mixers.base import MixerConfig, Part, consolidating, scaled
 from hope_jax.models.mixers.memory import commit_where
 from hope_jax.optim.leaves import wide
 
@@ -115,6 +117,9 @@ class SelfModifyingConfig(MixerConfig):
         projections learn it as if that value had unit norm, as their inputs do.
         To the letter of the equations, without either, targets that a memory reads
         from itself grow over long texts until they overflow.
+      consolidate: slower levels, from fast to slow, to which every row's memories
+        return, in place of the start of all rows; none by default. Each has a clock of
+        its own, a multiple of `projection_chunk`.
     """
 
     kind: Literal["self_modifying"] = "self_modifying"
@@ -132,6 +137,7 @@ class SelfModifyingConfig(MixerConfig):
     momentum_start: float = 0.5
     unit_values: bool = False
     scale_free: bool = True
+    consolidate: tuple[Consolidation, ...] = ()
 
     def __post_init__(self):
         memory = self.memory
@@ -155,6 +161,9 @@ class SelfModifyingConfig(MixerConfig):
                 f"memory.chunk ({memory.chunk})."
             )
         at_least(self, conv=1)
+        consolidation.check(
+            self.consolidate, memory, self.projection_chunk, "projection_chunk"
+        )
         exact = memory.gradient == "exact" and memory.rate_law == "token"
         most = 2 if exact else 1
         if self.rate is not None and not 0 < self.rate <= most:
@@ -252,6 +261,10 @@ class SelfModifyingConfig(MixerConfig):
         return (*made, main)
 
     @property
+    def starts(self) -> tuple[Part, ...]:
+        return consolidating(self.consolidate)
+
+    @property
     def memories(self) -> tuple[MemoryConfig, ...]:
         own = dataclasses.replace(self.memory, chunk=self.projection_chunk)
         return (*(own for _ in self.projections), self.memory)
@@ -327,7 +340,8 @@ def _some(memories: MemoryState, which: int | slice) -> MemoryState:
     matrices = lambda tree: tree and {n: w[..., which, :, :] for n, w in tree.items()}  # noqa: E731
     left = None if memories.left is None else memories.left[..., which]
     weights, momentum, anchor = map(matrices, memories[:3])
-    return MemoryState(weights, momentum, anchor, left=left)
+    starts = tuple(map(matrices, memories.starts))
+    return MemoryState(weights, momentum, anchor, left=left, starts=starts)
 
 
 def _joined(projection: PyTree, main: PyTree, axis: int) -> PyTree:
@@ -457,6 +471,7 @@ class SelfModifyingTitans(nnx.Module):
         }
         # What a chunk generates comes from its start, for exact memories as well.
         memories = begin_memory(self.config.memory, spread)._replace(anchor=spread)
+        memories = with_starts(self.config.consolidate, memories)
         tails = Tails(*(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q)))
         return SelfModifyingState(memories, tails, jnp.zeros((rows,), jnp.int32))
 
@@ -494,13 +509,13 @@ class SelfModifyingTitans(nnx.Module):
 
             def step(state, x_t):
                 state, y = self._step(x_t[:, None], state, learn, given)
-                return self.end(state), y
+                return self.end(state, learn), y
 
             state, y = jax.lax.scan(step, state, jnp.moveaxis(x, 1, 0))
             return jnp.moveaxis(y[:, :, 0], 0, 1), state
         if x.shape[1] == 1 and not aligned:
             state, y = self._step(x, state, learn, given)
-            return y, self.end(state) if ends else state
+            return y, self.end(state, learn) if ends else state
 
         seen, gate, tail = self._static(x, state.tails.q)
         by_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), seen)
@@ -554,7 +569,9 @@ class SelfModifyingTitans(nnx.Module):
         made = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), made)
         return jnp.moveaxis(y, 0, 1), after, made
 
-    def end(self, state: SelfModifyingState) -> SelfModifyingState:
+    def end(
+        self, state: SelfModifyingState, learn: bool | Learning = True
+    ) -> SelfModifyingState:
         """Ends the chunks that rows have read to their end: the next token finds what
         the memories have become."""
         config, position = self.config, state.position
@@ -565,7 +582,17 @@ class SelfModifyingTitans(nnx.Module):
             projection = commit_where(due(config.projection_chunk), state.projection)
             main = commit_where(due(config.memory.chunk), state.main)
             memories = _joined(projection, main, axis=2)
+        memories = self._consolidated(memories, position, learning.of(learn))
         return state._replace(memories=memories)
+
+    def _consolidated(self, memories, position, learn):
+        """The memories where their starts have moved that are due."""
+        if not (memories.starts and learn.consolidation):
+            return memories
+        if not (learn.main or learn.projections):
+            return memories
+        levels = self.config.consolidate
+        return consolidation.consolidate(levels, memories, self._start(), position)
 
     def _static(self, x, tail):
         """What does not depend on the memories; `Seen`, and the output's gate."""
@@ -621,7 +648,10 @@ class SelfModifyingTitans(nnx.Module):
             generated = generated._replace(tokens=learn.controls.on(generated.tokens))
             live = self._live_as_one if self._is_one(learn) else self._live_apart
             memories, y = live(state.memories, generated, learn, given, whole)
-        state = SelfModifyingState(memories, tails, state.position + length)
+        position = state.position + length
+        if whole:
+            memories = self._consolidated(memories, position, learn)
+        state = SelfModifyingState(memories, tails, position)
         return state, jnp.moveaxis(y, 2, 0)
 
     def _is_one(self, learn):
