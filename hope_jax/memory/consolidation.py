@@ -142,10 +142,15 @@ def consolidate(
     return memory._replace(starts=tuple(starts))
 
 
-def starts_of(tree: PyTree) -> tuple[tuple[Weights, ...], ...]:
-    """The starts of every memory in a state that has some."""
+def with_own_starts(tree: PyTree) -> tuple[MemoryState, ...]:
+    """The memories in a state that have starts of their own."""
     nodes = jax.tree.leaves(tree, is_leaf=is_memory)
-    return tuple(node.starts for node in nodes if is_memory(node) and node.starts)
+    return tuple(node for node in nodes if is_memory(node) and node.starts)
+
+
+def starts_of(tree: PyTree) -> tuple[tuple[Weights, ...], ...]:
+    """The starts of each of these."""
+    return tuple(node.starts for node in with_own_starts(tree))
 
 
 def is_memory(node: PyTree) -> bool:

@@ -100,9 +100,7 @@ def _nested(mixer: MixerConfig) -> dict[str, str]:
     if not mixer.starts:
         return {}
     first, *_ = names = [part.name for part in mixer.starts]
-    return {part.name: first for part in mixer.learns} | dict(
-        itertools.pairwise(names)
-    )
+    return {part.name: first for part in mixer.learns} | dict(itertools.pairwise(names))
 
 
 def _called(i: int) -> str:

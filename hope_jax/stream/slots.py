@@ -215,33 +215,36 @@ def reset(
     memories whose `starts` are kept, the levels of `memory.consolidation`.
     """
     fresh, state = begin(config, params, 1), one.state
-    again = [f"CMS {place + 1}" in levels for place in config.fast]
+    put_back = [f"CMS {place + 1}" in levels for place in config.fast]
     new_text = "mixers" in levels
 
     def level(i):
         """Weights and the rest of a fast level."""
         new, old = fresh.state.levels[i], state.levels[i]
         weights, owned = fresh.state.blocks.fast[i], new.owned
-        if owned is not None and not again[i + 1]:
-            if again[i]:  # what it has read is no longer what has moved it
+        if owned is not None and not put_back[i + 1]:
+            if put_back[i]:  # what it has read is no longer what has moved it
                 old = cms.spoiled(old, jnp.ones((1,), bool))
             owned = old.owned
             assert owned is not None and new.owned is not None
             weights = owned.start
             if new_text:
                 owned = owned._replace(learned=new.owned.learned)
-        if again[i]:
+        if put_back[i]:
             return weights, new._replace(owned=owned)
         kept = new._replace(opt=old.opt) if new_text else old
         return state.blocks.fast[i], kept._replace(owned=owned)
 
-    made = [level(i) for i in range(len(again))]
+    made = [level(i) for i in range(len(put_back))]
     base = fresh if new_text else one
     mixers, held = base.state.blocks.mixer, base.state.held
     if new_text != ("starts" in levels):
-        mixers = restarted(fresh.state.blocks.mixer, state.blocks.mixer, not new_text)
-        if held is not None and new_text:
-            held = held._replace(mixers=config.bare(mixers))
+        again = functools.partial(restarted, learned_again=not new_text)
+        mixers = again(fresh.state.blocks.mixer, state.blocks.mixer)
+        if held is not None:
+            there = again(fresh.state.held.mixers, held.mixers)
+            there = config.bare(mixers) if new_text else there
+            held = held._replace(mixers=there)
     return Slots(
         base.state._replace(
             blocks=base.state.blocks._replace(

@@ -269,9 +269,7 @@ def test_a_session_can_be_a_file(kind, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, arrays)
 
 
-@pytest.mark.parametrize(
-    "kind", [k for k in (*SMALL, *CONSOLIDATING) if configured(k).memories]
-)
+@pytest.mark.parametrize("kind", [k for k in SMALL if configured(k).memories])
 def test_a_memory_is_where_what_it_was_given_takes_it(kind):
     """`watch` is a call, and its tokens, lived through by `memory_scan`, end there."""
     config, (graphdef, params) = configured(kind), built(kind)
