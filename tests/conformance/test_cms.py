@@ -7,6 +7,7 @@ two programs.
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -26,6 +27,7 @@ from tests.models.test_promises import assert_same_state
 
 LENGTH, PERIODS, LONGEST = 16, (2, 4), 7
 LEVELS = (*(CMSLevel(period=p, rate=0.5) for p in PERIODS), CMSLevel(period=math.inf))
+THREE = (*LEVELS[:2], CMSLevel(period=8, rate=0.5))
 TRUNCATED = tuple(
     dataclasses.replace(level, truncate=truncate)
     for level, truncate in zip(LEVELS, (3, 1, None), strict=True)
@@ -42,6 +44,7 @@ MEMBERS = {
     "routed": INDEPENDENT | dict(mixing="routed", top_k=2),
     "nested": dict(variant="nested"),
     "through moves": dict(variant="nested", inner="exact"),
+    "through moves of two": dict(levels=THREE, variant="nested", inner="exact"),
     "bfloat16": dict(accumulator="bfloat16"),
     "truncated": dict(levels=TRUNCATED, rule="momentum", rates="generated"),
 }
@@ -125,9 +128,11 @@ def test_pieces_make_the_whole(member):
     """Of 1, 3 and 7 tokens, and every level has moved as often as its period says; one
     that is nested since it last began."""
     _, expected, end, _ = whole(member)(started(member), TOKENS)
-    counts = [(LENGTH - 1) // p for p in PERIODS]
+    periods = configured(member).fast_periods
+    counts = [(LENGTH - 1) // p for p in periods]
     if configured(member).cms.variant == "nested":
-        counts[0] = (LENGTH - 1) % PERIODS[1] // PERIODS[0]
+        for i, (fast, slow) in enumerate(itertools.pairwise(periods)):
+            counts[i] = (LENGTH - 1) % slow // fast
     assert moves(end) == [[count] * 2 for count in counts]
     run, begin = piecewise(member)
     tolerance = 1e-2 if member in ROUNDED else 1e-5
