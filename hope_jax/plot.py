@@ -172,10 +172,10 @@ def level_timeline(timeline: "Timeline", *, title: str = "") -> Figure:
 
     Levels of the CMS, and starts of memories that are levels: how far each is from
     where it started, with a tick at every move; and on a log scale the norm of what it
-    had learned since its last move (line) and the length of the moves (dots). Memories: how far they are from where they started; how
-    well they recall the last pairs of each piece, and did before they had read it
-    (dotted); and their half-lives. Numbers are of all layers and heads together
-    (`Timeline.columns`).
+    had learned since its last move (line) and the length of the moves (dots). Memories:
+    how far they are from where they started; how well they recall the last pairs of
+    each piece, and did before they had read it (dotted); and their half-lives. Numbers
+    are of all layers and heads together (`Timeline.columns`).
 
     Args:
       timeline: of `hope_jax.evaluate.telemetry.follow`.

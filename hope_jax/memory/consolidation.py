@@ -148,7 +148,7 @@ def with_own_starts(tree: PyTree) -> tuple[MemoryState, ...]:
     return tuple(node for node in nodes if is_memory(node) and node.starts)
 
 
-def starts_of(tree: PyTree) -> tuple[tuple[Weights, ...], ...]:
+def starts_of(tree: PyTree) -> tuple[PyTree, ...]:
     """The starts of each of these."""
     return tuple(node.starts for node in with_own_starts(tree))
 
