@@ -174,8 +174,11 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     """
 
     def started(argv):
-        with fail_in_words():
-            code = main(argv[1:])
+        try:
+            with fail_in_words():
+                code = main(argv[1:])
+        except KeyboardInterrupt:  # of a person, who knows
+            sys.exit(130)
         return code if isinstance(code, int) else 0
 
     def parser(argv):
@@ -246,10 +249,11 @@ def _mendable() -> tuple[type[BaseException], ...]:
     known = (ValueError, OSError, FloatingPointError)
     if "hope_jax.train.loop" not in sys.modules:  # then nothing has raised these
         return known
+    from hope_jax.data import workers
     from hope_jax.train import checkpoint, lock, watchdog
 
     more = (checkpoint.Damaged, checkpoint.SaveFailed, lock.InUse, watchdog.Stalled)
-    return (*known, *more)
+    return (*known, *more, workers.Died)
 
 
 def _ours(error: BaseException) -> bool:

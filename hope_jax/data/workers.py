@@ -9,6 +9,10 @@ from multiprocessing import connection
 WAIT = 4.0  # seconds in which the library may raise what it knows of a dead worker
 
 
+class Died(RuntimeError):
+    """A process that reads data ended before it was asked to. Says how."""
+
+
 def end_with_parent(*_) -> None:
     """Called in a worker as it starts: once its parent is gone, it ends.
 
@@ -33,14 +37,14 @@ class Workers:
         self._known = set()
         self._died: float | None = None
 
-    def dead(self) -> str | None:
-        """How a worker ended that should not have, `WAIT` seconds ago or more."""
+    def dead(self, wait: float = WAIT) -> str | None:
+        """How a worker ended that should not have, `wait` seconds ago or more."""
         self._known |= set(multiprocessing.active_children()) - self._others
         ended = [process for process in self._known if process.exitcode]
         if not ended:
             return None
         self._died = self._died or time.monotonic()
-        if time.monotonic() - self._died < WAIT:
+        if time.monotonic() - self._died < wait:
             return None
         return f"a worker that reads data has ended with status {ended[0].exitcode}"
 

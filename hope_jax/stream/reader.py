@@ -197,14 +197,13 @@ def open_checkpoint(
       hope_jax.train.checkpoint.Damaged: no checkpoint is intact.
     """
     written = checkpoint.find(directory).parent / loop.CONFIG
-    beside = None
+    expected = [] if config is None else [config]
     if written.exists():  # beside the checkpoints, where anyone can edit it
         try:
-            beside = read_config(RunConfig, written)
+            expected.append(read_config(RunConfig, written))
         except ValueError as error:
             logging.warning("%s The config is that of the checkpoint.", error)
-    expected = [beside] if config is None else [beside, config]
-    config, params, step = checkpoint.restore_params(directory, *expected)
+    config, params, step = checkpoint.restore_params(directory, expected)
     free = [one for one in settings if _CONTEXT.fullmatch(one.partition("=")[0])]
     config = config_lib.override(config, free)
     differing = config_lib.differences(config, config_lib.override(config, settings))

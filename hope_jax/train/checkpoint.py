@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -312,17 +312,20 @@ class Checkpoints:
         return found
 
     def restore_params(
-        self, *expected: RunConfig | None, sharding: Any = None
+        self,
+        expected: RunConfig | Sequence[RunConfig] | None = None,
+        sharding: Any = None,
     ) -> Restored:
         """The newest parameters that are what was saved; see the function below."""
+        wanted = expected or ()
+        wanted = [wanted] if isinstance(wanted, RunConfig) else wanted
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def read(step):
             meta = self._meta(step)
-            for one in expected:
-                if one is not None:
-                    _check_config(meta["config"], one, step)
+            for one in wanted:
+                _check_config(meta["config"], one, step)
             config = config_lib.from_json(RunConfig, meta["config"])
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -473,13 +476,14 @@ class Checkpoints:
 
 
 def restore_params(
-    directory: str | os.PathLike, *expected: RunConfig | None
+    directory: str | os.PathLike,
+    expected: RunConfig | Sequence[RunConfig] | None = None,
 ) -> Restored:
     """Config, parameters and step of the newest intact checkpoint, for evaluation.
 
     Args:
       directory: a workdir, or its `checkpoints` folder.
-      expected: configs that the saved one must equal.
+      expected: a config, or several, that the saved one must equal.
 
     Raises:
       FileNotFoundError: no checkpoint there.
@@ -487,7 +491,7 @@ def restore_params(
       Damaged: no step is intact.
     """
     with Checkpoints(find(directory), read_only=True) as checkpoints:
-        return checkpoints.restore_params(*expected)
+        return checkpoints.restore_params(expected)
 
 
 def restore_origin(directory: str | os.PathLike) -> tuple[Restored, dict[str, Any]]:

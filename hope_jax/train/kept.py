@@ -154,6 +154,7 @@ class Kept:
         returns = int(known.returns)
         steps = [step for step in self._checkpoints.steps() if step < now.done]
         if returns >= config.returns or not steps:
+            self.save()
             raise self._given_up()
         far = [step for step in steps if step <= now.done - config.back]
         self.read()
@@ -179,14 +180,12 @@ class Kept:
         self._shown.begin(step)
 
     def _given_up(self) -> NonFinite:
-        kept = "no checkpoint"
-        if self.saved is not None:
-            kept = f"the checkpoint of step {self.saved}"
         return NonFinite(
             f"{self._bad} It was skipped, as were {self.in_a_row} steps in a row: "
-            f"parameters and optimizer are as before them. {self._workdir} keeps "
-            f"{kept}. A lower optimizer.learning_rate or a longer "
-            "optimizer.warmup_steps may help: --init_from begins a run with them there."
+            f"parameters and optimizer are as before them. {self._workdir} keeps the "
+            f"checkpoint of step {self.saved}. A lower optimizer.learning_rate or a "
+            "longer optimizer.warmup_steps may help; --init_from begins a run so "
+            "there."
         )
 
     def _read(self, unread: Unread) -> None:

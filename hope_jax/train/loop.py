@@ -130,6 +130,7 @@ def train(
       hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
       hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
       hope_jax.train.lock.InUse: another program trains in `workdir`.
+      hope_jax.data.workers.Died: a process that reads data was killed.
       hope_jax.train.watchdog.Stalled: a batch, a step or a save did not end in time.
       NonFinite: too many steps in a row were skipped.
     """
@@ -149,7 +150,6 @@ def train(
         _check_new(workdir)
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(signals.stop_on_signal())
         held = workdir.is_dir()
         if held:
             stack.enter_context(lock.hold(workdir))
@@ -170,6 +170,7 @@ def train(
         graphdef, state, tx, layers = _model(config, mesh, params)
 
         # Accepted: what is new is written now, what is gone on with once it is read.
+        stop = stack.enter_context(signals.stop_on_signal())
         if not begun:
             workdir.mkdir(parents=True, exist_ok=True)
             if not held:
@@ -240,9 +241,15 @@ def train(
         try:
             _take_steps(config, kept, step, iterator, validate, stop, dog, mesh, like)
         except Exception as error:
-            readers.kill()  # who may be the cause
+            died = readers.dead(wait=0.0)
+            readers.kill()  # one of them may hang
             if not isinstance(error, watchdog.Stalled) or stop.signal is None:
                 _save_in_spite(error, kept, dog)
+                if died is not None:
+                    raise workers.Died(
+                        f"{died}: killed, perhaps for want of memory. The run stands "
+                        f"at step {kept.saved}; --resume goes on from there."
+                    ) from error
                 raise
         if stop.signal is not None:
             say(f"{signal.Signals(stop.signal).name}: saving step {kept.now.done}")

@@ -243,10 +243,14 @@ class MetricLog:
 
         Raises:
           ValueError: a value that is no finite number.
+          OSError: it cannot be written; names the file.
         """
         metrics = finite(metrics, f"the metrics of step {step}")
-        self._file.write(_line({"step": step, **metrics}))
-        self._file.flush()
+        try:
+            self._file.write(_line({"step": step, **metrics}))
+            self._file.flush()
+        except OSError as error:  # it does not say of which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         for name, value in {**metrics, **(speeds or {})}.items():
             self._board.add_scalar(name, value, step)
 

@@ -29,9 +29,15 @@ _INTERRUPT = signal.SIGUSR2
 
 
 class Stalled(RuntimeError):
-    """A call went on past its limit, or after a signal. Names it and the seconds."""
+    """A call went on past its limit, or after a signal. Names it and the seconds.
 
-    status = STATUS
+    Attributes:
+      status: with which the program is to end.
+    """
+
+    def __init__(self, why: str, status: int = STATUS):
+        super().__init__(why)
+        self.status = status
 
 
 class Watchdog:
@@ -97,7 +103,7 @@ class Watchdog:
         told, self._told = self._told, None
         if told is not None and told[0] is self._call:
             self._call = None  # it is being left
-            raise Stalled(told[1])
+            raise Stalled(told[1], self._status())
 
     def _watch(self) -> None:
         while not self._closed.wait(_TICK):
@@ -152,8 +158,7 @@ class Watchdog:
         saving.join(RESCUE)
         if saving.is_alive():
             _say(f"what was done could not be saved in {RESCUE:g} s")
-        came = self._stop.arrived()
-        status = STATUS if came is None else 128 + came[0]
+        status = self._status()
         _say(
             f"{why}: ending with status {status}. --resume goes on from the last save."
         )
@@ -161,6 +166,10 @@ class Watchdog:
             sys.stdout.flush()
         self._told = None
         self._exit(status)
+
+    def _status(self) -> int:
+        came = self._stop.arrived()
+        return STATUS if came is None else 128 + came[0]
 
     def _save(self) -> None:
         try:

@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -163,6 +164,7 @@ def test_workers_are_known_and_ended(monkeypatch):
     own[0].kill()
     own[0].join()
     assert known.dead() is None  # the library may say it first
+    assert "has ended with status -9" in known.dead(wait=0.0)
     time.sleep(0.3)
     assert "has ended with status -9" in known.dead()
     os.kill(own[1].pid, signal.SIGSTOP)
@@ -222,6 +224,18 @@ def test_an_error_saves_what_was_done(tmp_path, monkeypatch):
     assert loop.train(RUN, tmp_path / "run", resume=True).finished
     for name in ("metrics.jsonl", "config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("room, said", [(20_000, "of step 9"), (2_000, "metrics.jso")])
+def test_a_full_disk_is_one_message(tmp_path, room, said, capfd):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises((loop.checkpoint.SaveFailed, OSError), match=said):
+            loop.train(RUN, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capfd.readouterr().err.count("Traceback") == 0
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])

@@ -168,6 +168,18 @@ def test_a_log_that_is_damaged_is_kept_and_gone_on_with(copied, how, caplog):
         assert log.read_bytes().splitlines(keepends=True) == lines[:3] + lines[4:]
 
 
+def test_meta_without_a_format_is_damage(copied):
+    file = copied / "checkpoints" / "12" / "meta" / "metadata"
+    body = json.loads(file.read_text())["body"]
+    del body["format"]
+    digest = checkpoint._json_digest(body)
+    file.write_text(json.dumps({"body": body, "sha256": digest}))
+    with checkpoint.Checkpoints(copied / "checkpoints", read_only=True) as saved:
+        with pytest.raises(checkpoint.Damaged, match="its meta has no format"):
+            saved.verify(12)
+    assert checkpoint.restore_params(copied).step == 9
+
+
 FAULTS = [
     MemoryError(),
     OSError(errno.EIO, "Input/output error"),
