@@ -177,7 +177,7 @@ def _config(given: Any):
     if given.experiment is not None and given.config is not None:
         raise ValueError("--experiment and --config both name a config; give one.")
     from_run = given.init_from or (given.workdir if given.resume else None)
-    if given.experiment is None and given.config is None and from_run is None:
+    if given.experiment is None and given.config is None and not from_run:
         raise ValueError(
             f"Give --experiment, one of {', '.join(experiments())}, or --config."
         )
@@ -197,7 +197,7 @@ def _config(given: Any):
     elif given.config is not None:
         config = read_config(RunConfig, given.config)
     else:
-        config = checkpoint.saved_config(from_run)
+        config = checkpoint.saved_config(from_run or "")
     settings = list(given.set)
     if given.data is not None:
         settings.append(f"data.path={given.data}")

@@ -37,14 +37,15 @@ class Workers:
         self._known = set()
         self._died: float | None = None
 
-    def dead(self, wait: float = WAIT) -> str | None:
-        """How a worker ended that should not have, `wait` seconds ago or more."""
+    def dead(self, wait: float | None = None) -> str | None:
+        """How a worker ended that should not have, `wait` seconds ago (by default
+        `WAIT`) or more."""
         self._known |= set(multiprocessing.active_children()) - self._others
         ended = [process for process in self._known if process.exitcode]
         if not ended:
             return None
         self._died = self._died or time.monotonic()
-        if time.monotonic() - self._died < wait:
+        if time.monotonic() - self._died < (WAIT if wait is None else wait):
             return None
         return f"a worker that reads data has ended with status {ended[0].exitcode}"
 

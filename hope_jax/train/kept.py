@@ -165,10 +165,10 @@ class Kept:
         assert found is not None
         state, step = found
         self._checkpoints.tell("returned", now.done, to=step)
-        before = state.guard
-        state = state._replace(
-            guard=before._replace(returns=jnp.full_like(before.returns, returns + 1))
-        )
+        known = state.guard
+        assert known is not None
+        counted = known._replace(returns=jnp.full_like(known.returns, returns + 1))
+        state = state._replace(guard=counted)
         say(
             f"{self._bad} {self.in_a_row} steps in a row were skipped: back to step "
             f"{step}, and on with other data ({returns + 1} of {config.returns})"
@@ -184,8 +184,8 @@ class Kept:
             f"{self._bad} It was skipped, as were {self.in_a_row} steps in a row: "
             f"parameters and optimizer are as before them. {self._workdir} keeps the "
             f"checkpoint of step {self.saved}. A lower optimizer.learning_rate or a "
-            "longer optimizer.warmup_steps may help; --init_from begins a run so "
-            "there."
+            "longer optimizer.warmup_steps may help: begin so with --init_from, from a "
+            "checkpoint."
         )
 
     def _read(self, unread: Unread) -> None:

@@ -29,6 +29,7 @@ from hope_jax.models import lm, systems
 from hope_jax.models.capture import dense_kernels
 from hope_jax.optim.leaves import path_names
 from hope_jax.train import checkpoint, guard, lock, sharding, signals, watchdog
+from hope_jax.train import metrics as metrics_lib
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
 from hope_jax.train.config import DataConfig, GuardConfig, RunConfig, check_rows
@@ -187,7 +188,7 @@ def train(
         )
         if origin is not None:
             checkpoints.tell("branched", 0, origin=origin)
-            say(f"starts at step {origin['step']} of {os.fspath(init_from)}")
+            say(f"starts at step {origin['step']} of {init_from}")
         like = jax.tree.map(_spec, state)
         kept: Kept | None = None
         dog = stack.enter_context(
@@ -309,9 +310,11 @@ def _save_in_spite(error: Exception, kept: Kept, dog: watchdog.Watchdog) -> None
 
 def _limits(config: GuardConfig) -> dict[str, float]:
     """Seconds that each call of the loop may take."""
-    short = dict.fromkeys(("a batch", "a step"), config.patience)
-    long = ("a compilation", "a validation", "a save", "a restore")
-    return short | dict.fromkeys(long, config.long_patience)
+    return {
+        **dict.fromkeys(("a batch", "a step"), config.patience),
+        **dict.fromkeys(("a compilation", "a validation"), config.long_patience),
+        **dict.fromkeys(("a save", "a restore"), config.long_patience),
+    }
 
 
 def _check_new(workdir: Path) -> None:
@@ -546,8 +549,7 @@ def _has_checkpoints(folder: Path) -> bool:
 def _write_config(workdir: Path, config: RunConfig) -> None:
     """Beside, then renamed: a folder with a config is one of a run."""
     text_ = json.dumps(config_lib.to_json(config), indent=2, allow_nan=False)
-    (workdir / _UNFINISHED).write_text(text_ + "\n", encoding="utf-8")
-    (workdir / _UNFINISHED).replace(workdir / CONFIG)
+    metrics_lib.replace(workdir / CONFIG, text_ + "\n")
 
 
 def _spec(leaf: jax.Array) -> jax.ShapeDtypeStruct:

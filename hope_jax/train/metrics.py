@@ -6,6 +6,7 @@ Everything measured on purpose is one JSON file, written and read by this module
     experiments/results/benchmarks/<name>-<device>.json
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -15,7 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ class MetricLog:
         workdir = Path(workdir)
         self.path = workdir / "metrics.jsonl"
         kept = [] if step == 0 else _lines_up_to(self.path, step)
-        _replace(self.path, "".join(_line(record) for record in kept))
+        replace(self.path, "".join(_line(record) for record in kept))
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1 if step else None
         )
@@ -246,11 +247,9 @@ class MetricLog:
           OSError: it cannot be written; names the file.
         """
         metrics = finite(metrics, f"the metrics of step {step}")
-        try:
+        with _named(self.path):
             self._file.write(_line({"step": step, **metrics}))
             self._file.flush()
-        except OSError as error:  # it does not say of which file
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
         for name, value in {**metrics, **(speeds or {})}.items():
             self._board.add_scalar(name, value, step)
 
@@ -396,11 +395,22 @@ def write_json(path: str | os.PathLike, data: Any) -> Path:
     """Writes beside, as `.NAME`, then renames: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+    replace(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
     return path
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Writes beside, as `.NAME`, then renames."""
     beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with _named(path):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A write that fails does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

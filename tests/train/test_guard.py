@@ -131,5 +131,5 @@ def test_a_run_goes_back_and_on_with_other_data(tmp_path, monkeypatch):
         (event,) = saved._meta(24)["lineage"]
     assert event["event"] == "returned" and event["step"] - event["to"] >= 4
     never = config_lib.override(run, ["guard.returns=0"])
-    with pytest.raises(loop.NonFinite, match="as were 2 steps in a row.*--init_from"):
+    with pytest.raises(loop.NonFinite, match="as were 3 steps in a row.*--init_from"):
         loop.train(never, tmp_path / "never")
