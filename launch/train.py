@@ -9,6 +9,7 @@ with the parameters of one. Status 75: something hung and was shown; try --resum
 """
 
 import importlib
+import inspect
 import os
 import shlex
 import sys
@@ -72,11 +73,12 @@ def load_row(experiment: str, row: str | None, scale: str):
 
 
 def experiments() -> list[str]:
-    """Modules under experiments/ that have rows; they are read, not imported."""
+    """Modules under experiments/ with rows to train; they are read, not imported."""
     import experiments as folder
 
     (root,) = map(Path, folder.__path__)
-    return sorted(p.stem for p in root.glob("*.py") if "\ndef rows(" in p.read_text())
+    has = "\ndef rows(scale: str) -> dict[str, RunConfig]:"
+    return sorted(p.stem for p in root.glob("*.py") if has in p.read_text())
 
 
 def _rows(experiment: str, scale: str):
@@ -94,18 +96,37 @@ def _rows(experiment: str, scale: str):
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise  # the experiment exists; something that it imports does not
             continue
-        if not hasattr(module, "rows"):
+        found = _made(module, scale)
+        if found is None:
             raise ValueError(
-                f"--experiment={experiment} has no function rows(scale), so nothing to "
+                f"--experiment={experiment} has no function rows(scale) of configs to "
                 f"train; those that have are {', '.join(experiments())}. Run it by "
                 f"itself: python -m {name}."
             )
-        return module.rows(scale)
+        return found
     raise ValueError(
         f"--experiment={experiment} is neither a module under experiments/ nor "
         f"importable; there are {', '.join(experiments())}."
         + did_you_mean(experiment, experiments())
     )
+
+
+def _made(module: Any, scale: str) -> dict[str, Any] | None:
+    """The rows of an experiment, if it has any that can be trained."""
+    from hope_jax.train.config import RunConfig
+
+    try:
+        inspect.signature(module.rows).bind(scale)
+    except (AttributeError, TypeError):
+        return None
+    try:
+        found = module.rows(scale)
+    except KeyError as error:
+        if error.args != (scale,):
+            raise
+        raise ValueError(f"--scale={scale} is no scale of {module.__name__}.") from None
+    of = found.values() if isinstance(found, dict) else [found]
+    return found if all(isinstance(config, RunConfig) for config in of) else None
 
 
 def _describe(config) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import pytest
 
 from hope_jax.core.config import override
 from hope_jax.train import checkpoint, metrics
+from hope_jax.train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--experiment=tests.train.tiny", "--row=tiny"]
@@ -217,8 +217,14 @@ def test_experiments_are_those_with_rows_to_train():
     found = train.experiments()
     assert {"quickstart", "twins", "stability"} <= set(found)
     for name in found:
-        assert callable(importlib.import_module(f"experiments.{name}").rows)
-    assert not {"lab", "sweep", "memory", "fig4_toy"} & set(found)
+        assert all(
+            isinstance(c, RunConfig) for c in train._rows(name, "smoke").values()
+        )
+    others = {"lab", "sweep", "memory", "fig4_toy", "sessions", "continual_reading"}
+    assert not others & set(found)
+    for name in ("sessions", "continual_reading"):
+        with pytest.raises(ValueError, match="has no function rows.scale. of configs"):
+            train._rows(name, "smoke")
 
 
 def test_a_mistake_is_one_line_not_a_traceback():
