@@ -265,8 +265,21 @@ def _ours(error: BaseException) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keeps what Orbax says of reading a folder that it may not write to itself."""
+    """Keeps to itself what Orbax says of folders that it may not write to, and of each
+    file of a save that failed: the error says it once."""
     logging.getLogger("absl").addFilter(_not_orbax)
+    if sys.excepthook is not _but_for_closed_loops:
+        _hooks.append(sys.excepthook)
+        sys.excepthook = _but_for_closed_loops
+
+
+_hooks: list[Callable[..., Any]] = []
+
+
+def _but_for_closed_loops(kind, error, trace) -> None:
+    """Files that are written after a save has failed find nobody to tell."""
+    if str(error) != "Event loop is closed":
+        _hooks[-1](kind, error, trace)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

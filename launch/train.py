@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains; the exit status is 0 at the end, and 128 + signal when stopped."""
     arguments = sys.argv[1:] if arguments is None else arguments
     given = command.parse(__doc__, _define, arguments)
+    command.quiet_libraries()
     try:
         return _train(given, arguments)
     except Exception as error:  # the message says what to do; a traceback would hide it

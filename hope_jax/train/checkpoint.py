@@ -784,7 +784,10 @@ def _damaged(step: int, directory: Path, reason: str) -> Damaged:
 
 
 def _save_failed(step: int | None, directory: Path, error: Any) -> SaveFailed:
+    said = str(error) or repr(error)
+    known = re.search(r": ([^:\[]+) \[os_error_code", said)  # by a library, at length
+    said = known[1] if known else said.splitlines()[0][:300]
     return SaveFailed(
-        f"The checkpoint of step {step} could not be written to {directory}: {error}. "
+        f"The checkpoint of step {step} could not be written to {directory}: {said}. "
         "Steps before it are as they were; make room or rights, then resume."
     )

@@ -250,13 +250,16 @@ class MetricLog:
         with _named(self.path):
             self._file.write(_line({"step": step, **metrics}))
             self._file.flush()
-        for name, value in {**metrics, **(speeds or {})}.items():
-            self._board.add_scalar(name, value, step)
+        with _named(self.path.with_name("tensorboard")):
+            for name, value in {**metrics, **(speeds or {})}.items():
+                self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Brings everything written so far to the disk."""
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        with _named(self.path):
+            os.fsync(self._file.fileno())
+        with _named(self.path.with_name("tensorboard")):
+            self._board.flush()
 
     def close(self) -> None:
         """Lets go of the files. What cannot be written any more is given up: `sync` has

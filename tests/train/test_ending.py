@@ -226,7 +226,9 @@ def test_an_error_saves_what_was_done(tmp_path, monkeypatch):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("room, said", [(20_000, "of step 9"), (4_500, "metrics.jso")])
+@pytest.mark.parametrize(
+    "room, said", [(20_000, "of step 9"), (4_500, "metrics|tensorb")]
+)
 def test_a_full_disk_is_one_message(tmp_path, room, said, capfd):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
