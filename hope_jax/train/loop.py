@@ -195,7 +195,7 @@ def train(
             watchdog.Watchdog(
                 _limits(config.guard),
                 stop,
-                lambda: kept.save() if kept is not None else None,
+                lambda: kept.save() if kept is not None and kept.ahead else None,
                 workdir / watchdog.FILE,
                 dead=readers.dead,
             )
@@ -297,7 +297,7 @@ def _take_steps(
 
 def _save_in_spite(error: Exception, kept: Kept, dog: watchdog.Watchdog) -> None:
     """Saves the last good state of a run that an error ends."""
-    if isinstance(error, checkpoint.SaveFailed) or kept.saved == kept.now.done:
+    if isinstance(error, checkpoint.SaveFailed) or not kept.ahead:
         return
     try:
         with dog("a save"):
