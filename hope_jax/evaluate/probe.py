@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from hope_jax.core.level import Fast, Slow, hope_update
 from hope_jax.data.synthetic import AnyTask, Task
 from hope_jax.data.synthetic.recall import RecallConfig
 from hope_jax.evaluate import answers
+from hope_jax.evaluate.answers import Score
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.config import ModelConfig, with_context
@@ -121,8 +122,8 @@ def train(
 
     Returns:
       `status` (`DONE`, or what stopped it), `accuracy`, `whole` and `loss` as of
-      `answers.Score` (None if it was not finite), with the names of `also` at their end
-      for these, `steps` that were taken, `tokens_per_second` and `seconds`.
+      `Score` (None where it was not finite), with the names of `also` at their
+      end for these, `steps` that were taken, `tokens_per_second` and `seconds`.
     """
     asked_of = {"": config.task, **{f"_{k}": v for k, v in (also or {}).items()}}
     init_key, train_key, test_key = jax.random.split(jax.random.key(seed), 3)
@@ -180,8 +181,52 @@ def train(
     for name, task in asked_of.items():
         found = score(state.params, task) if status == DONE else None
         if found is not None and not math.isfinite(found.loss):
-            made["status"], found = f"{NOT_FINITE} by step {steps}", None
-        for field in answers.Score._fields:
+            found = None
+            if not name:
+                made["status"] = f"{NOT_FINITE} by step {steps}"
+        for field in Score._fields:
             value = None if found is None else float(getattr(found, field))
             made[f"{field}{name}"] = value
+    return made
+
+
+def tuned(
+    config: ProbeConfig,
+    model: ModelConfig,
+    seed: int,
+    rates: Sequence[float],
+    also: Mapping[str, Task] | None = None,
+) -> dict[str, float]:
+    """Trains a model at every rate, and scores the one with the least loss on the task.
+
+    Args:
+      config, model, seed, also: as of `train`; what is asked in `also` chooses nothing.
+      rates: learning rates tried.
+
+    Returns:
+      `finite`, whether any rate was; `rate`, the best; its scores, those that were not
+      finite with accuracy and `whole` 0 and no loss; `rows` read in training; and of
+      every rate `loss_at_RATE` (if finite) and `seconds_at_RATE`.
+    """
+    tried = {}
+    for rate in rates:
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        at = dataclasses.replace(config, optimizer=optimizer)
+        tried[rate] = train(at, model, seed, also=also)
+    made = {"rows": float(config.steps * config.batch)}
+    for rate, found in tried.items():
+        made[f"seconds_at_{rate:g}"] = round(found["seconds"], 1)
+        if found["loss"] is not None:
+            made[f"loss_at_{rate:g}"] = found["loss"]
+    finite = {rate: t["loss"] for rate, t in tried.items() if t["loss"] is not None}
+    made["finite"] = float(bool(finite))
+    best = min(finite, key=lambda rate: finite[rate], default=None)
+    made |= {} if best is None else {"rate": best}
+    for name in ("", *(f"_{name}" for name in also or {})):
+        score = (
+            {} if best is None else {f: tried[best][f + name] for f in Score._fields}
+        )
+        if score.get("loss") is None:
+            score = {"accuracy": 0.0, "whole": 0.0}
+        made |= {f"{field}{name}": value for field, value in score.items()}
     return made
