@@ -14,9 +14,8 @@ import jax
 
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.stream.generate import Sampling, as_text, generate
-from hope_jax.stream.reader import open_checkpoint
 from launch import command
-from launch.evaluate import define_checkpoint, fail_in_words
+from launch.evaluate import define_checkpoint, fail_in_words, open_given
 
 
 def _define(define) -> None:
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.quiet_libraries()
     with fail_in_words():
         sampling = sampling_of(options)
-        opened = open_checkpoint(options.checkpoint, options.set, options.rechunk)
+        opened = open_given(options)
         ids = generate(
             opened.reader,
             opened.params,

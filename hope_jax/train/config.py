@@ -1,17 +1,23 @@
 """The config of a run: everything that decides its result, in one frozen place."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from hope_jax import optim
+from hope_jax.core import config as config_lib
 from hope_jax.core import show
 from hope_jax.core.config import at_least
 from hope_jax.data import text
 from hope_jax.models import lm
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.optim.rules import RULES, saved
+from hope_jax.train.metrics import check_name
+
+C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,6 +183,46 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does about harm (`hope_jax.train.guard`, `hope_jax.train.watchdog`).
+
+    Attributes:
+      sigma: a step whose loss or gradient norm is so many standard deviations above the
+        mean of the last ones is skipped; 0 skips only what is not finite.
+      window: how many the last ones are.
+      give_up: steps skipped in a row after which the run goes back or ends; a tenth of
+        `train.steps` if that is fewer.
+      returns: how often it may go back to an earlier checkpoint. It then reads on in
+        the data, and does not see again what it read since.
+      back: steps that it goes back at least, if checkpoints reach so far.
+      patience: seconds in which a batch has to come or a step to end, 0 for no limit.
+      long_patience: seconds for a compilation, a save, a restore or a validation.
+    """
+
+    sigma: float = 0.0
+    window: int = 128
+    give_up: int = 20
+    returns: int = 1
+    back: int = 100
+    patience: float = 300.0
+    long_patience: float = 3600.0
+
+    _repr_html_ = show.config
+
+    def __post_init__(self):
+        at_least(
+            self,
+            sigma=0.0,
+            window=2,
+            give_up=1,
+            returns=0,
+            back=0,
+            patience=0.0,
+            long_patience=0.0,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One row of an experiment.
 
@@ -195,10 +241,13 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    guard: GuardConfig = GuardConfig()
 
     _repr_html_ = show.config
 
     def __post_init__(self):
+        for name in ("experiment", "row"):
+            check_name(name, getattr(self, name))
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}.")
         if self.optimizer.warmup_steps > self.train.steps:
@@ -245,3 +294,24 @@ def check_rows(config: RunConfig) -> None:
             "period, or set the rates of the levels to 0 to train them between rows "
             "alone."
         )
+
+
+def read_config(cls: type[C], path: str | os.PathLike) -> C:
+    """The config of a file that this program wrote.
+
+    Args:
+      cls: of the config, for example `RunConfig`.
+      path: a `config.json`, or a file with one under `config`, as those of results.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it holds no such config; the message names the file.
+    """
+    text = Path(path).read_bytes()
+    try:
+        data = json.loads(text)
+        if isinstance(data, dict) and isinstance(data.get("config"), dict):
+            data = data["config"]
+        return config_lib.from_json(cls, data)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is no config: {error}") from None
