@@ -16,7 +16,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import filelock
 from absl import app, flags
@@ -198,6 +198,16 @@ def fail_in_words(*errors: type[Exception]) -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError, *errors) as error:
         fail(error)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """What may be written to `stream` of a text that anybody, or a model, wrote: to a
+    terminal nothing that steers it, and nowhere what no encoding holds."""
+    from hope_jax.core import show  # after --help
+
+    if stream.isatty():
+        return show.printable(text, "\n\t")
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from hope_jax.core.show import printable
+
 Undecodable = Literal["raise", "skip", "keep"]
 Skipped = dict[str, list[str]]  # reason -> names, in the order they were met
 
@@ -88,7 +90,7 @@ class Corpus:
 
     def summary(self) -> str:
         """Files, bytes, hash and what was left out, in a few lines to print."""
-        lines = [f"corpus {self.name}"]
+        lines = [f"corpus {printable(self.name)}"]
         for split, size in (
             ("train", self.train_bytes),
             ("validation", self.validation_bytes),
@@ -409,7 +411,6 @@ def _listed(skipped: tuple[tuple[str, tuple[str, ...]], ...], most: int = 3) -> 
     text = ""
     for reason, names in skipped:
         more = ", ..." if len(names) > most else ""
-        text += (
-            f"\n  skipped    {len(names):,} {reason}: {', '.join(names[:most])}{more}"
-        )
+        first = printable(", ".join(names[:most]))
+        text += f"\n  skipped    {len(names):,} {reason}: {first}{more}"
     return text

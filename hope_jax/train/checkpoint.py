@@ -32,6 +32,7 @@ from hope_jax.data import stream, tokenizer
 from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.optim.groups import path_names
+from hope_jax.train import limits
 from hope_jax.train.config import RunConfig
 from hope_jax.train.state import TrainState
 
@@ -255,6 +256,7 @@ class Checkpoints:
             if expected is not None:
                 _check_config(meta["config"], expected, step)
             config = config_lib.from_json(RunConfig, meta["config"])
+            limits.check_model(config.model)
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                 lm.abstract(config.model),
@@ -344,6 +346,7 @@ class Checkpoints:
         )
 
     def _read(self, step: int, item: str, meta: Mapping, targets: Any) -> dict:
+        limits.check_declared(meta[item], f"{item} of step {step} in {self.directory}")
         if not isinstance(targets, dict):
             sharding = jax.sharding.SingleDeviceSharding(targets)
             targets = {

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from hope_jax import optim
 from hope_jax.core import show
-from hope_jax.core.config import at_least
+from hope_jax.core.config import at_least, at_most, float32
 from hope_jax.data import text
 from hope_jax.models import lm
 from hope_jax.models.mixers.attention import AttentionConfig
@@ -93,6 +93,7 @@ class OptimizerConfig:
             object.__setattr__(self, name, RULES.of(getattr(self, name), name))
         optim.rules_of(self)
         at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
+        float32(self, "learning_rate", "weight_decay", "clip_norm")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(
                 f"final_fraction must lie between 0 and 1, got {self.final_fraction}."
@@ -174,6 +175,8 @@ class TrainConfig:
             validate_batches=1,
             keep=1,
         )
+        whole = 2**31 - 1  # steps are counted in int32
+        at_most(self, steps=whole, batch=whole, accumulate=whole, seq_len=whole)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

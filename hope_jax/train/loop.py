@@ -31,7 +31,7 @@ from hope_jax.data import stream, text, tokenizer
 from hope_jax.models import lm, systems
 from hope_jax.models.capture import dense_kernels
 from hope_jax.optim.leaves import path_names
-from hope_jax.train import checkpoint, sharding
+from hope_jax.train import checkpoint, limits, sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
 from hope_jax.train.config import DataConfig, RunConfig, check_rows
@@ -130,6 +130,7 @@ def train(
       NonFinite: the loss, gradient or update of a step is NaN or infinite.
     """
     check_rows(config)
+    limits.check_run(config)
     workdir = check_workdir(workdir)
     if jax.process_count() > 1:
         raise ValueError(
