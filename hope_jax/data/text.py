@@ -209,7 +209,7 @@ def from_path(
         max_train_bytes=max_train_bytes, max_validation_bytes=max_validation_bytes
     )
     skipped: Skipped = {}
-    root, names = _find(path, skipped)
+    root, names = find(path, skipped)
     found = f"{len(names)} file{'' if len(names) == 1 else 's'}"
     if not names:
         raise FileNotFoundError(
@@ -244,7 +244,7 @@ def from_path(
     )
 
 
-def _find(path: str | os.PathLike, skipped: Skipped) -> tuple[Path, list[str]]:
+def find(path: str | os.PathLike, skipped: Skipped) -> tuple[Path, list[str]]:
     """The folder that names are relative to, and the sorted names of regular files."""
     given = Path(path).expanduser()
     if given.is_file():
