@@ -52,7 +52,7 @@ class Sampling:
         k = self.top_k
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(
-                "top_k must be a whole number, at least 1, or None for all tokens; got"
+                "top_k must be at least 1, a whole number, or None for all tokens; got"
                 f" {k!r}."
             )
         if not 0 < self.top_p <= 1:
