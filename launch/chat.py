@@ -160,7 +160,7 @@ class Chat:
                 if isinstance(piece, Reply):
                     self._tell(piece, before)
                     break
-                sys.stdout.write(piece)
+                sys.stdout.write(command.printable(piece, sys.stdout))
                 sys.stdout.flush()
 
     def _tell(self, reply, before):
@@ -277,7 +277,7 @@ def _far(change, start="its start"):
 
 def _say(text: str) -> None:
     """A line of the program's own, which no model wrote."""
-    print(f"[{text}]", flush=True)
+    print(f"[{command.printable(text, sys.stdout)}]", flush=True)
 
 
 if __name__ == "__main__":

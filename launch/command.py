@@ -17,7 +17,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import filelock
 from absl import app, flags
@@ -262,6 +262,16 @@ def _ours(error: BaseException) -> bool:
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return Path(frame.f_code.co_filename).resolve().is_relative_to(_ROOT)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """What may be written to `stream` of a text that anybody, or a model, wrote: to a
+    terminal nothing that steers it, and nowhere what no encoding holds."""
+    from hope_jax.core import show  # after --help
+
+    if stream.isatty():
+        return show.printable(text, "\n\t")
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def quiet_libraries() -> None:

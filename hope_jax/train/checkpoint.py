@@ -37,7 +37,7 @@ from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.optim.groups import path_names
 from hope_jax.train import guard as guard_lib
-from hope_jax.train import metrics
+from hope_jax.train import limits, metrics
 from hope_jax.train.config import RunConfig
 from hope_jax.train.state import TrainState
 
@@ -327,6 +327,7 @@ class Checkpoints:
             for one in wanted:
                 _check_config(meta["config"], one, step)
             config = config_lib.from_json(RunConfig, meta["config"])
+            limits.check_model(config.model)
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                 lm.abstract(config.model),
@@ -419,6 +420,7 @@ class Checkpoints:
         )
 
     def _read(self, step: int, item: str, meta: Mapping, targets: Any) -> dict:
+        limits.check_declared(meta[item], f"{item} of step {step} in {self.directory}")
         if not isinstance(targets, dict):
             sharding = jax.sharding.SingleDeviceSharding(targets)
             targets = {

@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar
 from hope_jax import optim
 from hope_jax.core import config as config_lib
 from hope_jax.core import show
-from hope_jax.core.config import at_least
-from hope_jax.data import text
+from hope_jax.core.config import at_least, at_most, float32
+from hope_jax.data import prepared, text, tokenizer
 from hope_jax.models import lm
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.optim.rules import RULES, saved
@@ -25,13 +25,18 @@ class DataConfig:
     """Which text, in which tokens.
 
     Attributes:
-      path: a text file, a folder or a glob; None for the standard library's sources.
+      path: a text file, a folder or a glob; None for the standard library's sources. Or
+        a folder that `launch.prepare_data` made, or several with the shares of rows
+        that they give: `a:0.7,b:0.3`.
       tokenizer: `bytes`, `bpe` (byte-level BPE trained on the training files), or the
         path of a `tokenizer.json`, as that of a checkpoint.
       vocab: entries of the BPE; bytes always have 257.
       undecodable: what to do with files that are not UTF-8.
       max_train_bytes: most bytes of training text, None for all.
       max_validation_bytes: the same for the validation text.
+      long_tokens: a share of the rows is made of documents of so many tokens or more
+        alone; 0 makes no difference between documents.
+      long_share: that share.
     """
 
     path: str | None = None
@@ -40,11 +45,22 @@ class DataConfig:
     undecodable: text.Undecodable = "raise"
     max_train_bytes: int | None = None
     max_validation_bytes: int | None = 250_000
+    long_tokens: int = 0
+    long_share: float = 1.0
 
     _repr_html_ = show.config
 
     def __post_init__(self):
-        at_least(self, vocab=257)
+        at_least(self, vocab=257, long_tokens=0)
+        if not 0 < self.long_share <= 1:
+            raise ValueError(
+                f"long_share must be above 0 and at most 1, got {self.long_share}."
+            )
+        if self.long_share < 1 and not self.long_tokens:
+            raise ValueError(
+                f"long_share ({self.long_share}) needs long_tokens: of how many tokens "
+                "a long document is."
+            )
         if self.tokenizer not in ("bytes", "bpe") and Path(self.tokenizer).suffix != (
             ".json"
         ):
@@ -53,15 +69,46 @@ class DataConfig:
                 f"{self.tokenizer!r}."
             )
 
-    def load(self, path: str | None = None) -> text.Corpus:
+    def load(self, path: str | None = None) -> text.Corpus | prepared.Corpus:
         """The text, or that of another `path` under the same limits; errors are those
-        of `hope_jax.data.text.load`."""
+        of `hope_jax.data.text.load` and `hope_jax.data.prepared.corpus`."""
+        found = prepared.corpus(path or self.path, self.max_validation_bytes)
+        if found is not None:
+            if path is None:
+                self._check_prepared(found)
+            return found
         return text.load(
             path or self.path,
             max_train_bytes=self.max_train_bytes,
             max_validation_bytes=self.max_validation_bytes,
             undecodable=self.undecodable,
         )
+
+    def _check_prepared(self, found: prepared.Corpus) -> None:
+        """Refuses fields that were decided when the data was prepared."""
+        for name, unset in (("max_train_bytes", None), ("undecodable", "raise")):
+            value = getattr(self, name)
+            if value != unset:
+                raise ValueError(
+                    f"data.{name} ({value}) is for text, but {found.name!r} is "
+                    f"prepared already: leave it at {unset}, or prepare other data."
+                )
+        if self.tokenizer == "bytes":
+            same = isinstance(found.tokenizer, tokenizer.ByteTokenizer)
+        elif self.tokenizer == "bpe":
+            same = isinstance(found.tokenizer, tokenizer.BpeTokenizer)
+            same = same and found.tokenizer.vocab_size == self.vocab
+        else:
+            own = tokenizer.load(self.tokenizer)
+            same = own.fingerprint == found.tokenizer.fingerprint
+        if not same:
+            path = found.parts[0][0].folder / prepared.TOKENIZER
+            raise ValueError(
+                f"data.tokenizer ({self.tokenizer}, data.vocab {self.vocab}) is not "
+                f"the one that {found.name!r} was prepared with: set "
+                f"data.tokenizer={path} (and model.vocab="
+                f"{found.tokenizer.vocab_size} or more)."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +146,7 @@ class OptimizerConfig:
             object.__setattr__(self, name, RULES.of(getattr(self, name), name))
         optim.rules_of(self)
         at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
+        float32(self, "learning_rate", "weight_decay", "clip_norm")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(
                 f"final_fraction must lie between 0 and 1, got {self.final_fraction}."
@@ -180,6 +228,8 @@ class TrainConfig:
             validate_batches=1,
             keep=1,
         )
+        whole = 2**31 - 1  # steps are counted in int32
+        at_most(self, steps=whole, batch=whole, accumulate=whole, seq_len=whole)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

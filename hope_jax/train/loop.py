@@ -24,11 +24,19 @@ from jaxtyping import PyTree
 
 from hope_jax import optim
 from hope_jax.core import config as config_lib
-from hope_jax.data import stream, text, tokenizer, workers
+from hope_jax.data import prepared, stream, text, tokenizer, workers
 from hope_jax.models import lm, systems
 from hope_jax.models.capture import dense_kernels
 from hope_jax.optim.leaves import path_names
-from hope_jax.train import checkpoint, guard, lock, sharding, signals, watchdog
+from hope_jax.train import (
+    checkpoint,
+    guard,
+    limits,
+    lock,
+    sharding,
+    signals,
+    watchdog,
+)
 from hope_jax.train import metrics as metrics_lib
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
@@ -74,9 +82,9 @@ class Source(NamedTuple):
       validation_bytes_per_token: of the validation text.
     """
 
-    corpus: text.Corpus
+    corpus: text.Corpus | prepared.Corpus
     tokenizer: tokenizer.Tokenizer
-    rows: stream.Rows
+    rows: stream.Source
     bytes_per_token: float
     validation: list[PyTree] | None
     validation_bytes_per_token: float
@@ -136,6 +144,7 @@ def train(
       NonFinite: too many steps in a row were skipped.
     """
     check_rows(config)
+    limits.check_run(config)
     workdir = check_workdir(workdir)
     if params is not None and init_from is not None:
         raise ValueError("params and init_from both say where to start; give one.")
@@ -338,14 +347,15 @@ def load_source(config: RunConfig, workdir: str | os.PathLike | None) -> Source:
     """
     corpus = config.data.load()
     say(corpus.summary())
+    if isinstance(corpus, prepared.Corpus):
+        return _prepared_source(config, corpus, workdir)
     tokens = load_tokenizer(config.data, corpus, workdir)
-    if tokens.vocab_size > config.model.vocab:
-        raise ValueError(
-            f"model.vocab ({config.model.vocab}) must be at least the tokenizer's "
-            f"{tokens.vocab_size} entries: set model.vocab={tokens.vocab_size}."
-        )
+    _check_vocab(config, tokens)
     learned = tokenizer.encode_documents(tokens, corpus.train)
-    rows = _rows(learned, config)
+    rows = _with_long(
+        config.data,
+        lambda least: _rows([ids for ids in learned if ids.size >= least], config),
+    )
     held_out = tokenizer.encode_documents(tokens, corpus.validation)
     return Source(
         corpus=corpus,
@@ -355,6 +365,58 @@ def load_source(config: RunConfig, workdir: str | os.PathLike | None) -> Source:
         validation=_validation_rows(held_out, config),
         validation_bytes_per_token=corpus.validation_bytes / sum(map(len, held_out)),
     )
+
+
+def _prepared_source(
+    config: RunConfig, corpus: prepared.Corpus, workdir: str | os.PathLike | None
+) -> Source:
+    """As `load_source`, of which nothing but counts is read."""
+    tokens = corpus.tokenizer
+    kept = None if workdir is None else Path(workdir) / checkpoint.TOKENIZER
+    if kept is not None and kept.exists():
+        before = tokenizer.load(kept).fingerprint
+        if before != tokens.fingerprint:
+            raise checkpoint.ConfigMismatch(
+                f"{corpus.name!r} was prepared with another tokenizer than {kept}: "
+                f"{tokens.fingerprint}, not {before}."
+            )
+    _check_vocab(config, tokens)
+
+    def rows(split: prepared.Split, least: int) -> stream.Source:
+        size, stretch = config.train.seq_len, config.train.stretch
+        made = [
+            (part.rows(split, seq_len=size, stretch=stretch, least=least), share)
+            for part, share in corpus.parts
+        ]
+        return stream.Mixture(made) if len(made) > 1 else made[0][0]
+
+    validation = None
+    if config.train.validate_every:
+        validation = _validation_batches(rows("validation", 0), config)
+    return Source(
+        corpus=corpus,
+        tokenizer=tokens,
+        rows=_with_long(config.data, lambda least: rows("train", least)),
+        bytes_per_token=corpus.bytes_per_token("train"),
+        validation=validation,
+        validation_bytes_per_token=corpus.bytes_per_token("validation"),
+    )
+
+
+def _with_long(data: DataConfig, make: Callable[[int], stream.Source]) -> stream.Source:
+    """Rows of the documents that `make` is told the least length of."""
+    long = make(data.long_tokens)
+    if data.long_share == 1:
+        return long
+    return stream.Mixture([(make(0), 1 - data.long_share), (long, data.long_share)])
+
+
+def _check_vocab(config: RunConfig, tokens: tokenizer.Tokenizer) -> None:
+    if tokens.vocab_size > config.model.vocab:
+        raise ValueError(
+            f"model.vocab ({config.model.vocab}) must be at least the tokenizer's "
+            f"{tokens.vocab_size} entries: set model.vocab={tokens.vocab_size}."
+        )
 
 
 def load_tokenizer(
@@ -479,8 +541,11 @@ def _validation_rows(
 ) -> list[PyTree] | None:
     if not config.train.validate_every:
         return None
+    return _validation_batches(_rows(documents, config), config)
+
+
+def _validation_batches(rows: stream.Source, config: RunConfig) -> list[PyTree]:
     seq_len, batch = config.train.seq_len, config.train.batch
-    rows = _rows(documents, config)
     batches = min(config.train.validate_batches, len(rows) // batch)
     if batches == 0:
         raise ValueError(
