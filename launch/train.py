@@ -4,6 +4,7 @@
 
 Any field of the row's config can be set: --set model.d_model=256 --set train.steps=100.
 SIGTERM and Ctrl-C save and stop (exit code 128 + signal); --resume goes on from there.
+Started once on every host with --coordinator, it is one run over all their devices.
 """
 
 import importlib
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import command
+from launch import command, distributed
 
 # LAPACK's own threads and JAX's stand in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -34,6 +35,7 @@ def _define(define) -> None:
     )
     define.string("data", None, "text file, folder or glob; sets data.path")
     define.bool("resume", False, "go on from the newest checkpoint")
+    distributed.define(define)
     define.bool(
         "describe", False, "print config, levels and how parameters move, and exit"
     )
@@ -128,6 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if _waits(config):
         os.environ.setdefault("NPROC", "32")  # read when jax starts
+    try:
+        distributed.start(given)
+    except ValueError as error:
+        return _fail(error)
 
     from hope_jax.train import checkpoint, folder, loop
 

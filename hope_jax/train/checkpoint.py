@@ -32,6 +32,7 @@ from hope_jax.data import stream, tokenizer
 from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.optim.groups import path_names
+from hope_jax.train import processes
 from hope_jax.train.config import RunConfig
 from hope_jax.train.state import TrainState
 
@@ -91,7 +92,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if not self._read_only:
+        if not self._read_only and processes.writes():
             # Orbax would do so in a thread, which complains when an early error ends
             # the program. A save that has just failed may still be writing: what it
             # adds is left for the next start.
@@ -284,11 +285,16 @@ class Checkpoints:
         """`read(step)` of the newest step that is intact; None if there is no step."""
         reasons = []
         for step in reversed(self.steps()):
+            found, damage = None, None
             try:
-                return read(step)
-            except Damaged as damage:
-                logging.warning("%s Trying the step before.", damage)
-                reasons.append(str(damage))
+                found = read(step)
+            except Damaged as error:
+                damage = error
+            if processes.all_true(damage is None):
+                return found
+            damage = damage or _damaged(step, self.directory, "says another process")
+            logging.warning("%s Trying the step before.", damage)
+            reasons.append(str(damage))
         if not reasons:
             return None
         raise Damaged(
@@ -379,13 +385,15 @@ class Checkpoints:
         if not steps:
             return
         beside = self.directory.with_name(self.directory.name + ".damaged")
-        beside.mkdir(exist_ok=True)
-        for step in steps:
-            logging.warning("Moving damaged step %d to %s.", step, beside)
-            target = beside / str(step)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(self.directory / str(step), target)
+        if processes.writes():
+            beside.mkdir(exist_ok=True)
+            for step in steps:
+                logging.warning("Moving damaged step %d to %s.", step, beside)
+                target = beside / str(step)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(self.directory / str(step), target)
+        processes.wait("damaged steps are moved")
         self._manager.close()
         self._manager = self._open()
 

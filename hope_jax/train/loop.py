@@ -31,7 +31,7 @@ from hope_jax.data import stream, text, tokenizer
 from hope_jax.models import lm, systems
 from hope_jax.models.capture import dense_kernels
 from hope_jax.optim.leaves import path_names
-from hope_jax.train import checkpoint, sharding
+from hope_jax.train import checkpoint, processes, sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
 from hope_jax.train.config import DataConfig, RunConfig, check_rows
@@ -112,6 +112,11 @@ def train(
     parameters, optimizer state, keys, data and `metrics.jsonl` become, byte for byte,
     those of a run that was never stopped (on the same devices and versions).
 
+    Several processes (`jax.distributed`, which `launch.distributed` starts) each call
+    this with the same arguments, `workdir` a folder that all of them see. Each reads
+    its share of every batch, the first alone writes and speaks, all save; a signal to
+    any of them stops all of them after the same step.
+
     Args:
       config: the run.
       workdir: a folder for it alone; made if absent.
@@ -124,21 +129,17 @@ def train(
       hope_jax.train.folder.ForeignFolder: `workdir` is not of this program. Nothing in
         it is touched before config, data and folder are accepted.
       ValueError: a config that does not fit its rows, its data or the devices; `params`
-        of another model; more than one process.
+        of another model; processes that were given different arguments.
       hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
       hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
       NonFinite: the loss, gradient or update of a step is NaN or infinite.
     """
     check_rows(config)
     workdir = check_workdir(workdir)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"train runs in one process, over all its devices; got process_count "
-            f"{jax.process_count()}. Signals and logs are not shared between processes."
-        )
     mesh = sharding.make_mesh()
     sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
     begun = _has_checkpoints(workdir)
+    processes.check_same(checkpoints=f"{workdir}: {begun}")
     if begun and not resume:
         raise FileExistsError(
             f"{str(workdir)!r} has checkpoints already: pass --resume to go on with "
@@ -146,7 +147,7 @@ def train(
         )
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stop_on_signal())
+        stop = processes.Stop(stack.enter_context(_stop_on_signal()), mesh)
         if begun:
             with checkpoint.Checkpoints(
                 workdir / checkpoint.FOLDER, read_only=True
@@ -158,10 +159,9 @@ def train(
         graphdef, state, tx, layers = _model(config, mesh, params)
 
         # Accepted: what is new is written now, what is gone on with once it is read.
+        _agree(config, fingerprint)
         if not begun:
-            workdir.mkdir(parents=True, exist_ok=True)
-            _write_config(workdir, config)
-            source.tokenizer.save(workdir / checkpoint.TOKENIZER)
+            _begin_folder(workdir, config, source.tokenizer)
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(workdir / checkpoint.FOLDER, keep=config.train.keep)
         )
@@ -180,9 +180,10 @@ def train(
             state, done = restored
             saved = done
             _say(f"resumed at step {done} of {config.train.steps}")
-            _write_config(workdir, config)
-            if not (workdir / checkpoint.TOKENIZER).exists():
-                source.tokenizer.save(workdir / checkpoint.TOKENIZER)
+            if processes.writes():
+                _write_config(workdir, config)
+                if not (workdir / checkpoint.TOKENIZER).exists():
+                    source.tokenizer.save(workdir / checkpoint.TOKENIZER)
         elif resume:
             _say(f"no checkpoint in {workdir} yet: starting at step 0")
 
@@ -198,7 +199,7 @@ def train(
         )
         step = sharding.jit_step(step, mesh)
         validate = _validation(graphdef, config, source, mesh)
-        log = MetricLog(workdir, done)
+        log = MetricLog(workdir, done) if processes.writes() else _Unwritten()
         stack.callback(log.close)
         shown = stack.enter_context(_Progress(config, done))
         latest: dict[str, float] = {}
@@ -207,6 +208,7 @@ def train(
             """Waits for the metrics of a step, refuses bad ones, writes them down."""
             nonlocal latest
             latest = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            stop.hear()
             _check_finite(latest, number, saved, workdir)
             latest["bits_per_byte"] = _bits(latest["loss"], source.bytes_per_token)
             latest["tokens"] = number * config.train.batch * config.train.seq_len
@@ -220,6 +222,7 @@ def train(
         while done < last and stop.signal is None:
             batch = sharding.shard_batch(_batch(next(iterator)), mesh)
             state, metrics = step(state, batch)  # dispatched, not waited for
+            stop.say()
             done += 1
             if pending is not None:
                 read(*pending)
@@ -321,10 +324,17 @@ def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dic
         workers=config.train.workers,
         stretch=config.train.stretch,
     )
+    count = jax.process_count()
     fingerprint = stream.fingerprint(
-        settings, source.corpus.sha256, source.tokenizer.fingerprint
+        settings,
+        source.corpus.sha256,
+        source.tokenizer.fingerprint,
+        process_count=count,
     )
-    return iter(stream.batches(source.rows, settings)), fingerprint
+    batches = stream.batches(
+        source.rows, settings, process_index=jax.process_index(), process_count=count
+    )
+    return iter(batches), fingerprint
 
 
 def groups(config: RunConfig, graphdef: nnx.GraphDef, params: PyTree) -> Groups:
@@ -411,11 +421,13 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
         step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch), mesh
     )
 
+    own = [sharding.own_rows(batch) for batch in rows]
+
     def mean(params) -> dict[str, float]:
         # Waited for, as steps are: of more than 32 programs in flight the collectives
         # of virtual CPU devices can dead-lock before jax 0.12.
         losses = [
-            float(evaluate(params, sharding.shard_batch(batch, mesh))) for batch in rows
+            float(evaluate(params, sharding.shard_batch(batch, mesh))) for batch in own
         ]
         loss = float(np.mean(losses))
         bits = _bits(loss, source.validation_bytes_per_token)
@@ -467,6 +479,28 @@ def _has_checkpoints(folder: Path) -> bool:
     return saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
 
 
+def _agree(config: RunConfig, fingerprint: Mapping[str, Any]) -> None:
+    """Returns once every process has accepted the same run."""
+    processes.check_same(
+        config=json.dumps(config_lib.to_json(config), sort_keys=True),
+        data=json.dumps(fingerprint, sort_keys=True),
+    )
+
+
+def _begin_folder(workdir: Path, config: RunConfig, tokens: tokenizer.Tokenizer):
+    """Makes the folder of a new run, which all processes then see."""
+    if processes.writes():
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_config(workdir, config)
+        tokens.save(workdir / checkpoint.TOKENIZER)
+    processes.wait("the folder of the run")
+    if not processes.all_true((workdir / checkpoint.TOKENIZER).exists()):
+        raise ValueError(
+            f"workdir ({workdir}) must be a folder that all processes see, but some "
+            "see nothing of what process 0 wrote there: give one on shared storage."
+        )
+
+
 def _write_config(workdir: Path, config: RunConfig) -> None:
     """Beside, then renamed: a folder with a config is one of a run."""
     text_ = json.dumps(config_lib.to_json(config), indent=2, allow_nan=False)
@@ -483,7 +517,21 @@ def _bits(nats: float, bytes_per_token: float) -> float:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    if processes.writes():
+        print(line, flush=True)
+
+
+class _Unwritten:
+    """The log of a process that writes none."""
+
+    def write(self, *_, **__) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Stop:
@@ -521,7 +569,7 @@ class _Progress:
         self._config, self._start, self._done = config, done, done
         self._began: float | None = None
         self._bar: progress.Progress | None = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and processes.writes():
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),

@@ -58,8 +58,28 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: put(by_rows(mesh), leaf), batch)
 
 
+def own_rows(batch: PyTree) -> PyTree:
+    """This process's rows of a batch that every process holds."""
+
+    def cut(leaf):
+        share = leaf.shape[0] // jax.process_count()
+        return leaf[jax.process_index() * share :][:share]
+
+    return jax.tree.map(cut, batch)
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    return jax.device_put(tree, replicated(mesh))
+    """`tree`, which every process holds, on all devices of `mesh`."""
+    return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
+
+
+def _put(leaf, sharding: NamedSharding):
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda at: host[at])
 
 
 def of_rows(differentiate: Differentiate | None, mesh: Mesh) -> Differentiate:
