@@ -1,7 +1,7 @@
 """Many processes, one run: flags that say who they are, and the call that joins them.
 
-    python -m launch.train ... --coordinator=10.0.0.2:8476 --num_processes=2 --process_id=0
-    srun python -m launch.train ... --coordinator=auto
+    launch.train ... --coordinator=10.0.0.2:8476 --num_processes=2 --process_id=0
+    srun python -m launch.train ... --coordinator=auto  # on SLURM
 
 Without `--coordinator` a program is one process alone, and opens no port.
 """
