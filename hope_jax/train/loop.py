@@ -421,7 +421,7 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
         step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch), mesh
     )
 
-    own = [sharding.own_rows(batch) for batch in rows]
+    own = [sharding.own_rows(batch, mesh) for batch in rows]
 
     def mean(params) -> dict[str, float]:
         # Waited for, as steps are: of more than 32 programs in flight the collectives

@@ -91,11 +91,11 @@ def make_step(
     level = outer_level(tx, objective)
 
     def differentiate(tokens):
-        devices = 1 if mesh is None else mesh.size
+        devices = 1 if mesh is None else sharding.row_shards(mesh)
         own = differentiation(tokens[:, 1:].size // (devices * accumulate))
         if accumulate > 1:
             own = sharding.in_turn(own, accumulate)
-        if mesh is None or devices == 1:
+        if mesh is None or mesh.size == 1:
             return own
         return sharding.of_rows(own, mesh)
 
