@@ -34,6 +34,7 @@ def _define(define) -> None:
         "set", [], "field=value of the config, for example train.steps=100; repeatable"
     )
     define.string("data", None, "text file, folder or glob; sets data.path")
+    define.string("mesh", None, "data:2,fsdp:4,tensor:2; sets train.mesh")
     define.bool("resume", False, "go on from the newest checkpoint")
     distributed.define(define)
     define.bool(
@@ -171,6 +172,8 @@ def _config(given: Any):
     settings = list(given.set)
     if given.data is not None:
         settings.append(f"data.path={given.data}")
+    if given.mesh is not None:
+        settings.append(f"train.mesh={given.mesh}")
     config = config_lib.override(config, settings)
     check_rows(config)
     return config

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from hope_jax.core import config as config_lib
@@ -41,6 +42,7 @@ TOKENIZER = "tokenizer.json"
 
 # A resumed run may change these; they do not touch what it computes.
 _FREE = ("train.checkpoint_every:", "train.keep:", "data.path:")
+_FREE += ("train.mesh:", "train.gather:")
 _FORMAT = 1
 _RATES = "rates"
 _OLD_RATES = (
@@ -469,6 +471,9 @@ def find(directory: str | os.PathLike) -> Path:
 def manifest(arrays: Mapping[str, Any]) -> dict[str, list]:
     """Type, shape and SHA-256 of every array: what a restore is held against."""
 
+    # Processes gather the arrays that none of them has whole, in one order.
+    arrays = {name: _addressable(array) for name, array in arrays.items()}
+
     def entry(array) -> list:
         host = np.ascontiguousarray(jax.device_get(array))
         digest = hashlib.sha256(host.reshape(-1).view(np.uint8).data).hexdigest()
@@ -476,6 +481,16 @@ def manifest(arrays: Mapping[str, Any]) -> dict[str, list]:
 
     with futures.ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
         return dict(zip(arrays, pool.map(entry, arrays.values()), strict=True))
+
+
+def _addressable(array: Any) -> Any:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array
+    if array.is_fully_replicated:
+        return array
+    assert isinstance(array.sharding, NamedSharding)
+    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return jax.device_get(jax.jit(lambda a: a, out_shardings=whole)(array))
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

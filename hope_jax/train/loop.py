@@ -136,8 +136,7 @@ def train(
     """
     check_rows(config)
     workdir = check_workdir(workdir)
-    mesh = sharding.make_mesh()
-    sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
+    mesh = make_mesh(config)
     begun = _has_checkpoints(workdir)
     processes.check_same(checkpoints=f"{workdir}: {begun}")
     if begun and not resume:
@@ -154,7 +153,7 @@ def train(
             ) as saved_before:
                 saved_before.check_config(config)
         source = load_source(config, workdir if begun else None)
-        iterator, fingerprint = _data(config, source)
+        iterator, fingerprint = _data(config, source, mesh)
         stack.callback(iterator.close)
         graphdef, state, tx, layers = _model(config, mesh, params)
 
@@ -168,6 +167,7 @@ def train(
         _say(
             f"{lm.count_parameters(config.model):,} parameters on "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            f"{sharding.describe(mesh)}"
         )
         done, saved = 0, None
         restored = checkpoints.restore(
@@ -195,9 +195,10 @@ def train(
             mesh,
             config.train.stretch,
             config.train.accumulate,
+            config.train.gather == "layer",
             functools.partial(systems.of_step, config.model),
         )
-        step = sharding.jit_step(step, mesh)
+        step = sharding.jit_step(step, mesh, state)
         validate = _validation(graphdef, config, source, mesh)
         log = MetricLog(workdir, done) if processes.writes() else _Unwritten()
         stack.callback(log.close)
@@ -315,8 +316,10 @@ def _batch(item: Mapping[str, Any]):
     return item["tokens"]
 
 
-def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dict]:
-    """Batches, and what their iterator's state belongs to."""
+def _data(
+    config: RunConfig, source: Source, mesh: jax.sharding.Mesh
+) -> tuple[grain.DatasetIterator, dict]:
+    """This process's share of batches, and what their iterator's state belongs to."""
     settings = stream.StreamConfig(
         seq_len=config.train.seq_len,
         batch=config.train.batch,
@@ -324,7 +327,7 @@ def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dic
         workers=config.train.workers,
         stretch=config.train.stretch,
     )
-    count = jax.process_count()
+    index, count = sharding.own_share(mesh)
     fingerprint = stream.fingerprint(
         settings,
         source.corpus.sha256,
@@ -332,7 +335,7 @@ def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dic
         process_count=count,
     )
     batches = stream.batches(
-        source.rows, settings, process_index=jax.process_index(), process_count=count
+        source.rows, settings, process_index=index, process_count=count
     )
     return iter(batches), fingerprint
 
@@ -373,22 +376,47 @@ def _check_params(config: RunConfig, params: PyTree) -> None:
 def _model(config: RunConfig, mesh: jax.sharding.Mesh, params: PyTree | None = None):
     """The static half of the model, the state before the first step, the optimizer and
     the matrices whose inputs it needs, if any."""
-    parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
-    if params is None:
-        graphdef, params = lm.build(config.model, parameters_key)
-    else:
-        _check_params(config, params)
-        graphdef, _ = lm.abstract_model(config.model)
-        params = jax.tree.map(jnp.copy, params)  # a step gives its buffers away
-    moved = groups(config, graphdef, params)
+
+    def begin(params=None):
+        parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
+        if params is None:
+            params = lm.build(config.model, parameters_key)[1]
+        return state_lib.create(params, tx, run_key)
+
+    graphdef, shapes = lm.abstract_model(config.model)
+    moved = groups(config, graphdef, shapes)
     tx = optim.build(
         config.optimizer,
         total_steps=config.train.steps,
         **moved._asdict(),
         mesh=mesh if mesh.size > 1 else None,
     )
-    state = state_lib.create(params, tx, run_key)
-    return graphdef, sharding.replicate(state, mesh), tx, moved.layers
+    if params is not None:
+        _check_params(config, params)
+        params = jax.tree.map(jnp.copy, params)  # a step gives its buffers away
+    elif sharding.cuts(mesh):  # no device has room for all of it
+        lies = sharding.state_shardings(state_lib.abstract(shapes, tx), shapes, mesh)
+        return graphdef, jax.jit(begin, out_shardings=lies)(), tx, moved.layers
+    return graphdef, sharding.place(begin(params), shapes, mesh), tx, moved.layers
+
+
+def make_mesh(config: RunConfig, devices: Sequence[Any] | None = None):
+    """The mesh of a run, which its model, its optimizer and its batch fit.
+
+    Raises:
+      ValueError: they do not; says what does.
+    """
+    train = config.train
+    mesh = sharding.make_mesh(devices, sharding.read_mesh(train.mesh))
+    sharding.check_heads(config.model.heads, mesh)
+    sharding.check_batch(train.batch, mesh, train.accumulate)
+    rule = config.optimizer.rule
+    if sharding.FSDP in mesh.axis_names and rule.inputs and train.gather == "layer":
+        raise ValueError(
+            f"optimizer.rule ({rule.kind}) learns from the inputs of whole matrices: "
+            "with fsdp set train.gather=step."
+        )
+    return mesh
 
 
 def _validation_rows(
@@ -418,7 +446,9 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
     if rows is None:
         return None
     evaluate = sharding.jit_evaluation(
-        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch), mesh
+        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch),
+        mesh,
+        lm.abstract(config.model),
     )
 
     own = [sharding.own_rows(batch, mesh) for batch in rows]

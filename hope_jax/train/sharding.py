@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from hope_jax.core.level import Differentiate
+from hope_jax.models.parts import Parts
 from hope_jax.optim.leaves import path_names
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
@@ -96,6 +97,13 @@ def make_mesh(
     return Mesh(grid, tuple(whole), axis_types=(AxisType.Auto,) * len(whole))
 
 
+def describe(mesh: Mesh) -> str:
+    """The axes of a mesh that has several: `: data 2 x fsdp 4`."""
+    if len(mesh.axis_names) == 1:
+        return ""
+    return ": " + " x ".join(f"{name} {mesh.shape[name]}" for name in mesh.axis_names)
+
+
 def row_axes(mesh: Mesh) -> tuple[str, ...]:
     """The axes that cut rows."""
     return tuple(name for name in TABLE["rows"] if name in mesh.axis_names)
@@ -134,10 +142,12 @@ def spec_of(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """
     for pattern, axes in _AXES:
         if re.search(rf"(^|\.){pattern}$", name) and len(axes) <= len(shape):
-            whole = [None] * (len(shape) - len(axes))
             last = shape[len(shape) - len(axes) :]
-            found = (_axis(mesh, a, size) for a, size in zip(axes, last, strict=True))
-            return PartitionSpec(*whole, *found)
+            found = [_axis(mesh, a, size) for a, size in zip(axes, last, strict=True)]
+            while found and found[-1] is None:  # as JAX writes it
+                found.pop()
+            before = [None] * (len(shape) - len(axes)) if found else []
+            return PartitionSpec(*before, *found)
     return PartitionSpec()
 
 
@@ -232,9 +242,9 @@ def own_share(mesh: Mesh) -> tuple[int, int]:
     first, count = min(own), len(own)
     if own != set(range(first, first + count)) or shards % count or first % count:
         raise ValueError(
-            f"The devices of process {jax.process_index()} hold shares {sorted(own)} of "
-            f"the {shards} of the rows, which must be a block of neighbours: make data "
-            "or fsdp times the number of processes."
+            f"The devices of process {jax.process_index()} hold shares {sorted(own)} "
+            f"of the {shards} of the rows, which must be a block of neighbours: let "
+            "data or fsdp be a multiple of the number of processes."
         )
     return first // count, shards // count
 
@@ -283,7 +293,16 @@ def _put(leaf, sharding: NamedSharding):
     return jax.make_array_from_callback(host.shape, sharding, lambda at: host[at])
 
 
-def of_rows(differentiate: Differentiate | None, mesh: Mesh) -> Differentiate:
+def parts_of(params: PyTree, mesh: Mesh) -> Parts | None:
+    """What each device holds of the parameters on a mesh with `fsdp`."""
+    if FSDP not in mesh.axis_names:
+        return None
+    return Parts.of(FSDP, params, _fsdp_dims(params, mesh))
+
+
+def of_rows(
+    differentiate: Differentiate | None, mesh: Mesh, *, by_layer: bool = False
+) -> Differentiate:
     """How `hope_jax.core.level.hope_update` differentiates a mean over rows which the
     devices of `mesh` share.
 
@@ -293,6 +312,9 @@ def of_rows(differentiate: Differentiate | None, mesh: Mesh) -> Differentiate:
 
     Args:
       differentiate: of one device's rows; None is `jax.value_and_grad`.
+      by_layer: whether what is differentiated makes the `parts_of` its parameters
+        whole, layer by layer. Otherwise they are before, and their whole gradient is
+        made.
     """
 
     own = _plain if differentiate is None else differentiate
@@ -302,9 +324,11 @@ def of_rows(differentiate: Differentiate | None, mesh: Mesh) -> Differentiate:
         dims = _fsdp_dims(params, mesh)
 
         def local(params, *given):
-            (loss, rest), gradient, inputs = own(f, _gathered(params, dims), *given)
+            if not by_layer:
+                params = _gathered(params, dims)
+            (loss, rest), gradient, inputs = own(f, params, *given)
             loss, inputs = jax.lax.pmean((loss, inputs), axes)
-            return (loss, rest), _shared(gradient, dims, mesh), inputs
+            return (loss, rest), _shared(gradient, dims, mesh, by_layer), inputs
 
         whole, rows = PartitionSpec(), _rows(mesh)
         cut = _manual_specs(params, dims)
@@ -349,14 +373,18 @@ def _gathered(params: PyTree, dims: PyTree[int]) -> PyTree:
     return jax.tree.map(gather, params, dims)
 
 
-def _shared(gradient: PyTree, dims: PyTree[int], mesh: Mesh) -> PyTree:
-    """The mean over the rows of all devices, of which each keeps its share."""
+def _shared(
+    gradient: PyTree, dims: PyTree[int], mesh: Mesh, summed: bool = False
+) -> PyTree:
+    """The mean over the rows of all devices, of which each keeps its share; `summed`
+    where it already keeps its share of the sum over `fsdp`."""
 
     def mean(leaf, dim):
         if dim < 0:
             return jax.lax.pmean(leaf, row_axes(mesh))
-        own = jax.lax.psum_scatter(leaf, FSDP, scatter_dimension=dim, tiled=True)
-        return jax.lax.pmean(own / mesh.shape[FSDP], DATA)
+        if not summed:
+            leaf = jax.lax.psum_scatter(leaf, FSDP, scatter_dimension=dim, tiled=True)
+        return jax.lax.pmean(leaf / mesh.shape[FSDP], DATA)
 
     return jax.tree.map(mean, gradient, dims)
 

@@ -1,5 +1,6 @@
 """One step of training, pure: the slow level moves by what the fast ones read."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def make_step(
     mesh: Mesh | None = None,
     stretch: int = 0,
     accumulate: int = 1,
+    by_layer: bool = False,
     of_step: Callable[[PyTree, PyTree, PyTree], Metrics] = lambda *trees: {},
 ) -> Callable[[TrainState, Int[Array, "B T1"] | Packed], tuple[TrainState, Metrics]]:
     """The step of a language model: `(state, batch) -> (state, metrics)`.
@@ -73,6 +75,8 @@ def make_step(
       mesh: whose devices share the rows of a batch (`hope_jax.train.sharding`).
       stretch: tokens between places where a document of `Packed` rows may begin.
       accumulate: parts in which each device reads its rows, one after another.
+      by_layer: of a mesh that cuts parameters, gather the weights of a layer when it is
+        read; by default all are gathered before the step.
       of_step: further metrics, of the gradient, of the change of the parameters, and of
         these before it.
 
@@ -81,8 +85,8 @@ def make_step(
       `update_norm`, and those of `of_step`; and int32 `tokens`, predicted in the step.
     """
 
-    def live(params, fast, batch):
-        return _read(apply_fn, graphdef, params, batch, fast, stretch)
+    def live(apply, params, fast, batch):
+        return _read(apply, graphdef, params, batch, fast, stretch)
 
     def objective(params, context):
         batch, losses = context
@@ -90,16 +94,21 @@ def make_step(
 
     level = outer_level(tx, objective)
 
-    def differentiate(tokens):
+    def differentiate(tokens, parts):
         devices = 1 if mesh is None else sharding.row_shards(mesh)
         own = differentiation(tokens[:, 1:].size // (devices * accumulate))
         if accumulate > 1:
             own = sharding.in_turn(own, accumulate)
         if mesh is None or mesh.size == 1:
             return own
-        return sharding.of_rows(own, mesh)
+        return sharding.of_rows(own, mesh, by_layer=parts is not None)
 
     def step(state: TrainState, batch: Int[Array, "B T1"] | Packed):
+        apply, parts = apply_fn, None
+        if by_layer and mesh is not None:
+            parts = sharding.parts_of(state.params, mesh)
+            if parts is not None:
+                apply = functools.partial(apply_fn, parts=parts)
         count = _tokens(batch)[:, 1:].size
         if isinstance(batch, Packed):
             batch = weighed(batch)
@@ -107,8 +116,8 @@ def make_step(
         after = hope_update(
             batch,
             Slow(level, state.level),
-            Fast(live),
-            differentiate=differentiate(_tokens(batch)),
+            Fast(functools.partial(live, apply)),
+            differentiate=differentiate(_tokens(batch), parts),
         )
         moved = after.slow.state
         change = jax.tree.map(jnp.subtract, moved.params, state.params)

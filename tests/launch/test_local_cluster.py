@@ -90,7 +90,8 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch):
         assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
 
     made = loop.sharding.make_mesh
-    monkeypatch.setattr(loop.sharding, "make_mesh", lambda: made(jax.devices()[:2]))
+    two = lambda devices, sizes: made(jax.devices()[:2], sizes)  # noqa: E731
+    monkeypatch.setattr(loop.sharding, "make_mesh", two)
     config = override(tiny.rows("full")["tiny"], SETTINGS)
     loop.train(config, tmp_path / "alone")
     one, two = (checkpoint.restore_params(tmp_path / n) for n in ("alone", "unbroken"))
