@@ -200,7 +200,7 @@ def check_batch(batch: int, mesh: Mesh, parts: int = 1) -> None:
     share = shards * parts
     if batch % share:
         each = f"the {shards} devices"
-        if shards < mesh.size:
+        if len(mesh.axis_names) > 1:
             cut = " x ".join(f"{name} {mesh.shape[name]}" for name in row_axes(mesh))
             each = f"the {shards} shares of rows of the mesh ({cut})"
         if parts > 1:
