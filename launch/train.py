@@ -21,7 +21,8 @@ from launch import command, distributed
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def _define(define) -> None:
+def define_row(define) -> None:
+    """The flags that say which config, for `config_of`."""
     define.string(
         "experiment",
         None,
@@ -29,12 +30,16 @@ def _define(define) -> None:
     )
     define.string("row", None, "row of the experiment; may be left out if one")
     define.string("scale", "full", "size of the experiment")
-    define.string("workdir", None, "folder of this run alone")
     define.multi_string(
         "set", [], "field=value of the config, for example train.steps=100; repeatable"
     )
     define.string("data", None, "text file, folder or glob; sets data.path")
     define.string("mesh", None, "data:2,fsdp:4,tensor:2; sets train.mesh")
+
+
+def _define(define) -> None:
+    define_row(define)
+    define.string("workdir", None, "folder of this run alone")
     define.bool("resume", False, "go on from the newest checkpoint")
     distributed.define(define)
     define.bool(
@@ -160,10 +165,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _config(given: Any):
     """The config that the flags describe."""
+    if given.experiment and given.workdir is None and not given.describe:
+        raise ValueError("Give --workdir, a folder for this run alone.")
+    return config_of(given)
+
+
+def config_of(given: Any):
+    """The config of the flags of `define_row`.
+
+    Raises:
+      ValueError: no such row, or settings that do not fit it.
+    """
     if given.experiment is None:
         raise ValueError(f"Give --experiment, one of {', '.join(experiments())}.")
-    if given.workdir is None and not given.describe:
-        raise ValueError("Give --workdir, a folder for this run alone.")
 
     from hope_jax.core import config as config_lib
     from hope_jax.train.config import check_rows

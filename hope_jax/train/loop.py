@@ -187,17 +187,7 @@ def train(
         elif resume:
             _say(f"no checkpoint in {workdir} yet: starting at step 0")
 
-        step = step_lib.make_step(
-            graphdef,
-            functools.partial(lm.apply, horizon=config.train.seq_len),
-            tx,
-            functools.partial(optim.differentiation, config.optimizer, layers),
-            mesh,
-            config.train.stretch,
-            config.train.accumulate,
-            config.train.gather == "layer",
-            functools.partial(systems.of_step, config.model),
-        )
+        step = make_step(config, graphdef, tx, layers, mesh)
         step = sharding.jit_step(step, mesh, state)
         validate = _validation(graphdef, config, source, mesh)
         log = MetricLog(workdir, done) if processes.writes() else _Unwritten()
@@ -384,20 +374,44 @@ def _model(config: RunConfig, mesh: jax.sharding.Mesh, params: PyTree | None = N
         return state_lib.create(params, tx, run_key)
 
     graphdef, shapes = lm.abstract_model(config.model)
-    moved = groups(config, graphdef, shapes)
-    tx = optim.build(
-        config.optimizer,
-        total_steps=config.train.steps,
-        **moved._asdict(),
-        mesh=mesh if mesh.size > 1 else None,
-    )
+    tx, layers = make_optimizer(config, graphdef, shapes, mesh)
     if params is not None:
         _check_params(config, params)
         params = jax.tree.map(jnp.copy, params)  # a step gives its buffers away
     elif sharding.cuts(mesh):  # no device has room for all of it
         lies = sharding.state_shardings(state_lib.abstract(shapes, tx), shapes, mesh)
-        return graphdef, jax.jit(begin, out_shardings=lies)(), tx, moved.layers
-    return graphdef, sharding.place(begin(params), shapes, mesh), tx, moved.layers
+        return graphdef, jax.jit(begin, out_shardings=lies)(), tx, layers
+    return graphdef, sharding.place(begin(params), shapes, mesh), tx, layers
+
+
+def make_step(
+    config: RunConfig, graphdef: Any, tx: Any, layers: PyTree | None, mesh: Any
+):
+    """The step of a run, pure (`hope_jax.train.step.make_step`)."""
+    return step_lib.make_step(
+        graphdef,
+        functools.partial(lm.apply, horizon=config.train.seq_len),
+        tx,
+        functools.partial(optim.differentiation, config.optimizer, layers),
+        mesh,
+        config.train.stretch,
+        config.train.accumulate,
+        config.train.gather == "layer",
+        functools.partial(systems.of_step, config.model),
+    )
+
+
+def make_optimizer(config: RunConfig, graphdef: Any, params: PyTree, mesh: Any):
+    """The optimizer of a run, and the matrices whose inputs it needs, if any; `params`
+    may be shapes."""
+    moved = groups(config, graphdef, params)
+    tx = optim.build(
+        config.optimizer,
+        total_steps=config.train.steps,
+        **moved._asdict(),
+        mesh=mesh if mesh is not None and mesh.size > 1 else None,
+    )
+    return tx, moved.layers
 
 
 def make_mesh(config: RunConfig, devices: Sequence[Any] | None = None):
@@ -406,8 +420,14 @@ def make_mesh(config: RunConfig, devices: Sequence[Any] | None = None):
     Raises:
       ValueError: they do not; says what does.
     """
+    mesh = sharding.make_mesh(devices, sharding.read_mesh(config.train.mesh))
+    check_mesh(config, mesh)
+    return mesh
+
+
+def check_mesh(config: RunConfig, mesh: Any) -> None:
+    """Refuses a mesh that model, optimizer or batch do not fit; see `make_mesh`."""
     train = config.train
-    mesh = sharding.make_mesh(devices, sharding.read_mesh(train.mesh))
     sharding.check_heads(config.model.heads, mesh)
     sharding.check_batch(train.batch, mesh, train.accumulate)
     rule = config.optimizer.rule
@@ -416,7 +436,6 @@ def make_mesh(config: RunConfig, devices: Sequence[Any] | None = None):
             f"optimizer.rule ({rule.kind}) learns from the inputs of whole matrices: "
             "with fsdp set train.gather=step."
         )
-    return mesh
 
 
 def _validation_rows(

@@ -82,19 +82,25 @@ def make_mesh(
       ValueError: the sizes do not make up the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {name: size for name, size in (sizes or {}).items() if size > 1}
+    shape = mesh_shape(len(devices), sizes)
+    grid = np.array(devices).reshape(*shape.values())
+    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def mesh_shape(devices: int, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The axes of a mesh of so many devices, `data` among them; see `make_mesh`."""
+    said = sizes or {}
+    sizes = {name: size for name, size in said.items() if size > 1}
     others = math.prod(size for name, size in sizes.items() if name != DATA)
-    data = sizes.get(DATA, len(devices) // others or 1)
-    if data * others != len(devices):
-        said = " x ".join(f"{name} {size}" for name, size in (sizes or {}).items())
+    data = said.get(DATA, devices // others or 1)
+    if data * others != devices:
+        words = " x ".join(f"{name} {size}" for name, size in said.items())
         raise ValueError(
-            f"mesh ({said}) is of {sizes.get(DATA, 1) * others} devices, but there are "
-            f"{len(devices)}: sizes must multiply to that, and data, left out, is what "
-            "the others leave."
+            f"mesh ({words}) is of {said.get(DATA, 1) * others} devices, but there are "
+            f"{devices}: sizes must multiply to that, and data, left out, is what the "
+            "others leave."
         )
-    whole = {DATA: data} | {n: sizes[n] for n in AXES[1:] if n in sizes}
-    grid = np.array(devices).reshape(*whole.values())
-    return Mesh(grid, tuple(whole), axis_types=(AxisType.Auto,) * len(whole))
+    return {DATA: data} | {n: sizes[n] for n in AXES[1:] if n in sizes}
 
 
 def describe(mesh: Mesh) -> str:
