@@ -25,6 +25,7 @@ def _define(define) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the plan, and what the compiler says if it is asked."""
     arguments = sys.argv[1:] if arguments is None else arguments
     given = command.parse(__doc__, _define, arguments)
     if not 0 < given.mfu <= 1:

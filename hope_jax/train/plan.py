@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxtyping import PyTree
 
 from hope_jax.models import lm
-from hope_jax.train import loop, sharding
+from hope_jax.train import guard, loop, sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train.config import RunConfig
 from hope_jax.train.step import Packed
@@ -84,7 +84,7 @@ def plan(config: RunConfig, devices: int) -> Plan:
     mesh = _abstract_mesh(config, devices)
     graphdef, shapes = lm.abstract_model(config.model)
     tx, layers = loop.make_optimizer(config, graphdef, shapes, mesh)
-    state = state_lib.abstract(shapes, tx)
+    state = _state(config, shapes, tx)
     lies = sharding.state_shardings(state, shapes, mesh)
     whole = config.train.gather == "step" or sharding.FSDP not in mesh.axis_names
     params = _bytes(state.params, lies.params)
@@ -124,7 +124,7 @@ def compiled(config: RunConfig, devices: Sequence[Any]) -> Any:
     mesh = loop.make_mesh(config, devices)
     graphdef, shapes = lm.abstract_model(config.model)
     tx, layers = loop.make_optimizer(config, graphdef, shapes, mesh)
-    state = state_lib.abstract(shapes, tx)
+    state = _state(config, shapes, tx)
     step = loop.make_step(config, graphdef, tx, layers, mesh)
     return sharding.jit_step(step, mesh, state).lower(state, _batch(config)).compile()
 
@@ -198,8 +198,13 @@ def _step_flops(config, graphdef, shapes, rows):
     config = dataclasses.replace(config, train=train)
     tx, layers = loop.make_optimizer(config, graphdef, shapes, None)
     step = loop.make_step(config, graphdef, tx, layers, None)
-    state = state_lib.abstract(shapes, tx)
+    state = _state(config, shapes, tx)
     return flops(jax.jit(step).trace(state, _batch(config)).jaxpr.jaxpr)
+
+
+def _state(config, shapes, tx):
+    known = jax.eval_shape(lambda: guard.begin(config.guard.window))
+    return state_lib.abstract(shapes, tx)._replace(guard=known)
 
 
 def _batch(config):

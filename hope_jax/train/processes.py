@@ -27,6 +27,11 @@ def writes() -> bool:
     return jax.process_index() == 0
 
 
+def alone() -> bool:
+    """Whether this process is all there is of its run."""
+    return jax.process_count() == 1
+
+
 def wait(place: str) -> None:
     """Returns once every process is at `place`."""
     multihost_utils.sync_global_devices(place)
@@ -34,7 +39,7 @@ def wait(place: str) -> None:
 
 def all_true(flag: bool) -> bool:
     """Whether `flag` is true in every process."""
-    if jax.process_count() == 1:
+    if alone():
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).all())
 
@@ -48,7 +53,7 @@ def check_same(**described: str) -> None:
     Raises:
       ValueError: names what differs and in which processes.
     """
-    if jax.process_count() == 1:
+    if alone():
         return
     for name, text in described.items():
         digest = hashlib.sha256(text.encode()).digest()
@@ -74,7 +79,7 @@ class Stop:
 
     def __init__(self, own: Signalled, mesh: Mesh):
         self._own, self._heard = own, None
-        self._alone = jax.process_count() == 1
+        self._alone = alone()
         self._said: deque[jax.Array] = deque()
         if not self._alone:
             self._rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -94,7 +99,7 @@ class Stop:
         put = jax.make_array_from_process_local_data
         self._said.append(self._largest(put(self._rows, number)))
 
-    def hear(self) -> None:
-        """With the metrics of a step."""
-        if not self._alone:
+    def hear(self, leave: int = 0) -> None:
+        """With the metrics of steps, of all but the last `leave`."""
+        while len(self._said) > leave:
             self._heard = int(self._said.popleft()) or self._heard

@@ -1,6 +1,7 @@
 """One way to give flags: every program beside every other, and their help."""
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -230,3 +231,15 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path):
     assert f"error: compile_cache ({file}) is no folder" in said
     (value, folder), _ = run(XDG_CACHE_HOME=str(file))  # nowhere to keep them: so be it
     assert (value, folder) == ("6.0", "None")
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_nothing_steers_a_terminal():
+    wild = "a\x1b[31m\tb\n\udcff\x9b"
+    said = command.printable(wild, _Terminal())
+    assert said == "a\\x1b[31m\tb\n\\udcff\\x9b"
+    assert command.printable(wild, io.StringIO()) == "a\x1b[31m\tb\n\\udcff\x9b"
