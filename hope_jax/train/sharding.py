@@ -350,6 +350,19 @@ def of_rows(
     return differentiate_rows
 
 
+def of_replicas(differentiate: Differentiate | None, axis: str) -> Differentiate:
+    """`of_rows` inside `jax.pmap` over `axis`, of which each device has all parameters
+    and rows of its own."""
+    own = _plain if differentiate is None else differentiate
+
+    def differentiate_rows(f, params, *given):
+        (loss, rest), gradient, inputs = own(f, params, *given)
+        loss, gradient, inputs = jax.lax.pmean((loss, gradient, inputs), axis)
+        return (loss, rest), gradient, inputs
+
+    return differentiate_rows
+
+
 def _fsdp_dims(params: PyTree, mesh: Mesh) -> PyTree[int]:
     """The axis of each parameter that `fsdp` cuts; -1 for none."""
 
@@ -452,6 +465,20 @@ def jit_step(step: Callable, mesh: Mesh, state: PyTree | None = None) -> Callabl
         out_shardings=(lies, whole),
         donate_argnums=0,
     )
+
+
+def pmap_step(step: Callable) -> Callable:
+    """`step(state, tokens) -> (state, metrics)` for loops written around `jax.pmap`:
+    the same numbers as `jit_step` on a mesh of rows.
+
+    Every leaf of the state leads with devices, each of which holds all of it
+    (`flax.jax_utils.replicate`), and so do the tokens, `[devices, rows, T + 1]`, and
+    the metrics. The state is donated.
+
+    Args:
+      step: of `hope_jax.train.step.make_step` with `axis="data"` and no mesh.
+    """
+    return jax.pmap(step, axis_name=DATA, donate_argnums=0)
 
 
 def jit_evaluation(

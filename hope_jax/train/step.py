@@ -32,11 +32,15 @@ class Packed(NamedTuple):
     weight: Float[Array, "B T"] | None = None
 
 
-def weighed(batch: Packed) -> Packed:
-    """With weights of mean 1, none for what another document says."""
+def weighed(batch: Packed, axis: str | None = None) -> Packed:
+    """With weights of mean 1, none for what another document says; over `axis` of
+    `jax.pmap` too."""
     before, after = batch.document[:, :-1], batch.document[:, 1:]
     own = ((before == after) & (after >= 0)).astype(jnp.float32)
-    return batch._replace(weight=own / jnp.maximum(own.mean(), 1.0 / own.size))
+    mean, size = own.mean(), own.size
+    if axis is not None:
+        mean, size = jax.lax.pmean(mean, axis), size * jax.lax.axis_size(axis)
+    return batch._replace(weight=own / jnp.maximum(mean, 1.0 / size))
 
 
 def begins(document: Int[Array, "B T1"], stretch: int) -> Bool[Array, "B S"]:
@@ -57,6 +61,7 @@ def make_step(
     accumulate: int = 1,
     by_layer: bool = False,
     of_step: Callable[[PyTree, PyTree, PyTree], Metrics] = lambda *trees: {},
+    axis: str | None = None,
 ) -> Callable[[TrainState, Int[Array, "B T1"] | Packed], tuple[TrainState, Metrics]]:
     """The step of a language model: `(state, batch) -> (state, metrics)`.
 
@@ -79,6 +84,8 @@ def make_step(
         read; by default all are gathered before the step.
       of_step: further metrics, of the gradient, of the change of the parameters, and of
         these before it.
+      axis: of `jax.pmap`, whose devices share the rows instead of those of a mesh
+        (`hope_jax.train.sharding.pmap_step`).
 
     Returns:
       A pure function. Metrics are float32 scalars: `loss` in nats, `grad_norm`,
@@ -99,6 +106,8 @@ def make_step(
         own = differentiation(tokens[:, 1:].size // (devices * accumulate))
         if accumulate > 1:
             own = sharding.in_turn(own, accumulate)
+        if axis is not None:
+            return sharding.of_replicas(own, axis)
         if mesh is None or mesh.size == 1:
             return own
         return sharding.of_rows(own, mesh, by_layer=parts is not None)
@@ -111,8 +120,11 @@ def make_step(
                 apply = functools.partial(apply_fn, parts=parts)
         count = _tokens(batch)[:, 1:].size
         if isinstance(batch, Packed):
-            batch = weighed(batch)
+            batch = weighed(batch, axis)
             count = jnp.sum(jnp.asarray(batch.weight) > 0)
+        count = jnp.asarray(count, jnp.int32)
+        if axis is not None:
+            count = jax.lax.psum(count, axis)
         after = hope_update(
             batch,
             Slow(level, state.level),
@@ -125,7 +137,7 @@ def make_step(
             "loss": after.loss,
             "grad_norm": optax.tree.norm(after.gradient),
             "update_norm": optax.tree.norm(change),
-            "tokens": jnp.asarray(count, jnp.int32),
+            "tokens": count,
             **of_step(after.gradient, change, state.params),
         }
         return state._replace(level=moved), metrics

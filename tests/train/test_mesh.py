@@ -114,6 +114,42 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     )
 
 
+def test_pmap_equals_jit():
+    """Rows of documents too, of which devices predict different numbers."""
+    graphdef, params = lm.build(tiny.MODEL, jax.random.key(0))
+    config = OptimizerConfig(learning_rate=0.01, warmup_steps=0)
+    tx = optim.build(config, total_steps=9, periods=optim.one_clock(params))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 257, (4, 17)).astype(np.int32)
+    document = np.repeat([[0], [1], [2], [3]], 17, axis=1).astype(np.int32)
+    document[0, 9:] = -1  # the first document is shorter
+    batch = step_lib.Packed(tokens, document)
+    mesh = mesh_of("data:2", 2)
+    made = {"mesh": mesh, "stretch": 16}
+    ends = []
+    for axis in (None, "data"):
+        how = {"stretch": 16, "axis": axis} if axis else made
+        step = step_lib.make_step(graphdef, lm.apply, tx, **how)
+        start = jax.tree.map(jnp.copy, params)  # the step donates them
+        state = state_lib.create(start, tx, jax.random.key(3))
+        if axis is None:
+            state = sharding.place(state, params, mesh)
+            run, rows = sharding.jit_step(step, mesh), sharding.shard_batch(batch, mesh)
+        else:
+            state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+            run = sharding.pmap_step(step)
+            rows = jax.tree.map(lambda leaf: leaf.reshape(2, 2, -1), batch)
+        for _ in range(2):
+            state, metrics = run(state, rows)
+            jax.block_until_ready(metrics)
+        ends.append((state.params, metrics))
+    (one, said), (many, each) = ends
+    assert_same(one, jax.tree.map(lambda leaf: leaf[1], many))
+    assert each["tokens"].tolist() == [int(said["tokens"])] * 2 == [56, 56]
+    for name in ("loss", "grad_norm", "update_norm"):
+        np.testing.assert_allclose(each[name][0], said[name], rtol=1e-5)
+
+
 def test_where_parameters_and_moments_lie():
     """By the table: of Hope every matrix is cut, of its layers almost all there is."""
     mesh = mesh_of("fsdp:2,tensor:2")
