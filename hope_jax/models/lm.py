@@ -29,7 +29,7 @@ from hope_jax.core import level as level_lib
 from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
-from hope_jax.kernels.select import scan_chunks
+from hope_jax.kernels.select import scan_chunks, scan_padded
 from hope_jax.memory.compose import Tokens
 from hope_jax.models import cms, learning
 from hope_jax.models.block import BlockState, repeated
@@ -52,6 +52,7 @@ __all__ = [
     "fold",
     "ids",
     "initial_state",
+    "learned",
     "periods",
     "serve",
     "state_bytes",
@@ -363,6 +364,19 @@ def apply(
         kept = position % model.config.span == 0
         said = jnp.where(kept.reshape(-1, *[1] * (said.ndim - 1)), said, jnp.nan)
     return said, _rows_first(state)
+
+
+def learned(graphdef: nnx.GraphDef, params: PyTree, state: LMState) -> PyTree:
+    """The mixers' states of rows as if the chunks of their memories ended here: with
+    what these have been given and would learn at the end.
+
+    Args:
+      graphdef, params: of `build`.
+      state: where each row stands.
+    """
+    blocks, params = nnx.split(_merged(graphdef, params).blocks, nnx.Param)
+    each = jax.vmap(lambda params, mixer: nnx.merge(blocks, params).ended(mixer))
+    return _swap(each(params, _swap(state.blocks.mixer)))
 
 
 def state_bytes(config: ModelConfig) -> dict[str, int]:
@@ -932,12 +946,13 @@ def _say(model, x, targets):
     if targets is None:
         return model.logits(x)
 
-    def some(carry, xs):
+    def some(carry, xs, count):
+        del count  # of what is padding nobody asks
         x, targets = xs
         return carry, next_token_loss(model.logits(x), targets)
 
     by_time = jnp.moveaxis(x, 1, 0), targets.T
-    _, losses = scan_chunks(some, some, _SAID, (), by_time, remat=True)
+    _, losses = scan_padded(some, _SAID, (), by_time, remat=True)
     return losses.T
 
 
@@ -1597,10 +1612,33 @@ def _layer_by_layer(model, fast, learn):
             after.append(state.mixer)
         return model.logits(x)[:, 0], tuple(after)
 
-    def end(mixers):
+    def end_row(i, mixers):
+        row = jax.tree.map(
+            lambda *a: jnp.stack(
+                [jax.lax.dynamic_slice_in_dim(one, i, 1) for one in a]
+            ),
+            *mixers,
+        )
+        row = jax.lax.map(
+            lambda both: nnx.merge(graphdef, both[0]).end(both[1]), (params, row)
+        )
         return tuple(
-            nnx.merge(graphdef, params).end(mixer)
-            for (params, _), mixer in zip(layers, mixers, strict=True)
+            jax.tree.map(
+                lambda a, new, n=n: jax.lax.dynamic_update_slice_in_dim(
+                    a, new[n], i, 0
+                ),
+                mixer,
+                row,
+            )
+            for n, mixer in enumerate(mixers)
+        )
+
+    def end(mixers):
+        # Row by row, in place: rows that stand elsewhere are not touched.
+        over = nnx.merge(graphdef, layers[0][0]).over(mixers[0])
+        rows = jnp.argsort(~over)
+        return jax.lax.fori_loop(
+            0, jnp.sum(over), lambda n, mixers: end_row(rows[n], mixers), mixers
         )
 
     return read, end
