@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from hope_jax.core import config as config_lib
@@ -39,7 +40,7 @@ from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.optim.groups import path_names
 from hope_jax.train import guard as guard_lib
-from hope_jax.train import limits, metrics
+from hope_jax.train import limits, metrics, processes
 from hope_jax.train.config import RunConfig
 from hope_jax.train.state import TrainState
 
@@ -51,6 +52,7 @@ _FREE = (
     *("train.checkpoint_every:", "train.keep:", "data.path:"),
     *("guard.give_up:", "guard.returns:", "guard.back:"),
     *("guard.patience:", "guard.long_patience:"),
+    *("train.mesh:", "train.gather:"),
 )
 _FORMAT = 2
 # Both are of 256 bits; BLAKE3 is three times as fast on one core and uses several.
@@ -134,7 +136,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if not self._read_only:
+        if not self._read_only and processes.writes():
             # Orbax would do so in a thread, which complains when an early error ends
             # the program. A save that has just failed may still be writing: what it
             # adds is left for the next start.
@@ -189,7 +191,8 @@ class Checkpoints:
         """
         self.wait()
         try:  # Orbax would wait for minutes for a folder that cannot be made
-            os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=self.directory))
+            if processes.writes():
+                os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=self.directory))
         except OSError as error:
             raise _save_failed(step, self.directory, error.strerror) from None
         params, rest = _arrays(state.params, "params"), _arrays(_rest(state), "state")
@@ -361,11 +364,16 @@ class Checkpoints:
         """`read(step)` of the newest step that is intact; None if there is no step."""
         reasons = []
         for step in reversed(self.steps()):
+            found, damage = None, None
             try:
-                return read(step)
-            except Damaged as damage:
-                logging.warning("%s Trying the step before.", damage)
-                reasons.append(str(damage))
+                found = read(step)
+            except Damaged as error:
+                damage = error
+            if processes.all_true(damage is None):
+                return found
+            damage = damage or _damaged(step, self.directory, "says another process")
+            logging.warning("%s Trying the step before.", damage)
+            reasons.append(str(damage))
         if not reasons:
             return None
         raise Damaged(
@@ -470,13 +478,15 @@ class Checkpoints:
         if not steps:
             return
         beside = self.directory.with_name(f"{self.directory.name}.{why}")
-        beside.mkdir(exist_ok=True)
-        for step in steps:
-            logging.warning("Moving %s step %d to %s.", why, step, beside)
-            target = beside / str(step)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(self.directory / str(step), target)
+        if processes.writes():
+            beside.mkdir(exist_ok=True)
+            for step in steps:
+                logging.warning("Moving %s step %d to %s.", why, step, beside)
+                target = beside / str(step)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(self.directory / str(step), target)
+        processes.wait("steps are moved away")
         self._manager.close()
         self._manager = self._open()
 
@@ -589,13 +599,25 @@ def manifest(arrays: Mapping[str, Any], format: int = _FORMAT) -> dict[str, list
     """
     digest = _DIGESTS[format]
 
-    def entry(array) -> list:
-        host = np.ascontiguousarray(jax.device_get(array))
-        said = digest(host.reshape(-1).view(np.uint8).data).hexdigest()
-        return [str(host.dtype), list(np.shape(array)), said]
+    def entry(host: np.ndarray) -> list:
+        raw = np.ascontiguousarray(host).reshape(-1).view(np.uint8).data
+        return [str(host.dtype), list(host.shape), digest(raw).hexdigest()]
 
     with futures.ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        return dict(zip(arrays, pool.map(entry, arrays.values()), strict=True))
+        # Gathered here, in one order, for that takes all processes.
+        hosts = (np.asarray(jax.device_get(_addressable(a))) for a in arrays.values())
+        return dict(zip(arrays, pool.map(entry, hosts), strict=True))
+
+
+def _addressable(array: Any) -> Any:
+    """An array that this process can read; processes gather in one order."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array
+    if array.is_fully_replicated:
+        return array
+    assert isinstance(array.sharding, NamedSharding)
+    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda a: a, out_shardings=whole)(array)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
