@@ -24,6 +24,8 @@ setup(
     packages=find_packages(include=["hope_jax", "hope_jax.*"]),
     install_requires=_requirements(),
     extras_require={
+        "data": ["datasets>=3", "pyarrow>=15"],  # hf:NAME; Parquet and .zst
+        "wandb": ["wandb>=0.18"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.100",
