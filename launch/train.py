@@ -6,6 +6,7 @@ Any field of the row's config can be set: --set model.d_model=256 --set train.st
 SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save and stop (status 128 + signal); --resume goes
 on from there, also to more steps than the run had. --init_from=DIR begins another run
 with the parameters of one. Status 75: something hung and was shown; try --resume.
+Started once on every host with --coordinator, it is one run over all their devices.
 """
 
 import importlib
@@ -17,13 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import command
+from launch import command, distributed
 
 # LAPACK's own threads and JAX's stand in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def _define(define) -> None:
+def define_row(define) -> None:
+    """The flags that say which config, for `config_of`."""
     define.string(
         "experiment",
         None,
@@ -36,11 +38,16 @@ def _define(define) -> None:
         None,
         "a config.json (or a result with one) in place of --experiment, --row, --scale",
     )
-    define.string("workdir", None, "folder of this run alone")
     define.multi_string(
         "set", [], "field=value of the config, for example train.steps=100; repeatable"
     )
     define.string("data", None, "text file, folder or glob; sets data.path")
+    define.string("mesh", None, "data:2,fsdp:4,tensor:2; sets train.mesh")
+
+
+def _define(define) -> None:
+    define_row(define)
+    define.string("workdir", None, "folder of this run alone")
     define.bool("resume", False, "go on from the newest checkpoint")
     define.string(
         "init_from",
@@ -50,6 +57,7 @@ def _define(define) -> None:
     )
     define.string("profile", None, "steps first:last of which a trace is kept")
     define.string("wandb", None, "project of Weights & Biases that shows the run")
+    distributed.define(define)
     define.bool(
         "describe", False, "print config, levels and how parameters move, and exit"
     )
@@ -176,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(given: Any, arguments: Sequence[str]) -> int:
+    distributed.start(given)
     config = _config(given)
     if given.describe:
         print(_describe(config))
@@ -203,10 +212,28 @@ def _train(given: Any, arguments: Sequence[str]) -> int:
 
 def _config(given: Any):
     """The config that the flags describe."""
+    if given.workdir is None and not given.describe and _names_config(given):
+        raise ValueError("Give --workdir, a folder for this run alone.")
+    return config_of(given, given.init_from or (given.workdir if given.resume else ""))
+
+
+def _names_config(given: Any) -> bool:
+    return given.experiment is not None or given.config is not None
+
+
+def config_of(given: Any, from_run: str = ""):
+    """The config of the flags of `define_row`.
+
+    Args:
+      given: the flags.
+      from_run: the workdir of a run that has it, where they name none.
+
+    Raises:
+      ValueError: no such row, or settings that do not fit it.
+    """
     if given.experiment is not None and given.config is not None:
         raise ValueError("--experiment and --config both name a config; give one.")
-    from_run = given.init_from or (given.workdir if given.resume else None)
-    if given.experiment is None and given.config is None and not from_run:
+    if not _names_config(given) and not from_run:
         raise ValueError(
             f"Give --experiment, one of {', '.join(experiments())}, or --config."
         )
@@ -214,8 +241,6 @@ def _config(given: Any):
         for flag in ("row", "scale"):
             if given[flag].present:
                 raise ValueError(f"--{flag} is of an --experiment; give that too.")
-    if given.workdir is None and not given.describe:
-        raise ValueError("Give --workdir, a folder for this run alone.")
 
     from hope_jax.core import config as config_lib
     from hope_jax.train import checkpoint
@@ -226,10 +251,12 @@ def _config(given: Any):
     elif given.config is not None:
         config = read_config(RunConfig, given.config)
     else:
-        config = checkpoint.saved_config(from_run or "")
+        config = checkpoint.saved_config(from_run)
     settings = list(given.set)
     if given.data is not None:
         settings.append(f"data.path={given.data}")
+    if given.mesh is not None:
+        settings.append(f"train.mesh={given.mesh}")
     config = config_lib.override(config, settings)
     check_rows(config)
     return config

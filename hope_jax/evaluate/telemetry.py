@@ -224,7 +224,7 @@ def _piece(config, recent, learn, params, text, state, start):
     seen, after = lm.watch(
         slots.graph(config), params, text[:, :-1], text[:, 1:], state, learn=learn
     )
-    first, old, new = (slots.memories(config, s) for s in (start, state, after))
+    first, old, new = (slots.memories(config, params, s) for s in (start, state, after))
     count = len(new) - len(seen.levels)
     levels = []
     for i, level in enumerate(seen.levels):

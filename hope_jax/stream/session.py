@@ -507,7 +507,9 @@ class Sessions:
         if not names:
             return {}
         made = {}
-        norms = np.asarray(slots.changed(self.config, one, base)).T.tolist()
+        norms = np.asarray(
+            slots.changed(self.config, self.params, one, base)
+        ).T.tolist()
         for level, (norm, start) in zip(names, norms, strict=True):
             share = norm / start if start else (math.inf if norm else 0.0)
             made[level] = Change(norm, share)

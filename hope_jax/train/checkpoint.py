@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from hope_jax.core import config as config_lib
@@ -37,7 +38,7 @@ from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.optim.groups import path_names
 from hope_jax.train import guard as guard_lib
-from hope_jax.train import limits, metrics
+from hope_jax.train import limits, metrics, processes
 from hope_jax.train.config import RunConfig
 from hope_jax.train.state import TrainState
 
@@ -49,6 +50,7 @@ _FREE = (
     *("train.checkpoint_every:", "train.keep:", "data.path:"),
     *("guard.give_up:", "guard.returns:", "guard.back:"),
     *("guard.patience:", "guard.long_patience:"),
+    *("train.mesh:", "train.gather:"),
 )
 _FORMAT = 2
 _READ = (1, 2)  # in 1 an array of any size has one SHA-256
@@ -130,7 +132,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if not self._read_only:
+        if not self._read_only and processes.writes():
             # Orbax would do so in a thread, which complains when an early error ends
             # the program. A save that has just failed may still be writing: what it
             # adds is left for the next start.
@@ -185,7 +187,8 @@ class Checkpoints:
         """
         self.wait()
         try:  # Orbax would wait for minutes for a folder that cannot be made
-            os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=self.directory))
+            if processes.writes():
+                os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=self.directory))
         except OSError as error:
             raise _save_failed(step, self.directory, error.strerror) from None
         params, rest = _arrays(state.params, "params"), _arrays(_rest(state), "state")
@@ -357,11 +360,16 @@ class Checkpoints:
         """`read(step)` of the newest step that is intact; None if there is no step."""
         reasons = []
         for step in reversed(self.steps()):
+            found, damage = None, None
             try:
-                return read(step)
-            except Damaged as damage:
-                logging.warning("%s Trying the step before.", damage)
-                reasons.append(str(damage))
+                found = read(step)
+            except Damaged as error:
+                damage = error
+            if processes.all_true(damage is None):
+                return found
+            damage = damage or _damaged(step, self.directory, "says another process")
+            logging.warning("%s Trying the step before.", damage)
+            reasons.append(str(damage))
         if not reasons:
             return None
         raise Damaged(
@@ -466,13 +474,15 @@ class Checkpoints:
         if not steps:
             return
         beside = self.directory.with_name(f"{self.directory.name}.{why}")
-        beside.mkdir(exist_ok=True)
-        for step in steps:
-            logging.warning("Moving %s step %d to %s.", why, step, beside)
-            target = beside / str(step)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(self.directory / str(step), target)
+        if processes.writes():
+            beside.mkdir(exist_ok=True)
+            for step in steps:
+                logging.warning("Moving %s step %d to %s.", why, step, beside)
+                target = beside / str(step)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(self.directory / str(step), target)
+        processes.wait("steps are moved away")
         self._manager.close()
         self._manager = self._open()
 
@@ -592,7 +602,7 @@ def manifest(arrays: Mapping[str, Any], format: int = _FORMAT) -> dict[str, list
             if len(waiting) * _PART_BYTES > _MOST_BYTES:  # do not hold all of a device
                 futures.wait(waiting)
                 waiting = []
-            host = np.ascontiguousarray(jax.device_get(array))
+            host = np.ascontiguousarray(jax.device_get(_addressable(array)))
             raw = host.reshape(-1).view(np.uint8).data
             size = max(raw.nbytes, 1) if format == 1 else _PART_BYTES
             starts = range(0, max(raw.nbytes, 1), size)
@@ -609,6 +619,17 @@ def _digest(parts: list) -> str:
     if len(parts) == 1:
         return parts[0].hexdigest()
     return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
+
+
+def _addressable(array: Any) -> Any:
+    """An array that this process can read; processes gather in one order."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array
+    if array.is_fully_replicated:
+        return array
+    assert isinstance(array.sharding, NamedSharding)
+    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda a: a, out_shardings=whole)(array)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from hope_jax import optim
 from hope_jax.core import config as config_lib
@@ -15,6 +15,7 @@ from hope_jax.data import prepared, text, tokenizer
 from hope_jax.models import lm
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.optim.rules import RULES, saved
+from hope_jax.train import sharding
 from hope_jax.train.metrics import check_name
 
 C = TypeVar("C")
@@ -186,6 +187,10 @@ class TrainConfig:
       accumulate: parts in which each device reads its sequences of a step, one after
         another; the gradient is their mean. What the backward pass needs is kept of
         one part alone.
+      mesh: how devices share the work, `data:2,fsdp:4` (`hope_jax.train.sharding`);
+        `data` is what the others leave.
+      gather: on a mesh with `fsdp`, when weights are made whole: a `layer` at a time,
+        whenever one is read, or all before each `step`, for which there must be room.
       seq_len: tokens of a sequence; those that attention to whole rows looks back over
         (`check_rows`).
       stretch: tokens, a multiple of the model's `span`: every document begins at a
@@ -202,6 +207,8 @@ class TrainConfig:
     steps: int
     batch: int = 8
     accumulate: int = 1
+    mesh: str = ""
+    gather: Literal["layer", "step"] = "layer"
     seq_len: int = 256
     stretch: int = 0
     workers: int = 0
@@ -230,6 +237,12 @@ class TrainConfig:
         )
         whole = 2**31 - 1  # steps are counted in int32
         at_most(self, steps=whole, batch=whole, accumulate=whole, seq_len=whole)
+        sizes = sharding.read_mesh(self.mesh)
+        if self.gather != "layer" and sizes.get(sharding.FSDP, 1) < 2:
+            raise ValueError(
+                f"gather={self.gather!r} is for a mesh with fsdp, got "
+                f"mesh={self.mesh!r}: elsewhere weights are whole."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

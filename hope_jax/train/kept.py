@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from hope_jax.train import guard
+from hope_jax.train import guard, processes
 from hope_jax.train.checkpoint import Checkpoints, Place
 from hope_jax.train.config import RunConfig
 from hope_jax.train.metrics import MetricLog
@@ -88,7 +87,7 @@ class Kept:
         self._config, self._workdir = config, workdir
         self._checkpoints, self._fingerprint = checkpoints, fingerprint
         self._bytes_per_token = bytes_per_token
-        self._log = MetricLog(workdir, now.done)
+        self._log = _log(workdir, now.done)
         self._shown = Progress(config, now.done)
         self._bad, self._watch = "", watch
 
@@ -171,7 +170,7 @@ class Kept:
         self._checkpoints.tell("returned", now.done, to=step)
         known = state.guard
         assert known is not None
-        counted = known._replace(returns=jnp.full_like(known.returns, returns + 1))
+        counted = known._replace(returns=known.returns * 0 + (returns + 1))
         state = state._replace(guard=counted)
         say(
             f"{self._bad} {self.in_a_row} steps in a row were skipped: back to step "
@@ -180,7 +179,7 @@ class Kept:
         self.in_a_row, self.saved = 0, step
         self.now = Moment(state, step, now.place)
         self._log.close()
-        self._log = MetricLog(self._workdir, step)
+        self._log = _log(self._workdir, step)
         self._shown.begin(step)
 
     def _given_up(self) -> NonFinite:
@@ -217,6 +216,23 @@ class Kept:
             speeds = self._watch.speeds(self._shown.speeds())
             self._log.write(step, found, speeds=speeds)
             self._watch.wrote(step, found, speeds)
+
+
+def _log(workdir: Path, step: int) -> "MetricLog | _Unwritten":
+    return MetricLog(workdir, step) if processes.writes() else _Unwritten()
+
+
+class _Unwritten:
+    """The log of a process that writes none."""
+
+    def write(self, *_, **__) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def bits(nats: float, bytes_per_token: float) -> float:

@@ -33,6 +33,7 @@ from hope_jax.train import (
     guard,
     limits,
     lock,
+    processes,
     sharding,
     signals,
     watchdog,
@@ -124,6 +125,12 @@ def train(
     about calls that do not return: where Python cannot interrupt one, this process ends
     with the status `hope_jax.train.watchdog.STATUS`, after a try to save.
 
+    Several processes (`jax.distributed`, which `launch.distributed` starts) each call
+    this with the same arguments, `workdir` a folder that all of them see. Each reads
+    its share of every batch, the first alone writes and speaks, all save; a signal to
+    any of them stops all of them after the same step. One that an error ends saves
+    nothing, for the others may be well: a run then loses what came since its last save.
+
     Args:
       config: the run.
       workdir: a folder for it alone; made if absent.
@@ -140,7 +147,7 @@ def train(
       hope_jax.train.folder.ForeignFolder: `workdir` is not of this program. Nothing in
         it is touched before config, data and folder are accepted.
       ValueError: a config that does not fit its rows, its data or the devices; `params`
-        of another model; more than one process.
+        of another model; processes that were given different arguments.
       hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
       hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
       hope_jax.train.lock.InUse: another program trains in `workdir`.
@@ -154,20 +161,15 @@ def train(
     workdir = check_workdir(workdir)
     if params is not None and init_from is not None:
         raise ValueError("params and init_from both say where to start; give one.")
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"train runs in one process, over all its devices; got process_count "
-            f"{jax.process_count()}. Signals and logs are not shared between processes."
-        )
-    mesh = sharding.make_mesh()
-    sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
+    mesh = make_mesh(config)
     begun = _has_checkpoints(workdir)
+    processes.check_same(checkpoints=f"{workdir}: {begun}")
     if not resume:
         _check_new(workdir)
 
     with contextlib.ExitStack() as stack:
-        held = workdir.is_dir()
-        if held:
+        held = not processes.writes() or workdir.is_dir()
+        if held and processes.writes():
             stack.enter_context(lock.hold(workdir))
         if begun:
             with checkpoint.Checkpoints(
@@ -181,25 +183,30 @@ def train(
             _check_tokenizer(config, init_from)
         source = load_source(config, workdir if begun else init_from)
         readers = workers.Workers()
-        iterator, fingerprint = _data(config, source)
+        iterator, fingerprint = _data(config, source, mesh)
         stack.callback(iterator.close)
         graphdef, state, tx, layers = _model(config, mesh, params)
 
         # Accepted: what is new is written now, what is gone on with once it is read.
         stop = stack.enter_context(signals.stop_on_signal())
+        together = processes.Stop(stop, mesh)
+        _agree(config, fingerprint)
         if not begun:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if not held:
-                stack.enter_context(lock.hold(workdir))
-                _check_new(workdir)  # nobody was kept from it so far
-            _write_config(workdir, config)
-            source.tokenizer.save(workdir / checkpoint.TOKENIZER)
+            if processes.writes():
+                workdir.mkdir(parents=True, exist_ok=True)
+                if not held:
+                    stack.enter_context(lock.hold(workdir))
+                    _check_new(workdir)  # nobody was kept from it so far
+                _write_config(workdir, config)
+                source.tokenizer.save(workdir / checkpoint.TOKENIZER)
+            _see_folder(workdir)
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(workdir / checkpoint.FOLDER, keep=config.train.keep)
         )
         say(
             f"{lm.count_parameters(config.model):,} parameters on "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            f"{sharding.describe(mesh)}"
         )
         if origin is not None:
             checkpoints.tell("branched", 0, origin=origin)
@@ -210,7 +217,7 @@ def train(
             watchdog.Watchdog(
                 _limits(config.guard),
                 stop,
-                lambda: kept.save() if kept is not None else None,
+                lambda: kept.save() if kept is not None and processes.alone() else None,
                 workdir / watchdog.FILE,
                 dead=readers.dead,
             )
@@ -224,24 +231,15 @@ def train(
             state, done = restored
             saved = done
             say(f"resumed at step {done} of {config.train.steps}")
-            _write_config(workdir, config)
-            if not (workdir / checkpoint.TOKENIZER).exists():
-                source.tokenizer.save(workdir / checkpoint.TOKENIZER)
+            if processes.writes():
+                _write_config(workdir, config)
+                if not (workdir / checkpoint.TOKENIZER).exists():
+                    source.tokenizer.save(workdir / checkpoint.TOKENIZER)
         elif resume:
             say(f"no checkpoint in {workdir} yet: starting at step 0")
 
-        step = step_lib.make_step(
-            graphdef,
-            functools.partial(lm.apply, horizon=config.train.seq_len),
-            tx,
-            functools.partial(optim.differentiation, config.optimizer, layers),
-            mesh,
-            config.train.stretch,
-            config.train.accumulate,
-            functools.partial(systems.of_step, config.model),
-        )
-        step = guard.guarded(step, config.guard.sigma)
-        step = sharding.jit_step(step, mesh)
+        step = make_step(config, graphdef, tx, layers, mesh)
+        step = sharding.jit_step(step, mesh, state)
         validate = _validation(graphdef, config, source, mesh)
         watch = stack.enter_context(
             watching.Watch(
@@ -261,7 +259,9 @@ def train(
             )
         )
         try:
-            _take_steps(config, kept, step, iterator, validate, stop, dog, mesh, like)
+            _take_steps(
+                config, kept, step, iterator, validate, together, dog, mesh, like
+            )
         except Exception as error:
             died = readers.dead(wait=0.0)
             readers.kill()  # one of them may hang
@@ -273,12 +273,13 @@ def train(
                         f"at step {kept.saved}; --resume goes on from there."
                     ) from error
                 raise
-        if stop.signal is not None:
-            say(f"{signal.Signals(stop.signal).name}: saving step {kept.now.done}")
+        stopped_by = together.signal
+        if stopped_by is not None:
+            say(f"{signal.Signals(stopped_by).name}: saving step {kept.now.done}")
         with dog("a save"):
             kept.save()
     done = kept.now.done
-    return Outcome(done, done == config.train.steps, stop.signal, kept.latest)
+    return Outcome(done, done == config.train.steps, stopped_by, kept.latest)
 
 
 def _take_steps(
@@ -287,7 +288,7 @@ def _take_steps(
     step: Callable,
     iterator: grain.DatasetIterator,
     validate: Callable[[PyTree], dict[str, float]] | None,
-    stop: signals.Stop,
+    stop: processes.Stop,
     dog: watchdog.Watchdog,
     mesh: jax.sharding.Mesh,
     like: PyTree,
@@ -301,10 +302,12 @@ def _take_steps(
         batch = sharding.shard_batch(_batch(item), mesh)
         with dog("a step" if compiled else "a compilation"):
             state, metrics = step(kept.now.state, batch)  # dispatched, not waited for
+        stop.say()
         kept.took(state, iterator.get_state(), metrics)
         done, compiled = kept.now.done, True
         with dog("a step"):
             kept.read(leave=1)
+            stop.hear(leave=1)
         if validate and (done % train.validate_every == 0 or done == last):
             with dog("a validation"):
                 kept.found(validate(state.params))
@@ -319,6 +322,8 @@ def _take_steps(
 def _save_in_spite(error: Exception, kept: Kept, dog: watchdog.Watchdog) -> None:
     """Saves the last good state of a run that an error ends."""
     if isinstance(error, checkpoint.SaveFailed) or kept.saved == kept.now.done:
+        return
+    if not processes.alone():  # the others may be well, and save by themselves
         return
     try:
         with dog("a save"):
@@ -479,8 +484,10 @@ def _batch(item: Mapping[str, Any]):
     return item["tokens"]
 
 
-def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dict]:
-    """Batches, and what their iterator's state belongs to."""
+def _data(
+    config: RunConfig, source: Source, mesh: jax.sharding.Mesh
+) -> tuple[grain.DatasetIterator, dict]:
+    """This process's share of batches, and what their iterator's state belongs to."""
     settings = stream.StreamConfig(
         seq_len=config.train.seq_len,
         batch=config.train.batch,
@@ -488,10 +495,17 @@ def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dic
         workers=config.train.workers,
         stretch=config.train.stretch,
     )
+    index, count = sharding.own_share(mesh)
     fingerprint = stream.fingerprint(
-        settings, source.corpus.sha256, source.tokenizer.fingerprint
+        settings,
+        source.corpus.sha256,
+        source.tokenizer.fingerprint,
+        process_count=count,
     )
-    return iter(stream.batches(source.rows, settings)), fingerprint
+    batches = stream.batches(
+        source.rows, settings, process_index=index, process_count=count
+    )
+    return iter(batches), fingerprint
 
 
 def groups(config: RunConfig, graphdef: nnx.GraphDef, params: PyTree) -> Groups:
@@ -530,22 +544,95 @@ def _check_params(config: RunConfig, params: PyTree) -> None:
 def _model(config: RunConfig, mesh: jax.sharding.Mesh, params: PyTree | None = None):
     """The static half of the model, the state before the first step, the optimizer and
     the matrices whose inputs it needs, if any."""
-    parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
-    if params is None:
-        graphdef, params = lm.build(config.model, parameters_key)
-    else:
+
+    def begin(params=None):
+        parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
+        if params is None:
+            params = lm.build(config.model, parameters_key)[1]
+        return state_lib.create(params, tx, run_key, guard.begin(config.guard.window))
+
+    graphdef, shapes = lm.abstract_model(config.model)
+    tx, layers = make_optimizer(config, graphdef, shapes, mesh)
+    if params is not None:
         _check_params(config, params)
-        graphdef, _ = lm.abstract_model(config.model)
         params = jax.tree.map(jnp.copy, params)  # a step gives its buffers away
+    elif sharding.cuts(mesh):  # no device has room for all of it
+        lies = sharding.state_shardings(jax.eval_shape(begin), shapes, mesh)
+        return graphdef, jax.jit(begin, out_shardings=lies)(), tx, layers
+    return graphdef, sharding.place(begin(params), shapes, mesh), tx, layers
+
+
+def make_step(
+    config: RunConfig, graphdef: Any, tx: Any, layers: PyTree | None, mesh: Any
+) -> Callable:
+    """The guarded step of a run, pure (`hope_jax.train.step.make_step`)."""
+    step = step_lib.make_step(
+        graphdef,
+        functools.partial(lm.apply, horizon=config.train.seq_len),
+        tx,
+        functools.partial(optim.differentiation, config.optimizer, layers),
+        mesh,
+        config.train.stretch,
+        config.train.accumulate,
+        config.train.gather == "layer",
+        functools.partial(systems.of_step, config.model),
+    )
+    return guard.guarded(step, config.guard.sigma)
+
+
+def make_optimizer(config: RunConfig, graphdef: Any, params: PyTree, mesh: Any):
+    """The optimizer of a run, and the matrices whose inputs it needs, if any; `params`
+    may be shapes."""
     moved = groups(config, graphdef, params)
     tx = optim.build(
         config.optimizer,
         total_steps=config.train.steps,
         **moved._asdict(),
-        mesh=mesh if mesh.size > 1 else None,
+        mesh=mesh if mesh is not None and mesh.size > 1 else None,
     )
-    state = state_lib.create(params, tx, run_key, guard.begin(config.guard.window))
-    return graphdef, sharding.replicate(state, mesh), tx, moved.layers
+    return tx, moved.layers
+
+
+def make_mesh(config: RunConfig, devices: Sequence[Any] | None = None):
+    """The mesh of a run, which its model, its optimizer and its batch fit.
+
+    Raises:
+      ValueError: they do not; says what does.
+    """
+    mesh = sharding.make_mesh(devices, sharding.read_mesh(config.train.mesh))
+    check_mesh(config, mesh)
+    return mesh
+
+
+def check_mesh(config: RunConfig, mesh: Any) -> None:
+    """Refuses a mesh that model, optimizer or batch do not fit; see `make_mesh`."""
+    train = config.train
+    sharding.check_heads(config.model.heads, mesh)
+    sharding.check_batch(train.batch, mesh, train.accumulate)
+    rule = config.optimizer.rule
+    if sharding.FSDP in mesh.axis_names and rule.inputs and train.gather == "layer":
+        raise ValueError(
+            f"optimizer.rule ({rule.kind}) learns from the inputs of whole matrices: "
+            "with fsdp set train.gather=step."
+        )
+
+
+def _agree(config: RunConfig, fingerprint: Mapping[str, Any]) -> None:
+    """Returns once every process has accepted the same run."""
+    processes.check_same(
+        config=json.dumps(config_lib.to_json(config), sort_keys=True),
+        data=json.dumps(fingerprint, sort_keys=True),
+    )
+
+
+def _see_folder(workdir: Path) -> None:
+    """Waits for the folder of a new run, and refuses one that not all see."""
+    processes.wait("the folder of the run")
+    if not processes.all_true((workdir / checkpoint.TOKENIZER).exists()):
+        raise ValueError(
+            f"workdir ({workdir}) must be a folder that all processes see, but some "
+            "see nothing of what process 0 wrote there: give one on shared storage."
+        )
 
 
 def _validation_rows(
@@ -578,14 +665,17 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
     if rows is None:
         return None
     evaluate = sharding.jit_evaluation(
-        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch), mesh
+        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch),
+        mesh,
+        lm.abstract(config.model),
     )
+    own = [sharding.own_rows(batch, mesh) for batch in rows]
 
     def mean(params) -> dict[str, float]:
         # Waited for, as steps are: of more than 32 programs in flight the collectives
         # of virtual CPU devices can dead-lock before jax 0.12.
         losses = [
-            float(evaluate(params, sharding.shard_batch(batch, mesh))) for batch in rows
+            float(evaluate(params, sharding.shard_batch(batch, mesh))) for batch in own
         ]
         loss = float(np.mean(losses))
         a_byte = bits(loss, source.validation_bytes_per_token)

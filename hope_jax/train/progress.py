@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rich import progress
 
+from hope_jax.train import processes
 from hope_jax.train.config import RunConfig
 
 
@@ -21,7 +22,7 @@ class Progress:
         self._config = config
         self.begin(done)
         self._bar: progress.Progress | None = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and processes.writes():
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
@@ -84,5 +85,6 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """Prints a line now."""
-    print(line, flush=True)
+    """Prints a line now; of several processes the first does."""
+    if processes.writes():
+        print(line, flush=True)

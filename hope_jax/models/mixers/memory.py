@@ -401,6 +401,7 @@ class MemoryMixer(nnx.Module):
         *,
         aligned: bool | None = None,
         learn: bool | Learning = True,
+        count: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MemoryMixerState]:
         """Reads T >= 1 tokens a row and lets the memories live through them.
 
@@ -412,11 +413,13 @@ class MemoryMixer(nnx.Module):
             memories live token by token in a scan, unless their chunk is only a speed
             knob.
           learn: False keeps every memory at its state.
+          count: how many of the tokens of every row there are, at least one; padding
+            follows. None is all of them. For a layer that is a part of another.
         """
         aligned = state is None if aligned is None else aligned
         if state is None:
             state = self.initial_state(x.shape[0])
-        _, y, state = self.lives(x, state, aligned, learn)
+        _, y, state = self.lives(x, state, aligned, learn, count)
         return self.said(x, y), state
 
     def lives(
@@ -425,14 +428,15 @@ class MemoryMixer(nnx.Module):
         state: MemoryMixerState,
         aligned: bool,
         learn: bool | Learning,
+        count: Int[Array, ""] | None = None,
     ) -> tuple[Tokens, Float[Array, "B H T V"], MemoryMixerState]:
         """What the memories were given, what they answer, and where they stand then."""
         learn = learning.of(learn)
-        tokens, tails = self.tokens(x, state)
+        tokens, tails = self.tokens(x, state, count)
         tokens = learn.controls.on(tokens)
-        position = state.position + x.shape[1]
+        position = state.position + (x.shape[1] if count is None else count)
         if not learn.main:
-            memory, y = self._only_read(state.memory, tokens.q, state.position)
+            memory, y = self._only_read(state.memory, tokens.q, state.position, count)
         elif aligned or self._chunk_is_free:
             run = lambda s, t, start: memory_scan(  # noqa: E731
                 self.config.memory,
@@ -441,6 +445,7 @@ class MemoryMixer(nnx.Module):
                 impl=self.config.impl,
                 truncate=self.config.truncate,
                 start=start,
+                count=count,
             )
             memory, y = _every(run, self._start())(state.memory, tokens)
         else:
@@ -477,7 +482,10 @@ class MemoryMixer(nnx.Module):
         return self.config.memory.gradient == "exact"
 
     def tokens(
-        self, x: Float[Array, "B T D"], state: MemoryMixerState
+        self,
+        x: Float[Array, "B T D"],
+        state: MemoryMixerState,
+        count: Int[Array, ""] | None = None,
     ) -> tuple[Tokens, Tails]:
         """What the memories are given, leaves `[B, H, T, ...]`, and new tails."""
         config, gates = self.config.memory, self.config.gates
@@ -485,7 +493,7 @@ class MemoryMixer(nnx.Module):
         position = jnp.arange(length, dtype=jnp.int32)[None] + state.position[:, None]
 
         def project(into, conv, tail):
-            made, tail = conv(wide(into(x)), tail)
+            made, tail = conv(wide(into(x)), tail, count)
             return jax.nn.silu(made).reshape(rows, length, -1, self.width), tail
 
         k, tail_k = project(self.k, self.conv_k, state.tails.k)
@@ -602,7 +610,7 @@ class MemoryMixer(nnx.Module):
         (memory, _), y = jax.lax.scan(step, (memory, position), time_first)
         return memory, jnp.moveaxis(y, 0, 2)
 
-    def _only_read(self, memory, q, position):
+    def _only_read(self, memory, q, position, count=None):
         """Reads that teach nothing; only the anchor moves on, where a chunk ends."""
         config = self.config.memory
         with jax.default_matmul_precision("float32"):
@@ -616,7 +624,8 @@ class MemoryMixer(nnx.Module):
             if config.read == "anchor":
                 old = apply(memory.anchor, q)
                 y = jnp.where(moved[:, None, :-1, None], y, old)
-        return commit_where(moved[:, -1], memory), y
+        last = moved[:, -1] if count is None else jnp.take(moved, count, axis=1)
+        return commit_where(last, memory), y
 
 
 def watch(
