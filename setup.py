@@ -28,6 +28,8 @@ setup(
     package_data={"launch": ["*.sh", "*.yaml"]},
     install_requires=_requirements(),
     extras_require={
+        "data": ["datasets>=3", "pyarrow>=15"],  # hf:NAME; Parquet and .zst
+        "wandb": ["wandb>=0.18"],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "test": [

@@ -8,6 +8,7 @@ All cores work. A preparation that was stopped goes on when the same command is 
 again, and makes the same bytes.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -101,8 +102,9 @@ def _tokenizer(options: Any, how: Any, out: Path) -> Any:
         return tokenizer.ByteTokenizer()
     if options.tokenizer != "bpe":
         return tokenizer.load(options.tokenizer)
-    if (out / prepare.PLAN).is_file():  # it is held against the plan
-        return tokenizer.load(out / prepared.TOKENIZER)
+    if (out / prepare.PLAN).is_file():
+        with contextlib.suppress(OSError, ValueError):  # killed while it was written
+            return tokenizer.load(out / prepared.TOKENIZER)
     print("training the tokenizer", flush=True)
     return prepare.train_tokenizer(
         options.source, how, options.vocab, options.learn_bytes

@@ -60,6 +60,7 @@ def page(folders: Sequence[Path]) -> str:
         parts.append(f"<h2>{html.escape(name)}</h2>")
         parts.append(_last(log[-1]))
         parts.append(_kept(folder))
+        parts.append(_hosts(folder))
         said = html.escape(json.dumps(config, indent=2))
         parts.append(f"<details><summary>config</summary><pre>{said}</pre></details>")
     body = "\n".join(parts)
@@ -155,6 +156,25 @@ def _kept(folder: Path) -> str:
     steps = sorted(int(p.name) for p in kept.glob("*") if p.name.isdigit())
     said = ", ".join(f"{step:,}" for step in steps) or "none"
     return f"<p>Checkpoints: {said}.</p>"
+
+
+def _hosts(folder: Path) -> str:
+    """What each process last said of its time and memory."""
+    from hope_jax.train import metrics
+
+    lines = {}
+    for path in sorted((folder / "hosts").glob("*.jsonl")):
+        log = metrics.read_log(path, skip_damaged=True)
+        if log:
+            lines[path.stem] = log[-1]
+    names = sorted({name for line in lines.values() for name in line} - {"at"})
+    if not lines:
+        return ""
+    columns = ["process", *names]
+    return _table(
+        columns,
+        [[host, *(line.get(n, "") for n in names)] for host, line in lines.items()],
+    )
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:

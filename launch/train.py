@@ -55,6 +55,8 @@ def _define(define) -> None:
         "the workdir of a run, whose newest parameters and tokenizer this one starts "
         "with; without --experiment and --config its config too",
     )
+    define.string("profile", None, "steps first:last of which a trace is kept")
+    define.string("wandb", None, "project of Weights & Biases that shows the run")
     distributed.define(define)
     define.bool(
         "describe", False, "print config, levels and how parameters move, and exit"
@@ -190,10 +192,15 @@ def _train(given: Any, arguments: Sequence[str]) -> int:
     if _waits(config):
         os.environ.setdefault("NPROC", "32")  # read when jax starts
 
-    from hope_jax.train import loop
+    from hope_jax.train import loop, watching
 
     outcome = loop.train(
-        config, given.workdir, resume=given.resume, init_from=given.init_from
+        config,
+        given.workdir,
+        resume=given.resume,
+        init_from=given.init_from,
+        profile=watching.profiled(given.profile) if given.profile else None,
+        wandb=given.wandb,
     )
     if outcome.finished or outcome.stopped_by is None:
         print(f"done: step {outcome.step}, in {given.workdir}")

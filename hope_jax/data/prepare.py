@@ -16,15 +16,18 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import process
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
-from hope_jax.data import prepared, sources, text, tokenizer
+from hope_jax.data import prepared, sources, text, tokenizer, workers
 
 PLAN = "plan.json"
 SHARDS = "shards"
+_LOCK = ".lock"
 _GROUP = 64  # documents that are encoded together
 _NAMES = 20  # of what was left out, that a shard's counts keep
 
@@ -130,7 +133,31 @@ def prepare(
         "piece": prepared.PIECE,
         "shards": [[dataclasses.asdict(unit) for unit in units] for units in shards],
     }
-    _begin(folder, said, tokens)
+    _check(folder, said)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(filelock.FileLock(folder / _LOCK, timeout=0))
+        except filelock.Timeout:
+            raise Preparing(
+                f"Another program prepares {str(folder)!r}; wait for it, or give "
+                "another folder."
+            ) from None
+        _begin(folder, said, tokens)
+        _make(folder, plan, shards, tokens, processes, told)
+        _finish(folder, said, tokens, len(shards))
+    return prepared.load(folder)
+
+
+def _make(
+    folder: Path,
+    plan: Plan,
+    shards: Sequence[Sequence[sources.Unit]],
+    tokens: tokenizer.Tokenizer,
+    processes: int,
+    told: Callable[[int, int], None],
+) -> None:
+    """Makes the shards that are missing."""
     sizes = [sum(max(1, unit.size) for unit in units) for units in shards]
     done = [name for name in map(_name, range(len(shards))) if _is_whole(folder, name)]
     progress = sum(sizes[int(name)] for name in done)
@@ -139,18 +166,17 @@ def prepare(
     for number in _made(folder, plan, shards, missing, tokens, processes):
         progress += sizes[number]
         told(progress, sum(sizes))
-    _finish(folder, said, tokens, len(shards))
-    return prepared.load(folder)
 
 
-def _begin(folder: Path, said: Mapping[str, Any], tokens: tokenizer.Tokenizer) -> None:
+def _check(folder: Path, said: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds anything but what this plan began; only looks."""
     if folder.exists() and not folder.is_dir():
         raise Preparing(f"{str(folder)!r} is no folder; give another.")
     if folder.is_dir() and any(folder.iterdir()):
         try:
             before = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            if {path.name for path in folder.iterdir()} <= {f".{PLAN}"}:
+            if {path.name for path in folder.iterdir()} <= {f".{PLAN}", _LOCK}:
                 before = said
             else:
                 raise Preparing(
@@ -165,10 +191,14 @@ def _begin(folder: Path, said: Mapping[str, Any], tokens: tokenizer.Tokenizer) -
                 f"{str(folder)!r} was begun otherwise: {what}. Give the same command, "
                 "or another folder."
             )
-    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-    tokens.save(folder / prepared.TOKENIZER)
+
+
+def _begin(folder: Path, said: Mapping[str, Any], tokens: tokenizer.Tokenizer) -> None:
+    _check(folder, said)  # nobody was kept from it so far
     if not (folder / PLAN).exists():
         _write(folder / PLAN, said)
+    (folder / SHARDS).mkdir(exist_ok=True)
+    tokens.save(folder / prepared.TOKENIZER)
 
 
 def _made(
@@ -200,6 +230,11 @@ def _made(
         for future in concurrent.futures.as_completed(waiting):
             future.result()
             yield waiting[future]
+    except process.BrokenProcessPool:
+        raise Preparing(
+            "A process that prepares was killed, perhaps for want of memory. Give the "
+            "same command with fewer --processes: it goes on."
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -208,6 +243,7 @@ _TOKENIZER: list[tokenizer.Tokenizer] = []  # of a worker
 
 
 def _alone(path: str) -> None:
+    workers.end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core
     _TOKENIZER[:] = [tokenizer.load(path)]
 

@@ -289,15 +289,20 @@ def _dataset(kind: str, name: str, how: Reading) -> Any:
     """A data set by name, which has a length and gives examples by their index."""
     if kind == "hf":
         library = _library("datasets")
-        if (
-            Path(name).expanduser().is_dir()
-            and (Path(name).expanduser() / "dataset_info.json").is_file()
-        ):
-            found = library.load_from_disk(str(Path(name).expanduser()))
-            return found[how.split] if isinstance(found, dict) else found
-        return library.load_dataset(
-            name, how.config, split=how.split, cache_dir=how.folder
-        )
+        folder = Path(name).expanduser()
+        saved = ("dataset_info.json", "dataset_dict.json")
+        if not any((folder / file).is_file() for file in saved):
+            return library.load_dataset(
+                name, how.config, split=how.split, cache_dir=how.folder
+            )
+        found = library.load_from_disk(str(folder))
+        if not isinstance(found, dict):
+            return found
+        if how.split not in found:
+            raise ValueError(
+                f"{name} has no split {how.split!r}: it has {', '.join(found)}."
+            )
+        return found[how.split]
     library = _library("tensorflow_datasets")
     builder = f"{name}/{how.config}" if how.config else name
     if os.path.isdir(name):

@@ -13,6 +13,7 @@ from hope_jax.train.config import RunConfig
 from hope_jax.train.metrics import MetricLog
 from hope_jax.train.progress import Progress, say
 from hope_jax.train.state import TrainState
+from hope_jax.train.watching import Watch
 
 
 class NonFinite(FloatingPointError):
@@ -60,6 +61,7 @@ class Kept:
       bytes_per_token: of its text.
       now: where it stands.
       saved: the step of its last checkpoint, or None.
+      watch: is told of steps and lines.
 
     Attributes:
       now: where it stands.
@@ -77,6 +79,7 @@ class Kept:
         bytes_per_token: float,
         now: Moment,
         saved: int | None,
+        watch: Watch,
     ):
         self.now, self.saved = now, saved
         self.latest: dict[str, float] = {}
@@ -86,7 +89,7 @@ class Kept:
         self._bytes_per_token = bytes_per_token
         self._log = _log(workdir, now.done)
         self._shown = Progress(config, now.done)
-        self._bad = ""
+        self._bad, self._watch = "", watch
 
     def __enter__(self) -> "Kept":
         self._shown.__enter__()
@@ -108,6 +111,7 @@ class Kept:
         done = self.now.done + 1
         unread = (*self.now.unread, Unread(done, metrics))
         self.now = Moment(state, done, place, unread)
+        self._watch.took(done)
 
     def found(self, more: Mapping[str, float]) -> None:
         """What else is to be written down of the last step."""
@@ -195,6 +199,7 @@ class Kept:
     def _read(self, unread: Unread) -> None:
         step = unread.step
         found = {k: float(v) for k, v in jax.device_get(unread.metrics).items()}
+        self._watch.ended(step)
         self.in_a_row = int(found.pop(guard.IN_A_ROW))
         found[guard.SKIPPED] = int(found[guard.SKIPPED])
         finite = all(math.isfinite(found[name]) for name in guard.FINITE)
@@ -213,7 +218,9 @@ class Kept:
         self.latest = found
         self._shown.update(step, found)
         if unread.more or step % train.log_every == 0 or step == train.steps:
-            self._log.write(step, found, speeds=self._shown.speeds())
+            speeds = self._watch.speeds(self._shown.speeds())
+            self._log.write(step, found, speeds=speeds)
+            self._watch.wrote(step, found, speeds)
 
 
 def _log(workdir: Path, step: int) -> "MetricLog | _Unwritten":

@@ -37,6 +37,7 @@ from hope_jax.train import (
     sharding,
     signals,
     watchdog,
+    watching,
 )
 from hope_jax.train import metrics as metrics_lib
 from hope_jax.train import state as state_lib
@@ -52,6 +53,7 @@ _UNFINISHED = f".{CONFIG}"  # what a kill may leave of the first file that is wr
 _FILES = (
     *(CONFIG, _UNFINISHED, checkpoint.TOKENIZER, tokenizer.BESIDE, checkpoint.FOLDER),
     *("metrics.jsonl", "tensorboard", watchdog.FILE, lock.FILE),
+    *(watching.HOSTS, watching.PROFILE, "wandb", "report.html"),
 )
 
 
@@ -110,6 +112,8 @@ def train(
     resume: bool = False,
     params: PyTree | None = None,
     init_from: str | os.PathLike | None = None,
+    profile: tuple[int, int] | None = None,
+    wandb: str | None = None,
 ) -> Outcome:
     """Runs `config` in `workdir` to its last step, or until it is asked to end.
 
@@ -136,6 +140,7 @@ def train(
       init_from: the workdir of another run, or its checkpoints: the model starts at its
         newest parameters, with its tokenizer, and all else is new: data, rates,
         optimizer, length of rows. Checkpoints say so in their lineage.
+      profile, wandb: see `hope_jax.train.watching.Watch`.
 
     Raises:
       FileExistsError: `workdir` has checkpoints and `resume` is False.
@@ -152,6 +157,7 @@ def train(
     """
     check_rows(config)
     limits.check_run(config)
+    watching.check(config.train.steps, profile, wandb)
     workdir = check_workdir(workdir)
     if params is not None and init_from is not None:
         raise ValueError("params and init_from both say where to start; give one.")
@@ -235,6 +241,11 @@ def train(
         step = make_step(config, graphdef, tx, layers, mesh)
         step = sharding.jit_step(step, mesh, state)
         validate = _validation(graphdef, config, source, mesh)
+        watch = stack.enter_context(
+            watching.Watch(
+                config, workdir, dog.seconds, done, profile=profile, wandb=wandb
+            )
+        )
         kept = stack.enter_context(
             Kept(
                 config,
@@ -244,6 +255,7 @@ def train(
                 source.bytes_per_token,
                 Moment(state, done, iterator.get_state()),
                 saved,
+                watch,
             )
         )
         try:

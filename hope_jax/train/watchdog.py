@@ -51,6 +51,9 @@ class Watchdog:
       file: where stacks are written.
       dead: tells why a call cannot end, or None; asked while a call goes on.
       exit: ends the process with a status, at once.
+
+    Attributes:
+      seconds: spent so far in the calls of each name, those inside another apart.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Watchdog:
     ):
         self._limits, self._stop, self._rescue = dict(limits), stop, rescue
         self._file, self._dead, self._exit = file, dead, exit
+        self.seconds: dict[str, float] = {}
         self._call: tuple[str, float] | None = None
         self._told: tuple[tuple[str, float], str] | None = None
         self._leaving = threading.Lock()  # held for good once the process is to end
@@ -92,10 +96,12 @@ class Watchdog:
         Raises:
           Stalled: it went on past that.
         """
-        outer, self._call = self._call, (name, time.monotonic())
+        outer, self._call = self._call, (name, began := time.monotonic())
         try:
             yield
         finally:
+            took = time.monotonic() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
             with self._leaving:
                 self._call = outer
 

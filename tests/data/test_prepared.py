@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import grain
 import numpy as np
 import pytest
@@ -179,6 +180,12 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(tmp_path):
             raise Stopped
 
     out = tmp_path / "out"
+    out.mkdir()
+    with (
+        filelock.FileLock(out / ".lock"),
+        pytest.raises(prepare.Preparing, match="Another program prepares"),
+    ):
+        prepare.prepare(out, plan(tmp_path / "in"), BYTES)
     with pytest.raises(Stopped):
         prepare.prepare(out, plan(tmp_path / "in"), BYTES, told=stop)
     with pytest.raises(prepared.Unprepared, match="has no manifest.json: its prep"):

@@ -25,6 +25,9 @@ def run(folder, name="mine", **more):
         for step in range(1, 21)
     ]
     lines[-1] |= more
+    (folder / "hosts").mkdir()
+    host = {"step": 20, "goodput": 0.8125, "at": 1.0}
+    (folder / "hosts" / "0.jsonl").write_text(json.dumps(host) + "\n")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(o) + "\n" for o in lines))
     return folder
 
@@ -44,6 +47,7 @@ def test_a_page_of_two_runs(tmp_path, capsys):
         "20,000",
         "6.062",
         "0.125",
+        "0.8125",
         "Checkpoints: 20.",
         "&lt;one",
     ):

@@ -38,6 +38,7 @@ def test_what_a_run_leaves(finished):
         "config.json",
         "tokenizer.json",
         "metrics.jsonl",
+        "hosts",
         "tensorboard",
         "checkpoints",
     }
