@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tests.conformance.test_mixers import D, ROWS, abstract, configured
+from tests.conformance.test_mixers import ROWS, D, abstract, configured
 
 KINDS = ("self_modifying", "memory", "titans_mac", "tnt")
 
