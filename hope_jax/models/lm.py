@@ -36,6 +36,7 @@ from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, rms_norm
 from hope_jax.models.learning import Learning
+from hope_jax.models.parts import NOT_KEPT, Parts
 from hope_jax.optim.leaves import path_names, wide_type
 
 __all__ = [
@@ -238,6 +239,7 @@ def apply(
     begins: Bool[Array, "B S"] | None = None,
     learn: bool | Learning = True,
     horizon: int | None = None,
+    parts: Parts | None = None,
 ) -> tuple[Float[Array, "B T N"] | Float[Array, "B T"], LMState]:
     """Reads tokens, lets every fast level live through them, predicts the next ones.
 
@@ -270,6 +272,8 @@ def apply(
         these, as in a step of training. Levels that would not move before then hold no
         fast copy: the parameters are read themselves. Logits are the same with and
         without. By default rows may read on for ever.
+      parts: static, for fresh rows inside `jax.shard_map`; which parts of `params` this
+        device holds. By default it holds all.
 
     Returns:
       Float32 logits, those of position t predicting token t + 1, or losses in nats,
@@ -293,7 +297,13 @@ def apply(
                 f"count must be of the {tokens.shape[1]} tokens of a row, got {count}."
             )
     aligned = state is None if aligned is None else aligned
+    if parts is not None:
+        if state is not None:
+            raise ValueError("parts are for fresh rows: leave state out.")
+        params = parts.outside(params)
     model = _merged(graphdef, params)
+    if parts is not None:
+        model.parts = parts
     tokens = ids("tokens", tokens, model.config.vocab)
     if labels is not None:
         labels = ids("labels", labels, model.config.vocab)
@@ -823,8 +833,25 @@ def _rows_first(state: LMState) -> LMState:
 _layers_first = _rows_first
 
 
-def _begin(model, rows, horizon=None):
+def _parts(model) -> Parts | None:
+    """Those of a model that this device holds a part of."""
+    return getattr(model, "parts", None)
+
+
+def _whole_blocks(model):
+    """The parameters of all layers."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
+    parts = _parts(model)
+    return graphdef, params if parts is None else parts.blocks(params)
+
+
+def _starts(model):
+    """The learned weights at which the fast levels start."""
+    return nnx.merge(*_whole_blocks(model)).starts()
+
+
+def _begin(model, rows, horizon=None):
+    graphdef, params = _whole_blocks(model)
     blocks = jax.vmap(lambda p: nnx.merge(graphdef, p).initial_state(rows, horizon))(
         params
     )
@@ -894,10 +921,12 @@ class _Read(NamedTuple):
 def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
     """What `[B, T]` tokens make of a model, the fast weights fixed."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
-    x = model.embedded(tokens)
+    x, parts = model.embedded(tokens), _parts(model)
 
     def layer(x, block):
         params, mixer, fast = block
+        if parts is not None:
+            params = parts.layer(params)
         x, state = nnx.merge(graphdef, params)(
             x, BlockState(mixer, fast), aligned=aligned, learn=learn
         )
@@ -905,6 +934,8 @@ def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
 
     if model.config.remat:
         layer = jax.checkpoint(layer)
+    elif parts is not None:
+        layer = jax.checkpoint(layer, policy=NOT_KEPT)
     x, (mixers, opened) = jax.lax.scan(layer, x, (params, mixers, fast))
     return _Read(_say(model, x, targets), mixers, opened)
 
@@ -954,7 +985,7 @@ def _read_and_blame(
 
 def _cut(model, fast, position):
     """Fast weights as those that learn at `position` see them (`CMSLevel.truncate`)."""
-    starts, made = model.blocks.starts(), []
+    starts, made = _starts(model), []
     for (level, weights), start in zip(
         _moving(model.config, fast), starts, strict=False
     ):
@@ -1096,7 +1127,7 @@ def _through_moves(model, own, slow):
         given = jax.lax.stop_gradient(given)
     params, mixers, start, slow = given
     model = nnx.merge(graphdef, params)
-    rate, learned_start = model.inner_rates()[0], model.blocks.starts()[0]
+    rate, learned_start = model.inner_rates()[0], _starts(model)[0]
     blame = jax.checkpoint(_blame, static_argnums=0)
     closed = level_lib.nothing(own.opened)
 
@@ -1283,7 +1314,7 @@ def _move(model, which, moves, fast, states, ledger, rows=None):
     those that are given, the next faster of which begins again where levels nest.
     `moves` is how many it has made."""
     config = model.config
-    rate, start = model.inner_rates()[which], model.blocks.starts()
+    rate, start = model.inner_rates()[which], _starts(model)
     (*faster, weights), (*faster_states, state) = fast, states
     if config.cms.gradient == "none":
         rate, start, state, faster_states = jax.lax.stop_gradient(

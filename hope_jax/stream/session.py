@@ -898,7 +898,7 @@ def _named(tree):
 
 def _key_data(key, tokens, sampling):
     if key is None:
-        if tokens and sampling.temperature > 0:
+        if tokens and not sampling.greedy:
             raise ValueError("key is None, but drawing tokens needs one: give a key.")
         return _NO_KEY
     data = np.asarray(jax.random.key_data(key))

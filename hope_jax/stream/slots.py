@@ -22,6 +22,7 @@ from hope_jax.models import cms, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.in_place_ttt import InPlaceTTTState
+from hope_jax.models.mixers.srwm import SRWMState
 from hope_jax.stream.generate import Drawing, draw
 
 NO_BOUND = 2**31 - 1  # moves
@@ -373,7 +374,7 @@ def memories(
 
 
 def _is_memory(node):
-    return isinstance(node, MemoryState | InPlaceTTTState)
+    return isinstance(node, MemoryState | InPlaceTTTState | SRWMState)
 
 
 def _weights(mixer):

@@ -364,6 +364,19 @@ def test_what_bounds_a_rate():
     assert SelfModifyingConfig(memory=twice).rate_bound == 0.5
 
 
+def test_a_memory_that_turns_and_forgets_at_once_stays_bounded():
+    """A thousand equal tokens at the highest rate and the least retention."""
+    config = remembering(1, 1, TURNING, rate=2.0, rate_start=0.99)
+    graphdef, params = build(config)
+    layer = nnx.merge(graphdef, params)
+    layer.bias_alpha[...] = jnp.full_like(layer.bias_alpha[...], -10.0)
+    layer.bias_eta[...] = jnp.full_like(layer.bias_eta[...], 10.0)
+    x = jnp.broadcast_to(tokens(1)[:, :1], (tokens(1).shape[0], 1000, D))
+    _, state = jax.jit(lambda x: layer(x))(x)
+    every = (*state.projection.weights.values(), *state.main.weights.values())
+    assert max(float(jnp.abs(w).max()) for w in every) < 20.0
+
+
 def test_one_write_can_be_read_at_once():
     """Gates wide open: the main memory answers the key it has read with its value.
 

@@ -25,6 +25,7 @@ from hope_jax.core.config import at_least, one_of
 from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import Implementation, memory_scan
 from hope_jax.memory import features, named
+from hope_jax.memory import rates as rates_lib
 from hope_jax.memory.bias import BIASES
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -104,8 +105,7 @@ class MemoryMixerConfig(MixerConfig):
             return 1.0
         if memory.gradient == "anchored":
             return 1.0 / (memory.chunk * memory.window)
-        twice = memory.chosen.bias.recalls and memory.dgd != "none"
-        return 0.5 if twice else 1.0
+        return 1.0 / max(1, memory.erasures)
 
     def build(self, d_model, heads, dtype, *, rngs) -> "MemoryMixer":
         return MemoryMixer(d_model, heads, self, dtype, rngs=rngs)
@@ -545,7 +545,8 @@ class MemoryMixer(nnx.Module):
                 step = eta.reshape(*eta.shape, *[1] * (decay.ndim - eta.ndim))
                 alpha = jnp.exp(-decay * step)
         else:
-            eta = self.config.rate_bound * jax.nn.sigmoid(_there(self.eta)(x))
+            share = jax.nn.sigmoid(_there(self.eta)(x))
+            eta = rates_lib.within(config, self.config.rate_bound, share, alpha)
             # An average, not a sum; a rate law sees to that itself.
             rule = config.chosen.rule
             if rule.explicit and rule.inertia and config.rate_law == "token":

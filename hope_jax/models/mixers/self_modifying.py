@@ -37,6 +37,7 @@ from hope_jax.core.system import Edge
 from hope_jax.kernels import chunk as kernel
 from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import scan_chunks, scan_padded
+from hope_jax.memory import rates
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -100,9 +101,10 @@ class SelfModifyingConfig(MixerConfig):
       rate: bound on the inner rate η. None is 1 where `memory.rate_law` or an exact
         gradient bounds the step (½ where L2 and a delta term both erase), and else
         `1 / projection_chunk`, which bounds the sum of the rates of one chunk by 1:
-        anchored gradients diverge beyond 2. An exact gradient takes up to 2: a token
-        may then turn what is stored along its key round, the eigenvalue `α − η` (`α (1
-        − η)` with `memory.recall="after"`) of its transition going down to -1.
+        anchored gradients diverge beyond 2. An exact gradient takes up to 2 (1 where
+        L2 and a delta term both erase): a token may then turn what is stored along its
+        key round, the eigenvalue `α − η` (`α (1 − η)` with `memory.recall="after"`) of
+        its transition going down to −1 and no further (`memory.rates.within`).
       rate_start: where η starts, as a fraction of its bound.
       projection_rate: where the share of η that each projection memory takes starts; it
         is learned, in (0, 1). None is all of it, to the letter of the equations.
@@ -158,9 +160,9 @@ class SelfModifyingConfig(MixerConfig):
             )
         at_least(self, conv=1)
         exact = memory.gradient == "exact" and memory.rate_law == "token"
-        most = 2 if exact else 1
+        most = 2 / max(1, memory.erasures) if exact else 1
         if self.rate is not None and not 0 < self.rate <= most:
-            raise ValueError(f"rate must lie in (0, {most}], got {self.rate}.")
+            raise ValueError(f"rate must lie in (0, {most:g}], got {self.rate}.")
         for name in ("rate_start", "momentum_start", "projection_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -204,8 +206,7 @@ class SelfModifyingConfig(MixerConfig):
             return 1.0
         if self.memory.gradient == "anchored":
             return 1.0 / self.projection_chunk
-        twice = self.memory.chosen.bias.recalls and self.memory.dgd == "both"
-        return 0.5 if twice else 1.0
+        return 1.0 / max(1, self.memory.erasures)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -844,11 +845,11 @@ class SelfModifyingTitans(nnx.Module):
             q, tails = unit(heads(self._activate(q))), tails._replace(q=tail_q)
 
         eta = jax.nn.sigmoid(_read_out(self.read_eta, self.bias_eta, m_eta))
-        eta = config.rate_bound * eta
+        alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
+        eta = rates.within(config.memory, config.rate_bound, eta, alpha)
         # Momentum averages writes, it adds none; a rate law sees to that itself.
         if config.memory.inertia and config.memory.rate_law == "token":
             eta = eta * (1.0 - theta)
-        alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
         tokens = Tokens(k, v, q, eta, alpha, theta)
         own = jnp.broadcast_to(
             v[:, :, None], (*v.shape[:2], made.shape[2], *v.shape[2:])
