@@ -15,8 +15,8 @@ HOPE_DATA_DIR). Models read bytes and are trained on the plays, 256 at a time:
   hope_rates_0       four levels, none of which moves while it reads
   hope_matrix        four levels, memories that are matrices
   .._consolidated    hope_4 and hope_matrix, whose memories return to starts that are a
-                     level of period 256: the same weights, read with it, for it has no
-                     parameter and no move of it is seen within a row of training
+                     level of period 64: the same weights, trained without, for it has
+                     no parameter, and read with it
   transformer        attention over 256 bytes, one MLP
 
 All have as many parameters. Then they read what they have not seen, A, the last plays,
