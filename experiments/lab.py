@@ -24,6 +24,7 @@ from hope_jax.core.config import did_you_mean
 from hope_jax.plot import COLOURS, Figure
 from hope_jax.train import loop, metrics
 from hope_jax.train.config import RunConfig
+from hope_jax.train.folder import check_place
 from launch import command
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,6 +98,7 @@ class Experiment:
                 raise ValueError(
                     f"--scale={given.scale} needs --out: {RESULTS} has the full scale."
                 )
+            check_place("--out", given.out or RESULTS)
             rows = self.rows(given)
             wanted = chosen(rows, given.rows)
             of = (0,) if self.seeds is None else seeds(given.seeds)

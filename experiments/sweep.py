@@ -39,7 +39,8 @@ from hope_jax.evaluate.points import (
 )
 from hope_jax.evaluate.probe import NOT_FINITE, train
 from hope_jax.memory import rule as rule_lib
-from hope_jax.train import metrics
+from hope_jax.train import lock, metrics
+from hope_jax.train.config import read_config
 from hope_jax.train.folder import check_folder
 from launch import command
 
@@ -73,9 +74,18 @@ def run(
 
     Raises:
       ValueError: `out` holds a sweep of other settings, or no table of this program.
+      hope_jax.train.lock.InUse: another sweep writes there.
     """
-    written = (_TABLE, f".{_TABLE}", _PICTURE)
+    written = (_TABLE, f".{_TABLE}", _PICTURE, lock.FILE)
     path = check_folder("--out", out, written, _is_ours) / _TABLE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock.hold(path.parent, "--out"):
+        return _run(path, config, points, seeds)
+
+
+def _run(
+    path: Path, config: GridConfig, points: Sequence[Point], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
     kept = _read(path, config)
     rows = []
     wanted = list(itertools.product(points, seeds))
@@ -104,7 +114,7 @@ def run(
 def _is_ours(folder: Path) -> bool:
     """`_read` says whether its table is one; a kill may leave half of the first."""
     names = {path.name for path in folder.iterdir()}
-    return _TABLE in names or names <= {f".{_TABLE}"}
+    return _TABLE in names or names <= {f".{_TABLE}", lock.FILE}
 
 
 def _told(row: Mapping[str, Any]) -> str:
@@ -211,6 +221,8 @@ def _define(define) -> None:
     define.integer("steps", None, "most steps of a point")
     define.float("seconds", None, "most seconds of a point")
     define.string("out", None, "where table and picture are kept")
+    define.alias("workdir", "out")
+    define.string("config", None, "a sweep.json, whose settings this sweep has")
     define.multi_string(
         "set", [], "a field of the sweep's config, for example task.pairs=4; repeatable"
     )
@@ -249,7 +261,10 @@ def settings(given: Any) -> GridConfig:
         if setting.startswith("mixer.memory.") and field in (*CHOICES, "gradient"):
             flag = "--set gradients" if field == "gradient" else f"--{_plural(field)}"
             raise ValueError(f"--set {setting}: the grid sets it; use {flag}=...")
-    return config_lib.override(GridConfig(), changed)
+    config = GridConfig()
+    if given.config is not None:
+        config = read_config(GridConfig, given.config)
+    return config_lib.override(config, changed)
 
 
 def _points(given: Any, config: GridConfig) -> list[Point]:

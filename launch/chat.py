@@ -17,11 +17,10 @@ from typing import NamedTuple, TextIO
 import jax
 
 from hope_jax.stream.generate import Sampling
-from hope_jax.stream.reader import open_checkpoint
 from hope_jax.stream.session import Limits, Policy, Reply, Sessions, check_name
 from hope_jax.train import checkpoint
 from launch import command
-from launch.evaluate import define_checkpoint, fail_in_words
+from launch.evaluate import define_checkpoint, fail_in_words, open_given
 from launch.generate import define_sampling, sampling_of
 
 SLOTS, BLOCK = 1, 16  # one session talks, and what it says is shown as it comes
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {options.tokens}.")
         policy = Policy(longest_move=options.longest_move, moves=options.moves)
-        opened = open_checkpoint(options.checkpoint, options.set, options.rechunk)
+        opened = open_given(options)
         folder = options.sessions
         if folder is None:
             folder = checkpoint.find(options.checkpoint).parent / "sessions"
@@ -161,7 +160,7 @@ class Chat:
                 if isinstance(piece, Reply):
                     self._tell(piece, before)
                     break
-                sys.stdout.write(piece)
+                sys.stdout.write(command.printable(piece, sys.stdout))
                 sys.stdout.flush()
 
     def _tell(self, reply, before):
@@ -278,7 +277,7 @@ def _far(change, start="its start"):
 
 def _say(text: str) -> None:
     """A line of the program's own, which no model wrote."""
-    print(f"[{text}]", flush=True)
+    print(f"[{command.printable(text, sys.stdout)}]", flush=True)
 
 
 if __name__ == "__main__":

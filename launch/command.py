@@ -13,15 +13,17 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import filelock
 from absl import app, flags
 from absl import logging as absl_logging
 
+_ROOT = Path(__file__).resolve().parents[1]
 # Of absl: `DEFINE_` is before each name.
 _KINDS = ("string", "integer", "float", "bool", "enum", "list", "multi_string", "alias")
 
@@ -172,7 +174,11 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     """
 
     def started(argv):
-        code = main(argv[1:])
+        try:
+            with fail_in_words():
+                code = main(argv[1:])
+        except KeyboardInterrupt:  # of a person, who knows
+            sys.exit(130)
         return code if isinstance(code, int) else 0
 
     def parser(argv):
@@ -182,9 +188,12 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     app.run(started, flags_parser=parser)
 
 
-def fail(message: object) -> None:
-    """Ends the program with a message to its user, and status 1."""
-    sys.exit(f"error: {message}")
+def fail(message: object, status: int = 1) -> None:
+    """Ends the program with a message to its user, and a status."""
+    if status == 1:
+        sys.exit(f"error: {message}")
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 @contextlib.contextmanager
@@ -192,17 +201,95 @@ def fail_in_words(*errors: type[Exception]) -> Iterator[None]:
     """Ends the program with the message of an error that its user can mend.
 
     Args:
-      errors: which ones; ValueError and FileNotFoundError are always among them.
+      errors: which ones, besides those of `in_words`.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, *errors) as error:
-        fail(error)
+    except Exception as error:
+        said = str(error) if isinstance(error, errors) else in_words(error)
+        if said is None:
+            raise
+        fail(said, status_of(error))
+
+
+def in_words(error: Exception) -> str | None:
+    """What to tell the user who can mend an error; None for one of the program.
+
+    With `--verbosity=1` the traceback is printed as well.
+    """
+    if isinstance(error, MemoryError):
+        said = f"Out of memory. {error}".strip()
+    elif isinstance(error, RecursionError):
+        said = f"Something is nested too deeply: {error}."
+    elif type(error).__name__ == "JaxRuntimeError" and _OUT_OF_MEMORY in str(error):
+        said = (
+            f"{str(error).splitlines()[0]} Use a smaller batch, more of "
+            "train.accumulate, shorter rows or a smaller model."
+        )
+    elif isinstance(error, _mendable()):
+        said = str(error)
+    else:
+        return None
+    if absl_logging.level_info():
+        traceback.print_exception(error)
+    elif not _ours(error):
+        said += " (--verbosity=1 shows where.)"
+    return said
+
+
+def status_of(error: Exception) -> int:
+    """With which the program ends: 1, or what the error says."""
+    return getattr(error, "status", 1)
+
+
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+def _mendable() -> tuple[type[BaseException], ...]:
+    known = (ValueError, OSError, FloatingPointError)
+    if "hope_jax.train.loop" not in sys.modules:  # then nothing has raised these
+        return known
+    from hope_jax.data import workers
+    from hope_jax.train import checkpoint, lock, watchdog
+
+    more = (checkpoint.Damaged, checkpoint.SaveFailed, lock.InUse, watchdog.Stalled)
+    return (*known, *more, workers.Died)
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether this program has raised it, whose messages say what to do."""
+    if isinstance(error, OSError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).resolve().is_relative_to(_ROOT)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """What may be written to `stream` of a text that anybody, or a model, wrote: to a
+    terminal nothing that steers it, and nowhere what no encoding holds."""
+    from hope_jax.core import show  # after --help
+
+    if stream.isatty():
+        return show.printable(text, "\n\t")
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def quiet_libraries() -> None:
-    """Keeps what Orbax says of reading a folder that it may not write to itself."""
+    """Keeps to itself what Orbax says of folders that it may not write to, and of each
+    file of a save that failed: the error says it once."""
     logging.getLogger("absl").addFilter(_not_orbax)
+    if sys.unraisablehook is not _but_for_closed_loops:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _but_for_closed_loops
+
+
+_hooks: list[Callable[[Any], Any]] = []
+
+
+def _but_for_closed_loops(what: Any) -> None:
+    """Files that are still written when a save has failed find nobody to tell."""
+    if str(what.exc_value) != "Event loop is closed":
+        _hooks[-1](what)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -27,7 +27,8 @@ from hope_jax.data.tokenizer import encode_documents
 from hope_jax.evaluate import ablation, language_model
 from hope_jax.stream.reader import Opened, open_checkpoint
 from hope_jax.train import checkpoint, metrics
-from hope_jax.train.config import RunConfig
+from hope_jax.train.config import RunConfig, read_config
+from hope_jax.train.folder import check_place
 from launch import command
 
 SPLITS = ("validation", "all")
@@ -48,6 +49,7 @@ def _define(define) -> None:
         "a folder: write a result file there, as experiments/results has them; with "
         "--ablate the default is the checkpoint's",
     )
+    define.alias("out", "output")
     define.bool("ablate", False, "which part does the learning")
     define.integer("ablate_rows", 8, "with --ablate, texts that are read twice")
     define.integer(
@@ -69,7 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with fail_in_words():
         if options.rows < 1:
             raise ValueError(f"rows must be at least 1, got {options.rows}.")
-        opened = open_checkpoint(options.checkpoint, options.set, options.rechunk)
+        if options.output is not None:
+            check_place("--output", options.output)
+        elif options.ablate:
+            place = checkpoint.find(options.checkpoint).parent
+            check_place("without --output, the folder of --checkpoint", place)
+        opened = open_given(options)
         config = opened.config
         corpus = config.data.load(options.data)
     documents = corpus.validation
@@ -88,10 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f" {sum(len(d.data) for d in documents):,} bytes",
         measured,
     )
-    if options.output:
+    if options.output is not None:
         read = sum(len(document.data) for document in documents)
         more = {"step": opened.step, "documents": len(documents), "bytes": read}
-        write(options.output, config, measured | more, console)
+        with fail_in_words():
+            write(options.output, config, measured | more, console)
 
 
 def ablate(
@@ -278,6 +286,12 @@ def define_checkpoint(define) -> None:
         "the workdir of a run, or its folder of checkpoints",
         required=True,
     )
+    define.alias("workdir", "checkpoint")
+    define.string(
+        "config",
+        None,
+        "a config.json that the checkpoint's config must equal, or it is refused",
+    )
     define.multi_string(
         "set",
         [],
@@ -292,9 +306,17 @@ def define_checkpoint(define) -> None:
     )
 
 
+def open_given(options: Any) -> Opened:
+    """The checkpoint that those flags name; see `open_checkpoint`."""
+    config = None
+    if options.config is not None:
+        config = read_config(RunConfig, options.config)
+    return open_checkpoint(options.checkpoint, options.set, options.rechunk, config)
+
+
 def fail_in_words():
     """Ends the program with the message of an error that its user can mend."""
-    return command.fail_in_words(FloatingPointError, checkpoint.Damaged)
+    return command.fail_in_words(checkpoint.Damaged)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ import jax
 
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.stream.generate import Sampling, as_text, generate
-from hope_jax.stream.reader import open_checkpoint
 from launch import command
-from launch.evaluate import define_checkpoint, fail_in_words
+from launch.evaluate import define_checkpoint, fail_in_words, open_given
 
 
 def _define(define) -> None:
@@ -34,7 +33,7 @@ def define_sampling(define) -> None:
     define.float("top_p", 1.0, "among the fewest with this probability together")
     define.float("min_p", 0.0, "among those with this share of the likeliest one's")
     define.multi_string("stop", [], "a text that ends the text; may be repeated")
-    define.integer("seed", 0, "of the draws")
+    define.integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
 
 
 def sampling_of(options) -> Sampling:
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.quiet_libraries()
     with fail_in_words():
         sampling = sampling_of(options)
-        opened = open_checkpoint(options.checkpoint, options.set, options.rechunk)
+        opened = open_given(options)
         ids = generate(
             opened.reader,
             opened.params,
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write(prompt: str, ids: Iterable[int], tokenizer: Tokenizer) -> None:
     """Prints `prompt` and the text of `ids` as it comes; the speed to stderr."""
-    sys.stdout.write(prompt)
+    sys.stdout.write(command.printable(prompt, sys.stdout))
     sys.stdout.flush()
     made, start = 0, 0.0
 
@@ -83,7 +82,7 @@ def write(prompt: str, ids: Iterable[int], tokenizer: Tokenizer) -> None:
             yield token
 
     for text in as_text(tokenizer, counted()):
-        sys.stdout.write(text)
+        sys.stdout.write(command.printable(text, sys.stdout))
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()

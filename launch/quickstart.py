@@ -37,7 +37,7 @@ from hope_jax.data import text
 from hope_jax.evaluate import language_model
 from hope_jax.models import lm, systems
 from hope_jax.stream.reader import open_checkpoint
-from hope_jax.train import checkpoint, loop, metrics
+from hope_jax.train import checkpoint, lock, loop, metrics
 from hope_jax.train.config import RunConfig
 from hope_jax.train.folder import check_folder
 from launch import command
@@ -80,14 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{error}\n{options.workdir} holds a quickstart of other settings or"
             " data. Remove that folder, or give another --workdir."
         )
-    except (
-        ValueError,
-        FileNotFoundError,
-        checkpoint.Damaged,
-        checkpoint.SaveFailed,
-        FloatingPointError,
-    ) as error:
-        command.fail(error)
+    except Exception as error:
+        said = command.in_words(error)
+        if said is None:
+            raise
+        command.fail(said, command.status_of(error))
 
 
 def run(
@@ -97,6 +94,7 @@ def run(
 
     Raises:
       Stopped: a signal ended a training.
+      hope_jax.train.lock.InUse: another quickstart writes there.
       hope_jax.train.checkpoint.ConfigMismatch: `workdir` is of other settings or data.
       hope_jax.train.folder.ForeignFolder: `workdir` is not of this program.
     """
@@ -108,6 +106,18 @@ def run(
             for row, config in rows.items()
         }
     corpus = rows["hope"].data.load()
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock.hold(folder):
+        return _run(folder, rows, scale, corpus, console)
+
+
+def _run(
+    folder: Path,
+    rows: Mapping[str, RunConfig],
+    scale: str,
+    corpus: text.Corpus,
+    console: Console,
+) -> dict[str, Any]:
     if all((folder / row / EVALUATION).exists() for row in rows):
         # Training prints it.
         console.print(corpus.summary(), markup=False, soft_wrap=True)
@@ -152,9 +162,9 @@ def check(workdir: str, rows: Mapping[str, RunConfig]) -> Path:
         names = {path.name for path in folder.iterdir()}
         runs = [folder / row for row in names & set(rows) if (folder / row).is_dir()]
         begun = any(any(run.iterdir()) and loop.is_run(run) for run in runs)
-        return begun or names <= set(rows)
+        return begun or names <= {*rows, lock.FILE}
 
-    written = ("loss.png", "levels.png", RESULTS, f".{RESULTS}", *rows)
+    written = ("loss.png", "levels.png", RESULTS, f".{RESULTS}", lock.FILE, *rows)
     folder = check_folder("--workdir", workdir, written, is_ours)
     beside = (EVALUATION, SECONDS, f".{EVALUATION}", f".{SECONDS}")
     for row in rows:
@@ -170,8 +180,13 @@ def score_row(
     belongs = {"config": config_lib.to_json(config), "corpus": corpus.sha256}
     kept = folder / EVALUATION
     if kept.exists():
-        saved = json.loads(kept.read_text(encoding="utf-8"))
-        metrics_ = saved.pop("metrics")
+        try:
+            saved = json.loads(kept.read_bytes())
+            metrics_ = saved.pop("metrics")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{kept} is no evaluation ({error!r}): remove it, and it is made again."
+            ) from None
         differing = config_lib.differences(saved, belongs)
         if differing:
             raise checkpoint.ConfigMismatch(
@@ -181,7 +196,7 @@ def score_row(
         return metrics_
 
     clock = folder / SECONDS
-    before = json.loads(clock.read_text()) if clock.exists() else 0.0
+    before = _seconds(clock)
     start = time.perf_counter()
     try:
         outcome = loop.train(config, folder, resume=True)
@@ -205,6 +220,14 @@ def score_row(
     }
     metrics.write_json(kept, {**belongs, "metrics": scores})
     return scores
+
+
+def _seconds(clock: Path) -> float:
+    """What trainings before this one took; nothing where the file does not say it."""
+    try:
+        return float(json.loads(clock.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return 0.0
 
 
 def draw(

@@ -148,17 +148,19 @@ def test_flags_named_in_the_text_are_those_of_some_program():
 def test_commands_start_from_what_there_is():
     """Rows, scales and settings of the commands, held to the config they set."""
     parser = argparse.ArgumentParser()
-    for flag in ("--row", "--workdir", "--experiment"):
+    for flag in ("--row", "--workdir", "--experiment", "--init_from", "--data"):
         parser.add_argument(flag)
-    parser.add_argument("--describe", action="store_true")
+    for flag in ("--describe", "--resume"):
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("--scale", default="full")
     parser.add_argument("--set", action="append", default=[])
     shown = [rest for name, rest in COMMANDS if name == "launch.train"]
     assert shown
     for arguments in shown:
         options = parser.parse_args(shlex.split(arguments))
-        assert options.experiment == "quickstart"
-        config = quickstart.rows(options.scale)[options.row]
+        begun = options.resume or options.init_from  # by the command above it
+        assert options.experiment == "quickstart" or begun
+        config = quickstart.rows(options.scale)[options.row or "hope"]
         assert not options.set or config_lib.override(config, options.set) != config
 
 

@@ -27,6 +27,7 @@ K = TypeVar("K", bound=_OfAKind)
 Json = Any
 
 _MISSING = object()
+_LEAST, _MOST = 2.0**-126, 2.0**127  # in float32, with all digits
 
 
 class Kinds(Generic[K]):
@@ -112,6 +113,35 @@ def at_least(config: Any, **bounds: float) -> None:
         value = getattr(config, name)
         if value is not None and not value >= bound:
             raise ValueError(f"{name} must be at least {bound}, got {value}.")
+
+
+def at_most(config: Any, **bounds: float) -> None:
+    """Refuses a config whose fields are above their bounds; None is no number.
+
+    Raises:
+      ValueError: names the field and its value.
+    """
+    for name, bound in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not value <= bound:
+            raise ValueError(f"{name} must be at most {bound}, got {value}.")
+
+
+def float32(config: Any, *names: str) -> None:
+    """Refuses fields that are no numbers in float32: infinite, or lost to 0.
+
+    Raises:
+      ValueError: names the field and its value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is None or value == 0:
+            continue
+        if not _LEAST <= abs(value) <= _MOST:
+            raise ValueError(
+                f"{name} must be 0 or lie between {_LEAST:.0e} and {_MOST:.0e}, as "
+                f"numbers of float32 do; got {value}."
+            )
 
 
 def one_of(config: Any, **choices: Iterable[Any]) -> None:

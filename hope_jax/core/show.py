@@ -6,6 +6,7 @@ escaped, and no array is read.
 
 import dataclasses
 import html
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -119,3 +120,21 @@ def _table(title, columns, rows):
     body = "".join(line("td", row) for row in rows)
     caption = f'<caption style="text-align:left">{html.escape(title)}</caption>'
     return f"<table>{caption}{head}{body}</table>"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with what steers a terminal, or is no text, as backslash escapes.
+
+    Args:
+      text: may hold what `os.fsdecode` makes of bytes that are no UTF-8.
+      keep: characters that stay.
+
+    >>> print(printable("a\x1b[31mb\\udcff"))
+    a\x1b[31mb\udcff
+    """
+    return "".join(
+        c
+        if c in keep or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp")
+        else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )

@@ -5,6 +5,8 @@ from typing import Protocol
 import grain
 from absl import flags
 
+from hope_jax.data import workers
+
 
 class Reading(Protocol):
     """What a config says of it: rows of a step over all processes, and workers."""
@@ -55,7 +57,8 @@ def batched(
         items = items.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=config.workers, per_worker_buffer_size=config.batch
-            )
+            ),
+            worker_init_fn=workers.end_with_parent,
         )
     # After the workers: before them the order would depend on their number.
     return items.batch(config.batch // process_count, drop_remainder=True)

@@ -8,7 +8,7 @@ call `check_fingerprint` before it is restored.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -50,6 +50,68 @@ class StreamConfig:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}.")
 
 
+class Source(Protocol):
+    """Rows of one length, by index."""
+
+    @property
+    def threads(self) -> int:
+        """That read at a time, where rows are on a disk."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+
+class Mixture:
+    """Rows of several sources, each at its share of all.
+
+    Of any stretch of rows each source gives its share, to within one; each is shuffled
+    and repeated for itself. By index rows are those of the sources in turn, in that
+    proportion and in their order.
+
+    Args:
+      parts: sources and their shares.
+
+    Raises:
+      ValueError: a share that is not above 0.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Source, float]]):
+        for _, share in parts:
+            if not share > 0:
+                raise ValueError(f"A share must be above 0, got {share}.")
+        self.parts = tuple(parts)
+        self.threads = max(source.threads for source, _ in parts)
+        plain = [(grain.MapDataset.source(source), share) for source, share in parts]
+        self._mixed = _mixed([(part.repeat(), share) for part, share in plain])
+
+    def __len__(self) -> int:
+        return sum(len(source) for source, _ in self.parts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._mixed[index]
+
+
+def _mixed(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
+    datasets, shares = zip(*parts, strict=True)
+    total = sum(shares)
+    return grain.MapDataset.mix(datasets, [share / total for share in shares])
+
+
+def _ordered(rows: Source, config: "StreamConfig", part: int = 0) -> grain.MapDataset:
+    """All rows, endless, as the seed says; each part of a mixture by one of its own."""
+    if isinstance(rows, Mixture):
+        return _mixed(
+            [
+                (_ordered(source, config, i), share)
+                for i, (source, share) in enumerate(rows.parts)
+            ]
+        )
+    dataset = grain.MapDataset.source(rows).seed((config.seed + part) % 2**32)
+    return (dataset.shuffle() if config.shuffle else dataset).repeat()
+
+
 class Rows:
     """Documents laid end to end and cut into rows: a random-access source for grain.
 
@@ -66,6 +128,8 @@ class Rows:
       ValueError: an id outside the vocabulary, fewer ids than one row, or `seq_len`
         below 1.
     """
+
+    threads: ClassVar[int] = 0  # in memory they would only wait for one another
 
     def __init__(
         self, documents: Sequence[np.ndarray], *, seq_len: int, vocab_size: int
@@ -155,7 +219,7 @@ def rows_of(
 
 
 def batches(
-    rows: Rows,
+    rows: Source,
     config: StreamConfig,
     *,
     process_index: int = 0,
@@ -186,12 +250,8 @@ def batches(
             f" {config.seq_len}."
         )
     reading.check(config, process_index, process_count, "rows")
-    dataset = grain.MapDataset.source(rows).seed(config.seed)
-    if config.shuffle:
-        dataset = dataset.shuffle()
-    dataset = dataset.repeat()[process_index::process_count]
-    # Rows lie in memory, so reader threads would only wait for one another.
-    return reading.batched(dataset, config, process_count, 0)
+    dataset = _ordered(rows, config)[process_index::process_count]
+    return reading.batched(dataset, config, process_count, rows.threads)
 
 
 def fingerprint(

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from hope_jax.core.show import printable
+
 Undecodable = Literal["raise", "skip", "keep"]
 Skipped = dict[str, list[str]]  # reason -> names, in the order they were met
 
@@ -88,7 +90,7 @@ class Corpus:
 
     def summary(self) -> str:
         """Files, bytes, hash and what was left out, in a few lines to print."""
-        lines = [f"corpus {self.name}"]
+        lines = [f"corpus {printable(self.name)}"]
         for split, size in (
             ("train", self.train_bytes),
             ("validation", self.validation_bytes),
@@ -207,7 +209,7 @@ def from_path(
         max_train_bytes=max_train_bytes, max_validation_bytes=max_validation_bytes
     )
     skipped: Skipped = {}
-    root, names = _find(path, skipped)
+    root, names = find(path, skipped)
     found = f"{len(names)} file{'' if len(names) == 1 else 's'}"
     if not names:
         raise FileNotFoundError(
@@ -242,7 +244,7 @@ def from_path(
     )
 
 
-def _find(path: str | os.PathLike, skipped: Skipped) -> tuple[Path, list[str]]:
+def find(path: str | os.PathLike, skipped: Skipped) -> tuple[Path, list[str]]:
     """The folder that names are relative to, and the sorted names of regular files."""
     given = Path(path).expanduser()
     if given.is_file():
@@ -409,7 +411,6 @@ def _listed(skipped: tuple[tuple[str, tuple[str, ...]], ...], most: int = 3) -> 
     text = ""
     for reason, names in skipped:
         more = ", ..." if len(names) > most else ""
-        text += (
-            f"\n  skipped    {len(names):,} {reason}: {', '.join(names[:most])}{more}"
-        )
+        first = printable(", ".join(names[:most]))
+        text += f"\n  skipped    {len(names):,} {reason}: {first}{more}"
     return text

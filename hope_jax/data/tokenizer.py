@@ -25,6 +25,12 @@ _FORMAT = "hope_jax.tokenizer.1"  # in which they were once saved
 _BOS = "<|begin of text|>"  # its spaces keep it from being a word of ours
 BESIDE = "tokenizer_config.json"
 _PIECE = 1 << 20  # bytes; a long document is encoded in pieces of about this size
+_WORD = 128  # characters; training takes time like the square of a word's length
+# What a file may ask for, many times what a published tokenizer does.
+_MOST_FILE = 1 << 28  # bytes
+_MOST_IDS = 1 << 22
+_MOST_BYTES = 1 << 28  # of all tokens together
+_LONGEST = 1 << 16  # bytes of a token
 _LINE_END = re.compile(rb"[!-~](?=\n)")
 _INVALID = re.compile("([\udc80-\udcff]+)")  # what surrogateescape makes of a bad byte
 
@@ -83,7 +89,8 @@ class BpeTokenizer:
         takes the next id, from 256 on.
 
     Raises:
-      ValueError: a merge names an id that does not exist yet.
+      ValueError: a merge names an id that does not exist yet, or there are more tokens,
+        or longer ones, than any tokenizer has: told before they take memory.
     """
 
     merges: tuple[tuple[int, int], ...]
@@ -137,15 +144,20 @@ class BpeTokenizer:
     @functools.cached_property
     def _tokens(self) -> tuple[bytes, ...]:
         tokens = [bytes([byte]) for byte in range(256)]
-        known = set(tokens)
+        known, room = set(tokens), _MOST_BYTES
+        _at_most("ids", 257 + len(self.merges), _MOST_IDS)
         for rank, (left, right) in enumerate(self.merges):
             if not (0 <= left < len(tokens) and 0 <= right < len(tokens)):
                 raise ValueError(
                     f"merges[{rank}] is ({left}, {right}), but only the ids 0 to"
                     f" {len(tokens) - 1} exist before it."
                 )
+            length = len(tokens[left]) + len(tokens[right])
+            _at_most(f"bytes of the token of merges[{rank}]", length, _LONGEST)
             token = tokens[left] + tokens[right]
             if token not in known:
+                room -= length
+                _at_most("bytes of all tokens", _MOST_BYTES - room, _MOST_BYTES)
                 known.add(token)
                 tokens.append(token)
         return tuple(tokens)
@@ -279,6 +291,9 @@ Tokenizer = ByteTokenizer | BpeTokenizer | PretrainedTokenizer
 def train_bpe(texts: Iterable[bytes], vocab_size: int = 4096) -> BpeTokenizer:
     """Learns merges from `texts`. The same texts give the same tokenizer.
 
+    The time goes with the size of the texts, whatever they say: a word of more than
+    128 characters teaches as several.
+
     Args:
       texts: documents; bytes that are not UTF-8 teach nothing and are left out.
       vocab_size: ids in all, `bos` and the 256 bytes included. A short text may run out
@@ -303,6 +318,9 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int = 4096) -> BpeTokenizer:
         show_progress=False,
     )
     library = _library(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [library.pre_tokenizer, tokenizers.pre_tokenizers.FixedLength(_WORD)]
+    )
     library.train_from_iterator(pieces, trainer)
 
     ids = {letter: byte for byte, letter in enumerate(letters)}
@@ -324,19 +342,23 @@ def load(path: str | os.PathLike, bos: str | None = None) -> Tokenizer:
 
     Raises:
       FileNotFoundError: nothing at `path`.
-      ValueError: the file is no tokenizer, or a damaged one, or none begins a text.
+      ValueError: the file is no tokenizer, or a damaged one, or one that asks for more
+        memory than any tokenizer needs, or none begins a text.
     """
+    size = Path(path).stat().st_size
+    _at_most(f"bytes of {str(path)!r}", size, _MOST_FILE)
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     try:
         definition = json.loads(text)
         if "format" in definition:
             found = _former(definition)
         else:
+            _check_ids(definition)
             library = _from_text(text)
             added = library.get_added_tokens_decoder().values()
             ours = [token.content for token in added] == [_BOS]
             found = _ours(library) if ours else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{str(path)!r} is not a tokenizer: {error!r}. Save it again, or train a"
             " new one."
@@ -372,6 +394,14 @@ def _from_text(text: str) -> tokenizers.Tokenizer:
         raise ValueError(str(error)) from error
 
 
+def _check_ids(definition: dict) -> None:
+    """Before the library reads them: it makes room up to the largest."""
+    vocab = definition["model"].get("vocab", ())
+    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab)]
+    ids += [token["id"] for token in definition.get("added_tokens") or ()]
+    _at_most("ids", 1 + max(ids, default=0), _MOST_IDS)
+
+
 def _ours(library: tokenizers.Tokenizer) -> Tokenizer:
     """The tokenizer of this package that was saved so: the one that would be again."""
     said = json.loads(library.to_str())
@@ -390,6 +420,7 @@ def _begins(library: tokenizers.Tokenizer, path: Path, bos: str | None) -> int:
         said = json.loads(beside.read_text(encoding="utf-8")).get("bos_token")
         bos = said.get("content") if isinstance(said, dict) else said
     if bos is None:
+        library.no_padding()  # to a length of the file's
         empty = library.encode("", add_special_tokens=True)
         bos = next(iter(empty.tokens), None)
     if bos is None:
@@ -549,6 +580,13 @@ def _pieces(data: bytes) -> Iterable[bytes]:
         stop = found.end() if found else len(data)
         yield data[start:stop]
         start = stop
+
+
+def _at_most(what: str, value: int, most: int) -> None:
+    if value > most:
+        raise ValueError(
+            f"{what}: {value:,} are more than the {most:,} that a tokenizer may have."
+        )
 
 
 def _checked(ids, vocab_size: int) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""A small language model trained on recall: what its memory learns to do."""
+"""A small language model trained on a synthetic task: what its memory learns to do."""
 
 import dataclasses
 import functools
 import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 
 from hope_jax import optim
 from hope_jax.core.level import Fast, Slow, hope_update
-from hope_jax.data.synthetic.recall import RecallConfig, batch
-from hope_jax.evaluate import recall
+from hope_jax.data.synthetic import AnyTask, Task
+from hope_jax.data.synthetic.recall import RecallConfig
+from hope_jax.evaluate import answers
+from hope_jax.evaluate.answers import Score
 from hope_jax.models import lm
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.config import ModelConfig, with_context
@@ -44,7 +47,7 @@ class ProbeConfig:
       ValueError: a field out of range.
     """
 
-    task: RecallConfig = RecallConfig(vocab=64, pairs=6, length=32)
+    task: AnyTask = RecallConfig(vocab=64, pairs=6, length=32)
     d_model: int = 32
     layers: int = 2
     heads: int = 2
@@ -56,6 +59,13 @@ class ProbeConfig:
     steps: int = 400
     seconds: float = math.inf
     evaluation: int = 16
+
+    @classmethod
+    def migrated(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Recall was once the only task, and did not say so."""
+        if "kind" in data.get("task", {"kind": ""}):
+            return data
+        return {**data, "task": {"kind": "recall", **data["task"]}}
 
     def __post_init__(self):
         for name in ("batch", "steps", "evaluation"):
@@ -91,7 +101,11 @@ def model_for(config: ProbeConfig, mixer: MixerConfig | str) -> ModelConfig:
 
 
 def train(
-    config: ProbeConfig, model: ModelConfig, seed: int, learn: bool | Learning = True
+    config: ProbeConfig,
+    model: ModelConfig,
+    seed: int,
+    learn: bool | Learning = True,
+    also: Mapping[str, Task] | None = None,
 ) -> dict[str, Any]:
     """Trains and scores one model.
 
@@ -103,11 +117,15 @@ def train(
       model: what, as of `model_for`.
       seed: of all that is drawn.
       learn: parts that do not learn while they read, in training and scoring.
+      also: name -> another task that it is scored on, longer rows for example; of the
+        same vocabulary, and within the model's context.
 
     Returns:
-      `status` (`DONE`, or what stopped it), `accuracy` and `loss` (None if it was not
-      finite), `steps` that were taken, `tokens_per_second` and `seconds`.
+      `status` (`DONE`, or what stopped it), `accuracy`, `whole` and `loss` as of
+      `Score` (None where it was not finite), with the names of `also` at their
+      end for these, `steps` that were taken, `tokens_per_second` and `seconds`.
     """
+    asked_of = {"": config.task, **{f"_{k}": v for k, v in (also or {}).items()}}
     init_key, train_key, test_key = jax.random.split(jax.random.key(seed), 3)
     params = jax.jit(lambda key: lm.build(model, key)[1])(init_key)
     reader = reader_of(model)
@@ -120,14 +138,14 @@ def train(
 
     def objective(params, context):
         asked, logits = context
-        return recall.score_batch(logits, asked).loss
+        return answers.score_batch(logits, asked).loss
 
     level = state_lib.outer_level(tx, objective)
 
     def step(i, carry):
         state, worst = carry
         key = jax.random.fold_in(state.key, state.step)
-        asked = batch(config.task, key, config.batch)
+        asked = config.task.batch(key, config.batch)
         after = hope_update(asked, Slow(level, state.level), Fast(live))
         return state._replace(level=after.slow.state), jnp.maximum(worst, after.loss)
 
@@ -136,12 +154,12 @@ def train(
         """`count` steps, and the largest of their losses."""
         return jax.lax.fori_loop(0, count, step, (state, jnp.float32(-jnp.inf)))
 
-    @jax.jit
-    def score(params):
-        return recall.score(
+    @functools.partial(jax.jit, static_argnums=1)
+    def score(params, task):
+        return answers.score(
             lambda p, tokens: reader.apply(p, tokens, None, True, learn)[0],
             params,
-            config.task,
+            task,
             test_key,
             rows=config.batch,
             batches=config.evaluation,
@@ -158,13 +176,57 @@ def train(
         if not math.isfinite(worst):
             status = f"{NOT_FINITE} by step {steps}"
         seconds = time.perf_counter() - start
-    made = {"status": status, "accuracy": None, "loss": None, "steps": steps}
+    made = {"status": status, "steps": steps, "seconds": seconds}
     made["tokens_per_second"] = steps * config.batch * config.task.length / seconds
-    made["seconds"] = seconds
-    if status == DONE:
-        accuracy, loss = (float(value) for value in score(state.params))
-        if math.isfinite(loss):
-            made |= {"accuracy": accuracy, "loss": loss}
-        else:
-            made["status"] = f"{NOT_FINITE} by step {steps}"
+    for name, task in asked_of.items():
+        found = score(state.params, task) if status == DONE else None
+        if found is not None and not math.isfinite(found.loss):
+            found = None
+            if not name:
+                made["status"] = f"{NOT_FINITE} by step {steps}"
+        for field in Score._fields:
+            value = None if found is None else float(getattr(found, field))
+            made[f"{field}{name}"] = value
+    return made
+
+
+def tuned(
+    config: ProbeConfig,
+    model: ModelConfig,
+    seed: int,
+    rates: Sequence[float],
+    also: Mapping[str, Task] | None = None,
+) -> dict[str, float]:
+    """Trains a model at every rate, and scores the one with the least loss on the task.
+
+    Args:
+      config, model, seed, also: as of `train`; what is asked in `also` chooses nothing.
+      rates: learning rates tried.
+
+    Returns:
+      `finite`, whether any rate was; `rate`, the best; its scores, those that were not
+      finite with accuracy and `whole` 0 and no loss; `rows` read in training; and of
+      every rate `loss_at_RATE` (if finite) and `seconds_at_RATE`.
+    """
+    tried = {}
+    for rate in rates:
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        at = dataclasses.replace(config, optimizer=optimizer)
+        tried[rate] = train(at, model, seed, also=also)
+    made = {"rows": float(config.steps * config.batch)}
+    for rate, found in tried.items():
+        made[f"seconds_at_{rate:g}"] = round(found["seconds"], 1)
+        if found["loss"] is not None:
+            made[f"loss_at_{rate:g}"] = found["loss"]
+    finite = {rate: t["loss"] for rate, t in tried.items() if t["loss"] is not None}
+    made["finite"] = float(bool(finite))
+    best = min(finite, key=lambda rate: finite[rate], default=None)
+    made |= {} if best is None else {"rate": best}
+    for name in ("", *(f"_{name}" for name in also or {})):
+        score = (
+            {} if best is None else {f: tried[best][f + name] for f in Score._fields}
+        )
+        if score.get("loss") is None:
+            score = {"accuracy": 0.0, "whole": 0.0}
+        made |= {f"{field}{name}": value for field, value in score.items()}
     return made

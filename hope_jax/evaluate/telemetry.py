@@ -1,5 +1,6 @@
 """What every level and memory of a model does while it reads a text."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -219,6 +220,12 @@ def _watched(config):
     return found
 
 
+def _of_mixers(config):
+    """`state -> states of the mixers of the pattern`."""
+    several = len(config.pattern) > 1
+    return lambda s: s.blocks.mixer if several else (s.blocks.mixer,)
+
+
 def _starts(config):
     """Of every start, its place in `slots.names` and its part."""
     found, at = [], 0
@@ -249,7 +256,7 @@ def _piece(config, recent, learn, params, text, state, start):
     seen, after = lm.watch(
         slots.graph(config), params, text[:, :-1], text[:, 1:], state, learn=learn
     )
-    first, old, new = (slots.memories(config, s) for s in (start, state, after))
+    first, old, new = (slots.memories(config, params, s) for s in (start, state, after))
     count = len(new) - len(seen.levels)
     levels = []
     for i, level in enumerate(seen.levels):
@@ -286,14 +293,16 @@ def _piece(config, recent, learn, params, text, state, start):
             }
         )
     starts = []
-    mixers = (s.blocks.mixer for s in (start, state, after))
-    for at, before, now in zip(*map(with_own_starts, mixers), strict=True):
-        chain = (now.weights, *before.starts)
-        for i, (a, b, c) in enumerate(
-            zip(at.starts, before.starts, now.starts, strict=True)
-        ):
-            norms = {"gradient": _minus(chain[i], b), "move": _minus(c, b)}
-            norms["distance"] = _minus(c, a)
+    for mixers in zip(*map(_of_mixers(config), (start, state, after)), strict=True):
+        nodes = list(zip(*map(with_own_starts, mixers), strict=True))
+        for i in range(len(nodes[0][0].starts) if nodes else 0):
+            norms = collections.defaultdict(list)
+            for at, before, now in nodes:
+                faster = (now.weights, *before.starts)[i]
+                a, b, c = (memory.starts[i] for memory in (at, before, now))
+                norms["gradient"].append(_minus(faster, b))
+                norms["move"].append(_minus(c, b))
+                norms["distance"].append(_minus(c, a))
             starts.append({name: _norms(of) for name, of in norms.items()})
     return _Seen(jnp.mean(seen.losses), levels, memories, starts), after
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.kernels import delta
 from hope_jax.kernels.channel import channel_chunk
@@ -45,12 +45,15 @@ def piece(
     tokens: Tokens,
     reads: bool = True,
     start: Weights | None = None,
+    count: Int[Array, ""] | None = None,
 ) -> tuple[MemoryState, Float[Array, "C V"] | None]:
     """Reads and writes the C tokens of one chunk, or of a part of one, in parallel.
 
     The caller commits when the chunk is complete. With `reads` False only the state
     is computed and None stands for the reads. A memory that `returns` needs the `start`
-    the level above gave it; no copy of it is in the state, unless it has `starts`.
+    the level above gave it; no copy of it is in the state, unless it has `starts`. What
+    follows the first `count` tokens is padding, from which nothing is learned and whose
+    reads mean nothing; None is all of them.
     """
     start = _nearest(state, start)
     if config.returns and start is None:
@@ -60,10 +63,11 @@ def piece(
         )
     start = start if config.returns else None
     with jax.default_matmul_precision("float32"):
-        tokens, state = _prepared(config, state, tokens)
+        tokens, state = _prepared(config, state, tokens, count)
         if config.steps > 1:
-            return _several_steps(config, state, tokens, reads, start)
-        return _FORMS[_form_of(config, tokens)](config, state, tokens, reads, start)
+            return _several_steps(config, state, tokens, reads, start, count)
+        chunk = _FORMS[_form_of(config, tokens)]
+        return chunk(config, state, tokens, reads, start, count)
 
 
 def _nearest(state, start):
@@ -71,13 +75,33 @@ def _nearest(state, start):
     return state.starts[0] if state.starts else start
 
 
-def _prepared(config, state, tokens):
+def _prepared(config, state, tokens, count):
     """Plain tokens, with no more to write than the chunk has left."""
     tokens = plain_tokens(config, tokens)
+    if count is not None:
+        tokens = _padded(tokens, count * config.steps)
     if state.left is not None:
         shares, left = rates.ration(tokens.eta, state.left)
         tokens, state = tokens._replace(eta=shares), state._replace(left=left)
     return tokens, state
+
+
+def _padded(tokens, count):
+    """Of the first tokens themselves; of what follows gates that change nothing."""
+
+    def there(leaf, otherwise):
+        if leaf is None:
+            return None
+        own = jnp.arange(leaf.shape[0], dtype=jnp.int32) < count
+        own = own.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(own, leaf, jnp.full_like(leaf, otherwise))
+
+    return tokens._replace(
+        eta=there(tokens.eta, 0.0),
+        alpha=there(tokens.alpha, 1.0),
+        theta=there(tokens.theta, 0.0),
+        erase_rate=there(tokens.erase_rate, 0.0),
+    )
 
 
 def _form_of(config: MemoryConfig, tokens: Tokens) -> Form:
@@ -98,13 +122,16 @@ def _form_of(config: MemoryConfig, tokens: Tokens) -> Form:
     return "channel"
 
 
-def _several_steps(config, state, tokens, reads, start):
+def _several_steps(config, state, tokens, reads, start, count):
     single = dataclasses.replace(config, steps=1)
     if config.gradient == "exact":
-        state, y = piece(single, state, tokens, reads, start)
+        count = None if count is None else count * config.steps
+        state, y = piece(single, state, tokens, reads, start, count)
         return state, y if y is None else y[config.steps - 1 :: config.steps]
 
     # Anchored memories of chunk 1 (the only ones with several steps) move at each.
+    assert count is None  # a chunk of one token has no part
+
     def step(state, token):
         state, _ = piece(single, state, token, reads=False, start=start)
         return commit(state), None
@@ -139,15 +166,16 @@ def write(
     state: MemoryState,
     tokens: Tokens,
     start: Weights | None = None,
+    count: Int[Array, ""] | None = None,
 ) -> tuple[MemoryState, Written]:
     """Of a memory whose `form` is rank one, the part of `piece` that no read needs.
 
     Memories of one shape may so be written as a batch, and one of them be read.
     """
     with jax.default_matmul_precision("float32"):
-        tokens, state = _prepared(config, state, tokens)
+        tokens, state = _prepared(config, state, tokens, count)
         start = _nearest(state, start) if config.returns else None
-        return _write(config, state, tokens, start)
+        return _write(config, state, tokens, start, count)
 
 
 def read(
@@ -158,15 +186,16 @@ def read(
         return _read(config, written, q)
 
 
-def _rank_one(config, state, tokens, reads, start):
-    after, written = _write(config, state, tokens, start)
+def _rank_one(config, state, tokens, reads, start, count):
+    after, written = _write(config, state, tokens, start, count)
     return after, _read(config, written, tokens.q) if reads else None
 
 
-def _write(config, state, tokens, start):
+def _write(config, state, tokens, start, count):
     function = build_architecture(config, tokens.v.shape[-1])
     theta = tokens.theta if config.inertia else None
-    gates = delta.transitions(tokens.alpha, theta, config.chosen.rule.lookahead)
+    ahead = config.chosen.rule.lookahead
+    gates = delta.transitions(tokens.alpha, theta, ahead, count)
     layer = functools.partial(_layer, config, state, start)
     inputs, rows, gates = _rows(config, function, state, tokens, gates, layer)
     gates = dict.fromkeys(inputs, gates)
@@ -184,7 +213,7 @@ def _write(config, state, tokens, start):
     after = state._replace(
         weights={name: end[0] for name, end in ends.items()},
         momentum=momentum,
-        recent=next_recent(config, state.recent, tokens),
+        recent=next_recent(config, state.recent, tokens, count),
     )
     return after, Written(state, inputs, rows, gates, start)
 
@@ -339,8 +368,9 @@ def _band(config, tokens):
     return jnp.where(seen, weights, 0.0)
 
 
-def _channel(config, state, tokens, reads, start):
+def _channel(config, state, tokens, reads, start, count):
     """Key channels that decay apart: the diagonal-plus-rank-one form."""
+    del count  # padding changes no sum
     eta, k = _rate(config, tokens.eta, tokens.k), tokens.k
     alpha = tokens.alpha
     if alpha.ndim == 1:
@@ -386,9 +416,9 @@ def _channel(config, state, tokens, reads, start):
     return state._replace(weights={"w": m}), y if reads else None
 
 
-def _oja(config, state, tokens, reads, start):
+def _oja(config, state, tokens, reads, start, count):
     """The delta rule of the transposed matrix: it erases along values."""
-    del start  # oja decays to zero
+    del start, count  # oja decays to zero; padding changes no sum
     m, k, v, q = state.weights["w"], tokens.k, tokens.v, tokens.q
     gates = delta.transitions(tokens.alpha, None)
     write = tokens.eta[:, None] * k
@@ -402,8 +432,8 @@ def _oja(config, state, tokens, reads, start):
     return state._replace(weights={"w": end.T}), y
 
 
-def _newton(config, state, tokens, reads, start):
-    del start  # it decays sums
+def _newton(config, state, tokens, reads, start, count):
+    del start, count  # it decays sums, which padding does not change
     sums = state.rule.step
     g, h, y = mesa_chunk(
         sums.values["w"],
@@ -420,7 +450,7 @@ def _newton(config, state, tokens, reads, start):
     return state._replace(weights=weights, rule=rule), y if reads else None
 
 
-def _vector(config, state, tokens, reads, start):
+def _vector(config, state, tokens, reads, start, count):
     """Every channel is a memory of one number."""
     k, m = tokens.k, state.weights["w"]
     origin = jnp.zeros_like(m) if start is None else start["w"]
@@ -448,7 +478,7 @@ def _vector(config, state, tokens, reads, start):
             (now * write - gone, write),
             (m, state.momentum["w"]),
         )
-        momentum = {"w": momentum[-1]}
+        momentum = {"w": _last(momentum, state.momentum["w"], count)}
     m, after = m + origin, after + origin[None]
     moved = state._replace(weights={"w": after[-1]}, momentum=momentum)
     if not reads:
@@ -458,7 +488,19 @@ def _vector(config, state, tokens, reads, start):
     return moved, after * tokens.q
 
 
-def _states(config, state, tokens, reads, start):
+def _last(
+    states: Float[Array, "C *D"],
+    before: Float[Array, "*D"],
+    count: Int[Array, ""] | None,
+) -> Float[Array, "*D"]:
+    """What `before` has become after the last token there is."""
+    if count is None:
+        return states[-1]
+    states = jnp.concatenate([before[None], states])
+    return jax.lax.dynamic_index_in_dim(states, count, keepdims=False)
+
+
+def _states(config, state, tokens, reads, start, count):
     """Any rule and retention: the weights of every token are formed."""
     function = build_architecture(config, tokens.v.shape[-1])
     loss = build_bias(config)
@@ -473,14 +515,14 @@ def _states(config, state, tokens, reads, start):
         band = _band(config, tokens)
         gradients = jax.tree.map(lambda g: jnp.tensordot(band, g, 1), gradients)
     if _affine(config):
-        after, rule = _move_in_parallel(config, state, tokens, gradients, start)
+        after, rule = _move_in_parallel(config, state, tokens, gradients, start, count)
     else:
         inputs = function.inputs(state.anchor, tokens.k)
-        after, rule = _move_in_turn(config, state, tokens, gradients, inputs)
+        after, rule = _move_in_turn(config, state, tokens, gradients, inputs, count)
     moved = state._replace(
         weights=jax.tree.map(lambda w: w[-1], after),
         rule=rule,
-        recent=next_recent(config, state.recent, tokens),
+        recent=next_recent(config, state.recent, tokens, count),
     )
     if not reads:
         return moved, None
@@ -502,27 +544,33 @@ def _affine(config):
     return found.rule.affine and kept and config.dgd == "none"
 
 
-def _move_in_turn(config, state, tokens, gradients, inputs) -> tuple[PyTree, PyTree]:
+def _move_in_turn(
+    config, state, tokens, gradients, inputs, count
+) -> tuple[PyTree, PyTree]:
     flow = build_flow(config)
+    there = jnp.arange(tokens.eta.shape[0], dtype=jnp.int32)
+    there = there if count is None else there < count
 
     def move(carry, item):
         weights, rule = carry
-        gradient, token, met = item
+        gradient, token, met, real = item
         updates, rule = flow.update(gradient, rule, weights, context=token, inputs=met)
-        weights = optax.apply_updates(weights, updates)
-        return (weights, rule), weights
+        made = optax.apply_updates(weights, updates), rule
+        if count is not None:  # a rule of any kind may count its steps
+            made = jax.tree.map(lambda new, old: jnp.where(real, new, old), made, carry)
+        return made, made[0]
 
     (_, rule), after = jax.lax.scan(
-        move, (state.weights, state.rule), (gradients, tokens, inputs)
+        move, (state.weights, state.rule), (gradients, tokens, inputs, there)
     )
     return after, rule
 
 
-def _move_in_parallel(config, state, tokens, gradients, origin):
+def _move_in_parallel(config, state, tokens, gradients, origin, count):
     """The weights after each token: sums over time are products with the gates."""
     theta = tokens.theta if config.inertia else None
     found, rule = config.chosen, state.rule
-    gates = delta.transitions(tokens.alpha, theta, found.rule.lookahead)
+    gates = delta.transitions(tokens.alpha, theta, found.rule.lookahead, count)
     over = lambda coefficients, x: jnp.tensordot(coefficients, x, 1)  # noqa: E731
 
     def from_start(weight, x):
@@ -537,7 +585,8 @@ def _move_in_parallel(config, state, tokens, gradients, origin):
         momenta = jax.tree.map(lambda s, g: coasting(s, -g), rule.momentum, gradients)
         writes = jax.tree.map(lambda s: eta(s) * orthogonalise(s), momenta)
         gates = delta.transitions(tokens.alpha, None)
-        rule = rule._replace(momentum=jax.tree.map(lambda s: s[-1], momenta))
+        last = jax.tree.map(lambda s, old: _last(s, old, count), momenta, rule.momentum)
+        rule = rule._replace(momentum=last)
     else:
         writes = jax.tree.map(lambda g: -eta(g) * g, gradients)
 

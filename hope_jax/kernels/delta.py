@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hope_jax.kernels.triangular import unit_lower_inverse
 from hope_jax.memory.architecture import Product, product
@@ -57,12 +57,15 @@ def transitions(
     alpha: Float[Array, " C"],
     theta: Float[Array, " C"] | None,
     nesterov: bool = False,
+    count: Int[Array, ""] | None = None,
 ) -> Transitions:
     """Of a chunk's gates; `theta` None has no momentum (`D = Γ`, `c = 0`).
 
-    With `nesterov` the memory moves by `θₜ Sₜ + eₜ` rather than by Sₜ.
+    With `nesterov` the memory moves by `θₜ Sₜ + eₜ` rather than by Sₜ. With a `count`
+    what follows so many tokens is padding, α = 1 and θ = 0, which moves no memory; what
+    is left of a momentum is then that of the last token there is.
     """
-    if alpha.shape[0] == 1:
+    if alpha.shape[0] == 1 and count is None:
         return _one_token(alpha, theta, nesterov)
     products = cumulative_products(alpha)
     decay = products[1:, 1:]
@@ -76,13 +79,16 @@ def transitions(
         moves = theta[:, None] * coast + jnp.eye(theta.shape[0], dtype=theta.dtype)
         lags = theta * lags
     lag = jnp.concatenate([jnp.zeros_like(alpha[:1]), decay @ lags])
+    last = coasts[-1]
+    if count is not None:
+        last = jax.lax.dynamic_index_in_dim(coasts, count, keepdims=False)
     return Transitions(
         kept=products[:, 0],
         decay=decay,
         spread=decay @ moves,
         lag=lag,
-        coast=coast[-1],
-        coast_start=coasts[-1, 0],
+        coast=last[1:],
+        coast_start=last[0],
     )
 
 

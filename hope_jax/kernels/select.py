@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.core.level import LevelState, unroll
 from hope_jax.kernels.chunk import piece
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig, Tokens, level_context, memory_level
-from hope_jax.memory.state import MemoryState, commit, next_recent
+from hope_jax.memory.state import MemoryState, commit, commit_if, next_recent
 
 Implementation = Literal["auto", "reference", "chunk"]
 
@@ -25,6 +25,7 @@ def memory_scan(
     remat: bool = True,
     truncate: int | None = None,
     start: Weights | None = None,
+    count: Int[Array, ""] | None = None,
 ) -> tuple[MemoryState, Float[Array, "T V"]]:
     """Lets a memory live through T tokens that begin at a chunk boundary.
 
@@ -41,6 +42,9 @@ def memory_scan(
         What it started from then learns from the first of these stretches only. None
         goes back to the start.
       start: the weights of `begin_memory`, for a memory that `returns` to them.
+      count: how many of the tokens there are, at least one; what follows is padding,
+        which teaches nothing and whose reads mean nothing. None is all. Needs the
+        `chunk` form, without `truncate`.
 
     Returns:
       The state after the last token, and a read per token, in the type of the weights.
@@ -57,18 +61,29 @@ def memory_scan(
             f"truncate ({truncate}) must be a multiple of the chunk ({config.chunk})."
         )
 
+    if count is not None and (impl == "reference" or truncate is not None):
+        raise ValueError(
+            f"count needs impl='auto' or 'chunk' and truncate=None, got impl={impl!r} "
+            f"and truncate={truncate}."
+        )
+
     tokens = _accepted(state, tokens)
 
-    def whole_chunk(state, chunk):
+    def chunk(state, tokens, here):
+        if tokens.k.shape[0] < config.chunk:
+            return piece(config, state, tokens, start=start, count=here)
         # At a chunk's start anchor and weights are one: said so, products are shared.
-        state, y = piece(config, commit(state), chunk, start=start)
-        return commit(state), y
+        # After the last token there is, none starts.
+        state = commit(state) if count is None else state
+        after, y = piece(config, state, tokens, start=start, count=here)
+        if here is None:
+            return commit(after), y
+        return commit_if(here == config.chunk, state, after), y
 
     def read(state, tokens):
         if impl == "reference":
             return _reference(config, state, tokens, start)
-        rest = lambda s, rest: piece(config, s, rest, start=start)  # noqa: E731
-        return scan_chunks(whole_chunk, rest, config.chunk, state, tokens, remat=remat)
+        return scan_padded(chunk, config.chunk, state, tokens, remat, count)
 
     if truncate is None or truncate >= tokens.k.shape[0]:
         return read(state, tokens)
@@ -152,6 +167,47 @@ def scan_chunks(
     if len(outputs) == 1:
         return carry, outputs[0]
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
+
+
+def scan_padded(
+    read,
+    chunk: int,
+    carry: Carry,
+    xs: PyTree,
+    remat: bool = False,
+    count: Int[Array, ""] | None = None,
+) -> tuple[Carry, Any]:
+    """`scan_chunks` with one body, `read(carry, xs, count)`, for what remains as well.
+
+    Where chunks come before it, it is a whole chunk too, whose last tokens are padding:
+    of each chunk `count` then says how many there are. Else it is None, and a chunk is
+    over where its length is `chunk`. With a `count` of its own it reads so many of
+    `xs`; each chunk is then told, and one that is all padding has none.
+    """
+    length = jax.tree.leaves(xs)[0].shape[0]
+    chunks, rest = divmod(length, chunk)
+    if count is None and not (chunks and rest):
+        whole = lambda carry, xs: read(carry, xs, None)  # noqa: E731
+        return scan_chunks(whole, whole, chunk, carry, xs, remat=remat)
+    if not chunks:
+        return read(carry, xs, count)
+
+    chunks = -(-length // chunk)
+    begins = chunk * np.arange(chunks, dtype=np.int32)
+    counts = jnp.clip((length if count is None else count) - begins, 0, chunk)
+
+    def cut(a):  # what it ends with is repeated: as finite as a token, and so its slope
+        if rest:
+            a = jnp.concatenate([a, jnp.repeat(a[-1:], chunk - rest, axis=0)])
+        return a.reshape(chunks, chunk, *a.shape[1:])
+
+    cuts = jax.tree.map(cut, xs), counts
+    if chunks == 1:
+        return read(carry, *jax.tree.map(lambda a: a[0], cuts))
+    body = jax.checkpoint(read) if remat else read
+    carry, y = jax.lax.scan(lambda carry, xs: body(carry, *xs), carry, cuts)
+    join = lambda a: a.reshape(chunks * chunk, *a.shape[2:])[:length]  # noqa: E731
+    return carry, jax.tree.map(join, y)
 
 
 def _reference(config, state, tokens, start):

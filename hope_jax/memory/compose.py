@@ -209,6 +209,13 @@ class MemoryConfig:
         return self.chosen.rule.inertia
 
     @property
+    def erasures(self) -> int:
+        """How many times its rate a write erases of what is stored along the key, if
+        the gradient is taken where the memory stands: by a bias that recalls, and by a
+        delta term."""
+        return int(self.chosen.bias.recalls) + int(self.dgd != "none")
+
+    @property
     def returns(self) -> bool:
         """Whether its start is needed after its first token."""
         return self.toward == "start" or self.erases == "written"

@@ -143,6 +143,33 @@ def ration_stream(eta: Float[Array, " T"], chunk: int) -> Float[Array, " T"]:
     return jax.lax.scan(share, start, eta)[1]
 
 
+def within(config: "MemoryConfig", bound: float, share: Array, alpha: Array) -> Array:
+    """η of a token whose gradient is exact: a share of a bound that its retention sets.
+
+    A write multiplies what is stored along its key by `α − n η`, with n 1 or 2
+    (`MemoryConfig.erasures`). For n η <= 1 that is never below −1; where the bound lets
+    a token turn what is stored round, it falls with α, from `bound` at 1 to `1 / n` at
+    0. What recalls after it has forgotten multiplies by `α (1 − n η)` instead, and any
+    η up to `2 / n` will do.
+
+    Args:
+      config: of the memory.
+      bound: of η, at most `2 / n`.
+      share: in [0, 1], of any shape.
+      alpha: retention, of a shape that leads that of `share`, or with channels.
+    """
+    n = config.erasures
+    exact = config.gradient == "exact" and config.rate_law == "token"
+    if not exact or n * bound <= 1 or config.recall == "after":
+        return bound * share
+    if config.retention == "none":
+        return bound * share
+    if config.chosen.retention.channels:
+        alpha = jnp.min(alpha, axis=-1)
+    alpha = alpha.reshape(*alpha.shape, *[1] * (share.ndim - alpha.ndim))
+    return share * (1.0 + (n * bound - 1.0) * alpha) / n
+
+
 def steps(config: "MemoryConfig", token: Any, met: Met) -> dict[str, Array]:
     """The step of each matrix under `config.rate_law`, one of `LAWS` but `token`.
 

@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core import show
 from hope_jax.memory.architecture import Weights
@@ -92,13 +92,19 @@ def begin_memory(config: MemoryConfig, start: Weights) -> MemoryState:
 
 
 def next_recent(
-    config: MemoryConfig, recent: Recent | None, tokens: Tokens
+    config: MemoryConfig,
+    recent: Recent | None,
+    tokens: Tokens,
+    count: Int[Array, ""] | None = None,
 ) -> Recent | None:
-    """What windows still see after `tokens`."""
+    """What windows still see after `tokens`, or after the first `count` of them."""
     if recent is None:
         return None
-    pairs = zip(recent, (tokens.k, tokens.v), strict=True)
-    return Recent(*(jnp.concatenate(pair)[1 - config.window :] for pair in pairs))
+    pairs = map(jnp.concatenate, zip(recent, (tokens.k, tokens.v), strict=True))
+    if count is None:
+        return Recent(*(pair[1 - config.window :] for pair in pairs))
+    size = config.window - 1
+    return Recent(*(jax.lax.dynamic_slice_in_dim(pair, count, size) for pair in pairs))
 
 
 def commit(state: MemoryState) -> MemoryState:
@@ -110,6 +116,21 @@ def commit(state: MemoryState) -> MemoryState:
     if state.left is not None:
         state = state._replace(left=jnp.ones_like(state.left))
     return state if state.anchor is None else state._replace(anchor=state.weights)
+
+
+def commit_if(
+    over: Bool[Array, ""], before: MemoryState, after: MemoryState
+) -> MemoryState:
+    """`after` a chunk that began at `before`, committed where the chunk is over."""
+    left, anchor = after.left, after.anchor
+    if left is not None:
+        left = jnp.where(over, jnp.ones_like(left), left)
+    if anchor is not None:
+        assert before.anchor is not None  # states of one memory
+        anchor = jax.tree.map(
+            lambda new, old: jnp.where(over, new, old), after.weights, before.anchor
+        )
+    return after._replace(anchor=anchor, left=left)
 
 
 def bare(state: MemoryState) -> MemoryState:

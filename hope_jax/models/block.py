@@ -1,11 +1,12 @@
 """Pre-norm residual blocks: a sequence mixer, then the chain of continuum memory."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from hope_jax.memory.compose import Tokens
 from hope_jax.models.config import ModelConfig
@@ -131,6 +132,7 @@ class Block(nnx.Module):
         if mixer is None:
             (mixer,) = config.pattern
         self.learns = bool(mixer.memories)
+        self.modifies_itself = mixer.modifies_itself
         self.mixer: Any = mixer.build(config.d_model, config.heads, dtype, rngs=rngs)
         self.levels = nnx.List(
             [
@@ -216,6 +218,14 @@ class Block(nnx.Module):
         """The state of the mixer once what is over has ended."""
         return self.mixer.end(mixer, learn)
 
+    def over(self, mixer: PyTree) -> Bool[Array, " B"]:
+        """Of which rows something has ended."""
+        return self.mixer.over(mixer)
+
+    def ended(self, mixer: PyTree) -> PyTree:
+        """The state of the mixer if the chunks of its memories ended here."""
+        return self.mixer.ended(mixer) if self.modifies_itself else mixer
+
 
 class Group(nnx.Module):
     """The blocks of a whole pattern in a row, with the interface of one `Block`.
@@ -270,6 +280,15 @@ class Group(nnx.Module):
     def end(self, mixer: PyTree, learn: bool | Learning = True) -> PyTree:
         """As `Block`."""
         return tuple(p.end(m, learn) for p, m in zip(self.parts, mixer, strict=True))
+
+    def over(self, mixer: PyTree) -> Bool[Array, " B"]:
+        """As `Block`."""
+        made = (p.over(m) for p, m in zip(self.parts, mixer, strict=True))
+        return functools.reduce(jnp.logical_or, made)
+
+    def ended(self, mixer: PyTree) -> PyTree:
+        """As `Block`."""
+        return tuple(p.ended(m) for p, m in zip(self.parts, mixer, strict=True))
 
 
 def _join(states: list[BlockState]) -> BlockState:

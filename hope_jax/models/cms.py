@@ -192,7 +192,9 @@ class CMSConfig:
         the faster levels' starts there, and lives through them again at the next; where
         not all of them were learned from as they came (learning switched off or
         limited, a level reset), the move is first order. Each level more lives the
-        windows of all below it once more.
+        windows of all below it once more. That is for `gradient` other than `exact`
+        where there are more than two: gradients of gradients of gradients took more
+        than eight minutes to compile for three levels of a tiny model.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).

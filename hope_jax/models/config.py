@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hope_jax.core import show
-from hope_jax.core.config import at_least, one_of
+from hope_jax.core.config import at_least, at_most, float32, one_of
 from hope_jax.models.cms import CMSConfig
 from hope_jax.models.layers import DTYPES
 from hope_jax.models.mixers import MIXERS, Mixer
@@ -57,6 +57,9 @@ class ModelConfig:
     def __post_init__(self):
         object.__setattr__(self, "mixer", _mixers(self.mixer))
         at_least(self, vocab=1, d_model=1, layers=1, heads=1)
+        whole = 2**31 - 1  # arrays are indexed by int32
+        at_most(self, vocab=whole, d_model=whole, layers=2**16, heads=whole)
+        float32(self, "norm_epsilon")
         if not self.norm_epsilon > 0:
             raise ValueError(f"norm_epsilon must be positive, got {self.norm_epsilon}.")
         if self.layers % len(self.pattern):

@@ -76,14 +76,22 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(kernel)
 
     def __call__(
-        self, x: Float[Array, "B T D"], tail: Float[Array, "B W D"]
+        self,
+        x: Float[Array, "B T D"],
+        tail: Float[Array, "B W D"],
+        count: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B W D"]]:
-        """`tail` is the last `width - 1` inputs before `x`; the new one is returned."""
+        """`tail` is the last `width - 1` inputs before `x`; the new one, at the end of
+        x or after `count` of its tokens, is returned."""
         kernel = self.kernel[...].astype(x.dtype)
         width, length = kernel.shape[0], x.shape[1]
         x = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
         taps = (x[:, i : i + length] * kernel[i][None, None] for i in range(width))
-        return functools.reduce(jnp.add, taps), x[:, length:].astype(tail.dtype)
+        if count is None:
+            last = x[:, length:]
+        else:
+            last = jax.lax.dynamic_slice_in_dim(x, count, width - 1, axis=1)
+        return functools.reduce(jnp.add, taps), last.astype(tail.dtype)
 
     def tail(self, rows: int) -> Float[Array, "B W D"]:
         width, channels = self.kernel.shape

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
-from hope_jax.kernels.select import scan_chunks
+from hope_jax.kernels.select import scan_chunks, scan_padded
 from hope_jax.memory.compose import Tokens
 from hope_jax.memory.consolidation import starts_of
 from hope_jax.models import cms, learning
@@ -36,6 +36,7 @@ from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, rms_norm
 from hope_jax.models.learning import Learning
+from hope_jax.models.parts import NOT_KEPT, Parts
 from hope_jax.optim.leaves import path_names, wide_type
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "fold",
     "ids",
     "initial_state",
+    "learned",
     "periods",
     "serve",
     "state_bytes",
@@ -237,6 +239,7 @@ def apply(
     begins: Bool[Array, "B S"] | None = None,
     learn: bool | Learning = True,
     horizon: int | None = None,
+    parts: Parts | None = None,
 ) -> tuple[Float[Array, "B T N"] | Float[Array, "B T"], LMState]:
     """Reads tokens, lets every fast level live through them, predicts the next ones.
 
@@ -269,6 +272,8 @@ def apply(
         these, as in a step of training. Levels that would not move before then hold no
         fast copy: the parameters are read themselves. Logits are the same with and
         without. By default rows may read on for ever.
+      parts: static, for fresh rows inside `jax.shard_map`; which parts of `params` this
+        device holds. By default it holds all.
 
     Returns:
       Float32 logits, those of position t predicting token t + 1, or losses in nats,
@@ -292,7 +297,13 @@ def apply(
                 f"count must be of the {tokens.shape[1]} tokens of a row, got {count}."
             )
     aligned = state is None if aligned is None else aligned
+    if parts is not None:
+        if state is not None:
+            raise ValueError("parts are for fresh rows: leave state out.")
+        params = parts.outside(params)
     model = _merged(graphdef, params)
+    if parts is not None:
+        model.parts = parts
     tokens = ids("tokens", tokens, model.config.vocab)
     if labels is not None:
         labels = ids("labels", labels, model.config.vocab)
@@ -353,6 +364,19 @@ def apply(
         kept = position % model.config.span == 0
         said = jnp.where(kept.reshape(-1, *[1] * (said.ndim - 1)), said, jnp.nan)
     return said, _rows_first(state)
+
+
+def learned(graphdef: nnx.GraphDef, params: PyTree, state: LMState) -> PyTree:
+    """The mixers' states of rows as if the chunks of their memories ended here: with
+    what these have been given and would learn at the end.
+
+    Args:
+      graphdef, params: of `build`.
+      state: where each row stands.
+    """
+    blocks, params = nnx.split(_merged(graphdef, params).blocks, nnx.Param)
+    each = jax.vmap(lambda params, mixer: nnx.merge(blocks, params).ended(mixer))
+    return _swap(each(params, _swap(state.blocks.mixer)))
 
 
 def state_bytes(config: ModelConfig) -> dict[str, int]:
@@ -816,8 +840,25 @@ def _rows_first(state: LMState) -> LMState:
 _layers_first = _rows_first
 
 
-def _begin(model, rows, horizon=None):
+def _parts(model) -> Parts | None:
+    """Those of a model that this device holds a part of."""
+    return getattr(model, "parts", None)
+
+
+def _whole_blocks(model):
+    """The parameters of all layers."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
+    parts = _parts(model)
+    return graphdef, params if parts is None else parts.blocks(params)
+
+
+def _starts(model):
+    """The learned weights at which the fast levels start."""
+    return nnx.merge(*_whole_blocks(model)).starts()
+
+
+def _begin(model, rows, horizon=None):
+    graphdef, params = _whole_blocks(model)
     blocks = jax.vmap(lambda p: nnx.merge(graphdef, p).initial_state(rows, horizon))(
         params
     )
@@ -902,10 +943,12 @@ class _Read(NamedTuple):
 def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
     """What `[B, T]` tokens make of a model, the fast weights fixed."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
-    x = model.embedded(tokens)
+    x, parts = model.embedded(tokens), _parts(model)
 
     def layer(x, block):
         params, mixer, fast = block
+        if parts is not None:
+            params = parts.layer(params)
         x, state = nnx.merge(graphdef, params)(
             x, BlockState(mixer, fast), aligned=aligned, learn=learn
         )
@@ -913,6 +956,8 @@ def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
 
     if model.config.remat:
         layer = jax.checkpoint(layer)
+    elif parts is not None:
+        layer = jax.checkpoint(layer, policy=NOT_KEPT)
     x, (mixers, opened) = jax.lax.scan(layer, x, (params, mixers, fast))
     return _Read(_say(model, x, targets), mixers, opened)
 
@@ -923,12 +968,13 @@ def _say(model, x, targets):
     if targets is None:
         return model.logits(x)
 
-    def some(carry, xs):
+    def some(carry, xs, count):
+        del count  # of what is padding nobody asks
         x, targets = xs
         return carry, next_token_loss(model.logits(x), targets)
 
     by_time = jnp.moveaxis(x, 1, 0), targets.T
-    _, losses = scan_chunks(some, some, _SAID, (), by_time, remat=True)
+    _, losses = scan_padded(some, _SAID, (), by_time, remat=True)
     return losses.T
 
 
@@ -961,7 +1007,7 @@ def _read_and_blame(
 
 def _cut(model, fast, position):
     """Fast weights as those that learn at `position` see them (`CMSLevel.truncate`)."""
-    starts, made = model.blocks.starts(), []
+    starts, made = _starts(model), []
     for (level, weights), start in zip(
         _moving(model.config, fast), starts, strict=False
     ):
@@ -1299,7 +1345,7 @@ def _move(model, which, moves, fast, states, ledger, rows=None):
     faster, which begins again where levels nest, comes before it in those that are
     given; slower ones may follow. `moves` is how many it has made."""
     config, place = model.config, min(which, 1)
-    rate, start = model.inner_rates()[which], model.blocks.starts()
+    rate, start = model.inner_rates()[which], _starts(model)
     faster, weights, slower = list(fast[:place]), fast[place], fast[place + 1 :]
     faster_states, state = list(states[:place]), states[place]
     slower_states = states[place + 1 :]
@@ -1608,10 +1654,33 @@ def _layer_by_layer(model, fast, learn):
             after.append(state.mixer)
         return model.logits(x)[:, 0], tuple(after)
 
-    def end(mixers):
+    def end_row(i, mixers):
+        row = jax.tree.map(
+            lambda *a: jnp.stack(
+                [jax.lax.dynamic_slice_in_dim(one, i, 1) for one in a]
+            ),
+            *mixers,
+        )
+        row = jax.lax.map(
+            lambda both: nnx.merge(graphdef, both[0]).end(both[1], learn), (params, row)
+        )
         return tuple(
-            nnx.merge(graphdef, params).end(mixer, learn)
-            for (params, _), mixer in zip(layers, mixers, strict=True)
+            jax.tree.map(
+                lambda a, new, n=n: jax.lax.dynamic_update_slice_in_dim(
+                    a, new[n], i, 0
+                ),
+                mixer,
+                row,
+            )
+            for n, mixer in enumerate(mixers)
+        )
+
+    def end(mixers):
+        # Row by row, in place: rows that stand elsewhere are not touched.
+        over = nnx.merge(graphdef, layers[0][0]).over(mixers[0])
+        rows = jnp.argsort(~over)
+        return jax.lax.fori_loop(
+            0, jnp.sum(over), lambda n, mixers: end_row(rows[n], mixers), mixers
         )
 
     return read, end

@@ -375,6 +375,12 @@ def _said(family: str, config: ModelConfig, base: Mapping[str, Any]) -> dict[str
     of, mixer = FAMILIES[family], config.mixer
     if not isinstance(mixer, AttentionConfig):
         raise ValueError(f"{_MIXER.format(family)}, got {config.kinds!r}.")
+    rotary = mixer.rotary
+    if not isinstance(rotary, Plain | Linear | Llama3):
+        raise ValueError(
+            f"{family} has rotary positions, and model.mixer.rotary is {rotary.kind!r}:"
+            " no checkpoint of it computes this."
+        )
     (level,) = config.cms.whole
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     activation = names[config.cms.activation]
@@ -392,8 +398,8 @@ def _said(family: str, config: ModelConfig, base: Mapping[str, Any]) -> dict[str
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tied_embedding,
         "max_position_embeddings": base.get("max_position_embeddings", mixer.context),
-        "rope_theta": mixer.rotary.base,
-        "rope_scaling": _scaling(mixer.rotary),
+        "rope_theta": rotary.base,
+        "rope_scaling": _scaling(rotary),
     }
     if "hidden_activation" in base:
         said["hidden_activation"] = activation

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hope_jax.core.level import LevelState, begin, tick
+from hope_jax.memory import rates
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import Tokens, build_architecture, memory_level
 from hope_jax.models.mixers.self_modifying import (
@@ -172,7 +173,8 @@ def _live(
         }
         k, v, q = (activate(jnp.sum(head.conv[n] * windows[n], axis=0)) for n in "kvq")
         theta = gate("theta", seen["gates"])
-        eta = config.rate_bound * gate("eta", made["eta"])
+        alpha = gate("alpha", made["alpha"])
+        eta = rates.within(memory, config.rate_bound, gate("eta", made["eta"]), alpha)
         if memory.inertia and memory.rate_law == "token":
             eta = eta * (1.0 - theta)
         v = _unit(v) if config.unit_values else v
@@ -181,7 +183,7 @@ def _live(
             v=v,
             q=_unit(q),
             eta=eta,
-            alpha=gate("alpha", made["alpha"]),
+            alpha=alpha,
             theta=theta,
         )
 

@@ -15,9 +15,6 @@ class Rotary(Protocol):
     @property
     def kind(self) -> str: ...
 
-    @property
-    def base(self) -> float: ...
-
     def frequencies(self, half: int) -> np.ndarray:
         """Radians a token of each of the `half` pairs of coordinates, float64."""
         ...
@@ -100,6 +97,21 @@ class Llama3:
         return plain * (stays + (1.0 - stays) / self.factor)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoPositions:
+    """Nothing turns: what is far is as near, and order shows through the mask alone
+    (arXiv:2305.19466).
+
+    Attributes:
+      kind: its name.
+    """
+
+    kind: Literal["none"] = "none"
+
+    def frequencies(self, half: int) -> np.ndarray:
+        return np.zeros(half)
+
+
 def _powers(base, half):
     return base ** (-np.arange(half) / half)
 
@@ -110,4 +122,6 @@ def _check_base(config):
 
 
 PLAIN = Plain()
-ROTARY: Kinds[Rotary] = Kinds.of_entries("rotary", PLAIN, Linear(), Llama3())
+ROTARY: Kinds[Rotary] = Kinds.of_entries(
+    "rotary", PLAIN, Linear(), Llama3(), NoPositions()
+)

@@ -27,7 +27,8 @@ class Sampling:
     last that is kept are kept too.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token (greedy).
+      temperature: divides the logits; 0 takes the likeliest token (greedy), and so does
+        what is too small to tell from it (below 1e-9).
       top_k: draw among this many likeliest tokens only; None draws among all.
       top_p: of these, among the fewest likeliest that together have this probability
         (arXiv:1904.09751).
@@ -48,9 +49,11 @@ class Sampling:
                 "temperature must be a finite number, 0 (greedy) or above, got"
                 f" {self.temperature}."
             )
-        if self.top_k is not None and self.top_k < 1:
+        k = self.top_k
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(
-                f"top_k must be at least 1, or None for all tokens, got {self.top_k}."
+                "top_k must be at least 1, a whole number, or None for all tokens; got"
+                f" {k!r}."
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(
@@ -69,13 +72,19 @@ class Sampling:
             )
 
     def __call__(self, logits: Float[Array, " N"], key: Array | None) -> Int[Array, ""]:
-        if self.temperature == 0:
+        if self.greedy:
             return jnp.argmax(logits).astype(jnp.int32)
         one = jax.tree.map(lambda a: a[0], drawing([self], logits.shape[-1]))
         if self.cuts:
             logits = jnp.where(logits < _least(logits, one), -jnp.inf, logits)
         assert key is not None  # only the likeliest token needs none
         return jax.random.categorical(key, logits / self.temperature).astype(jnp.int32)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken: logits divided by less would be so far
+        apart, or infinite."""
+        return self.temperature < 1e-9
 
     @property
     def cuts(self) -> bool:
@@ -95,7 +104,12 @@ class Drawing(NamedTuple):
 def drawing(samplings: Sequence[Sampling], vocab: int) -> Drawing:
     """Of each row, for logits of `vocab` tokens."""
     made = [
-        (s.temperature, min(s.top_k or vocab, vocab), s.top_p, s.min_p)
+        (
+            0.0 if s.greedy else s.temperature,
+            min(s.top_k or vocab, vocab),
+            s.top_p,
+            s.min_p,
+        )
         for s in samplings
     ]
     types = np.float32, np.int32, np.float32, np.float32

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from hope_jax.models import lm
 from hope_jax.models.config import rechunked
 from hope_jax.models.learning import Learning
 from hope_jax.train import checkpoint, loop
-from hope_jax.train.config import RunConfig
+from hope_jax.train.config import RunConfig, read_config
 
 _CONTEXT = re.compile(r"model\.mixer(\.\d+)?\.context")
 
@@ -173,7 +172,10 @@ class Opened(NamedTuple):
 
 
 def open_checkpoint(
-    directory: str | os.PathLike, settings: Sequence[str] = (), rechunk: float = 1.0
+    directory: str | os.PathLike,
+    settings: Sequence[str] = (),
+    rechunk: float = 1.0,
+    config: RunConfig | None = None,
 ) -> Opened:
     """The newest intact model of a run.
 
@@ -186,18 +188,21 @@ def open_checkpoint(
       rechunk: reads with chunks of the memories so many times as long as in training. A
         memory then takes its gradients elsewhere and answers otherwise, so a warning
         is logged.
+      config: one that the run's must be.
 
     Raises:
       FileNotFoundError: no checkpoint there.
-      ValueError: the checkpoint, the `config.json` and the tokenizer beside it, and
-        `settings` do not belong together; the message names each field.
+      ValueError: the checkpoint, the `config.json` and the tokenizer beside it,
+        `config` and `settings` do not belong together; the message names each field.
       hope_jax.train.checkpoint.Damaged: no checkpoint is intact.
     """
     written = checkpoint.find(directory).parent / loop.CONFIG
-    expected = None
+    expected = [] if config is None else [config]
     if written.exists():  # beside the checkpoints, where anyone can edit it
-        data = json.loads(written.read_text(encoding="utf-8"))
-        expected = config_lib.from_json(RunConfig, data)
+        try:
+            expected.append(read_config(RunConfig, written))
+        except ValueError as error:
+            logging.warning("%s The config is that of the checkpoint.", error)
     config, params, step = checkpoint.restore_params(directory, expected)
     free = [one for one in settings if _CONTEXT.fullmatch(one.partition("=")[0])]
     config = config_lib.override(config, free)

@@ -96,8 +96,17 @@ def _check_header(path, file, like):
         said = file.get_slice(name) if name in names else None
         if said is None or (said.get_shape(), said.get_dtype()) != expected:
             wrong.append(name)
+    if any(_FORMER in name for name in wrong):
+        raise _damaged(
+            path,
+            "it is of a version that kept a second copy of the memories of a "
+            "self-modifying layer in mid-chunk; open it anew and feed it its text",
+        )
     if wrong:
         raise _damaged(path, f"its arrays are of another model, as {wrong[0]!r}")
+
+
+_FORMER = ".memories.anchor"  # of the names of such arrays
 
 
 def _digest(arrays, said):

@@ -507,7 +507,9 @@ class Sessions:
         if not names:
             return {}
         made = {}
-        norms = np.asarray(slots.changed(self.config, one, base)).T.tolist()
+        norms = np.asarray(
+            slots.changed(self.config, self.params, one, base)
+        ).T.tolist()
         for level, (norm, start) in zip(names, norms, strict=True):
             share = norm / start if start else (math.inf if norm else 0.0)
             made[level] = Change(norm, share)
@@ -896,7 +898,7 @@ def _named(tree):
 
 def _key_data(key, tokens, sampling):
     if key is None:
-        if tokens and sampling.temperature > 0:
+        if tokens and not sampling.greedy:
             raise ValueError("key is None, but drawing tokens needs one: give a key.")
         return _NO_KEY
     data = np.asarray(jax.random.key_data(key))

@@ -23,6 +23,7 @@ from hope_jax.models import cms, learning, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.in_place_ttt import InPlaceTTTState
+from hope_jax.models.mixers.srwm import SRWMState
 from hope_jax.stream.generate import Drawing, draw
 
 NO_BOUND = 2**31 - 1  # moves
@@ -326,7 +327,7 @@ def _merged(config, params, slots, shares):
     mixer = jax.tree.map(
         memory,
         fresh.state.blocks.mixer,
-        *(block.mixer for block in blocks),
+        *(lm.learned(graph(config), params, one.state) for one in slots),
         is_leaf=_is_memory,
     )
     fast = jax.tree.map(mean, *(block.fast for block in blocks))
@@ -348,13 +349,15 @@ def _merged(config, params, slots, shares):
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def changed(config: ModelConfig, one: Slots, start: Slots) -> Float[Array, "2 M"]:
+def changed(
+    config: ModelConfig, params: PyTree, one: Slots, start: Slots
+) -> Float[Array, "2 M"]:
     """Norms of what each level of `names` has learned, and of where it started."""
 
     def norms(levels):
         return jnp.stack([optax.tree.norm(level) for level in levels])
 
-    now, before = memories(config, one.state), memories(config, start.state)
+    now, before = (memories(config, params, s.state) for s in (one, start))
     learned = jax.tree.map(jnp.subtract, now, before)
     return jnp.stack([norms(learned), norms(before)])
 
@@ -371,26 +374,28 @@ def names(config: ModelConfig) -> tuple[str, ...]:
     return (*found, *(f"CMS {place + 1}" for place in config.fast))
 
 
-def memories(config: ModelConfig, state: lm.LMState) -> tuple[PyTree, ...]:
-    """The fast weights of each level of `names`."""
-    mixers = state.blocks.mixer
+def memories(
+    config: ModelConfig, params: PyTree, state: lm.LMState
+) -> tuple[PyTree, ...]:
+    """The fast weights of each level of `names`, all that was read included."""
+    mixers = lm.learned(graph(config), params, state)
     found = []
     for mixer, where in zip(
         config.pattern, mixers if len(config.pattern) > 1 else (mixers,), strict=True
     ):
         own = _weights(where)
-        if mixer.modifies_itself:  # one batch of them, in the order of its parts
-            (own,) = own
-            count = jax.tree.leaves(own)[0].shape[-3]
-            own = [{n: w[..., i, :, :] for n, w in own.items()} for i in range(count)]
+        if mixer.modifies_itself:  # those of its projections are one batch
+            batch, main = own
+            count = jax.tree.leaves(batch)[0].shape[-3]
+            own = [{n: w[..., i, :, :] for n, w in batch.items()} for i in range(count)]
+            own.append(main)
         found += own
-        for each in starts_of(where):
-            found += each
+        found += zip(*starts_of(where), strict=True)  # of a level in all memories
     return (*found, *state.blocks.fast)
 
 
 def _is_memory(node):
-    return isinstance(node, MemoryState | InPlaceTTTState)
+    return isinstance(node, MemoryState | InPlaceTTTState | SRWMState)
 
 
 def _weights(mixer):

@@ -2,29 +2,36 @@
 
 Orbax writes and rotates them. It restores flipped bits and casts types without a word,
 and never falls back to an older step; so each checkpoint carries a manifest with the
-type, shape and SHA-256 of every array, and a restore holds what it read against that.
+type, shape and digest of every array, and a restore holds what it read against that.
 
     <directory>/<step>/params, state   arrays, by name
                        data            where the data iterator stands
                        meta            config, data fingerprint, manifest
 """
 
+import errno
+import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import blake3
+import grain
 import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from hope_jax.core import config as config_lib
@@ -32,6 +39,8 @@ from hope_jax.data import stream, tokenizer
 from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.optim.groups import path_names
+from hope_jax.train import guard as guard_lib
+from hope_jax.train import limits, metrics, processes
 from hope_jax.train.config import RunConfig
 from hope_jax.train.state import TrainState
 
@@ -39,8 +48,18 @@ FOLDER = "checkpoints"
 TOKENIZER = "tokenizer.json"
 
 # A resumed run may change these; they do not touch what it computes.
-_FREE = ("train.checkpoint_every:", "train.keep:", "data.path:")
-_FORMAT = 1
+_FREE = (
+    *("train.checkpoint_every:", "train.keep:", "data.path:"),
+    *("guard.give_up:", "guard.returns:", "guard.back:"),
+    *("guard.patience:", "guard.long_patience:"),
+    *("train.mesh:", "train.gather:"),
+)
+_FORMAT = 2
+# Both are of 256 bits; BLAKE3 is three times as fast on one core and uses several.
+_DIGESTS = {
+    1: hashlib.sha256,
+    2: functools.partial(blake3.blake3, max_threads=blake3.blake3.AUTO),
+}
 _RATES = "rates"
 _OLD_RATES = (
     "\nA run of an earlier version, in which only CMS levels faster than a row had "
@@ -69,6 +88,27 @@ class Restored(NamedTuple):
     step: int
 
 
+class Place(grain.DatasetIterator):
+    """Where a data iterator stood: what `save` needs of one that has moved on.
+
+    Args:
+      state: its `get_state()`.
+    """
+
+    def __init__(self, state: Any):
+        super().__init__()
+        self._state = state
+
+    def __next__(self):
+        raise StopIteration
+
+    def get_state(self) -> Any:
+        return self._state
+
+    def set_state(self, state: Any) -> None:
+        self._state = state
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -76,6 +116,10 @@ class Checkpoints:
       directory: where they are, or will be.
       keep: newest steps kept; None for all.
       read_only: never create, rotate or set aside anything.
+
+    Attributes:
+      lineage: what has happened to the run, which is saved with every step: that it was
+        begun from another's, extended, or went back. Each has `event` and `step`.
     """
 
     def __init__(
@@ -88,15 +132,24 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._keep, self._read_only = keep, read_only
         self._saving: int | None = None
+        self.lineage: list[dict[str, Any]] = []
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if not self._read_only:
+        if not self._read_only and processes.writes():
             # Orbax would do so in a thread, which complains when an early error ends
             # the program. A save that has just failed may still be writing: what it
             # adds is left for the next start.
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+            # And wait for minutes for a folder that cannot be made.
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SaveFailed(
+                    f"{self.directory} cannot be made: {error.strerror}. Move away "
+                    "what is there, or give another folder."
+                ) from None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             create=not self._read_only,
@@ -128,7 +181,8 @@ class Checkpoints:
         Args:
           step: later than all steps saved so far.
           state: of the run after `step` steps.
-          iterator: grain's iterator, standing after the batch of `step`.
+          iterator: grain's iterator, standing after the batch of `step`, or the `Place`
+            where it stood then.
           config: of the run.
           fingerprint: of the data (`hope_jax.data.stream.fingerprint`).
 
@@ -136,6 +190,11 @@ class Checkpoints:
           SaveFailed: the save before this one failed, or this one cannot start.
         """
         self.wait()
+        try:  # Orbax would wait for minutes for a folder that cannot be made
+            if processes.writes():
+                os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=self.directory))
+        except OSError as error:
+            raise _save_failed(step, self.directory, error.strerror) from None
         params, rest = _arrays(state.params, "params"), _arrays(_rest(state), "state")
         meta = {
             "format": _FORMAT,
@@ -145,6 +204,8 @@ class Checkpoints:
             "params": manifest(params),
             "state": manifest(rest),
             "data": _json_digest(iterator.get_state()),
+            "versions": metrics.versions("orbax-checkpoint", "grain"),
+            "lineage": self.lineage,
         }
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -217,7 +278,8 @@ class Checkpoints:
 
         Args:
           like: shapes, types and shardings (`hope_jax.train.state.abstract`).
-          iterator: grain's iterator, which is moved to where the step left it.
+          iterator: grain's iterator, which is moved to where the step left it; None for
+            none.
           config: of this run; must be the saved one.
           fingerprint: of this run's data; must be the saved one.
 
@@ -234,9 +296,22 @@ class Checkpoints:
             except ValueError as error:
                 raise ConfigMismatch(str(error)) from None
             params = self._tree(step, "params", like.params, meta)
-            rest = self._tree(step, "state", _rest(like), meta)
-            self._iterator(step, iterator, meta)
-            return TrainState(rest["level"]._replace(params=params), rest["key"]), step
+            known = like.guard
+            if known is not None and "guard.seen" not in meta["state"]:
+                known = None  # of a version without one: it begins
+            rest = self._tree(step, "state", _rest(like._replace(guard=known)), meta)
+            if iterator is not None:
+                self._iterator(step, iterator, meta)
+            guard = rest.get("guard")
+            if guard is None and like.guard is not None:
+                places = jax.tree.map(lambda leaf: leaf.sharding, like.guard)
+                guard = jax.device_put(guard_lib.begin(config.guard.window), places)
+            level = rest["level"]._replace(params=params)
+            self.lineage = list(meta.get("lineage", ()))
+            before, after = meta["config"]["train"]["steps"], config.train.steps
+            if before != after:
+                self.tell("extended", step, steps=[before, after])
+            return TrainState(level, rest["key"], guard), step
 
         found = self._newest(read)
         if found is not None and not self._read_only:
@@ -244,17 +319,22 @@ class Checkpoints:
         return found
 
     def restore_params(
-        self, expected: RunConfig | None = None, sharding: Any = None
+        self,
+        expected: RunConfig | Sequence[RunConfig] | None = None,
+        sharding: Any = None,
     ) -> Restored:
         """The newest parameters that are what was saved; see the function below."""
+        wanted = expected or ()
+        wanted = [wanted] if isinstance(wanted, RunConfig) else wanted
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def read(step):
             meta = self._meta(step)
-            if expected is not None:
-                _check_config(meta["config"], expected, step)
+            for one in wanted:
+                _check_config(meta["config"], one, step)
             config = config_lib.from_json(RunConfig, meta["config"])
+            limits.check_model(config.model)
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                 lm.abstract(config.model),
@@ -284,11 +364,16 @@ class Checkpoints:
         """`read(step)` of the newest step that is intact; None if there is no step."""
         reasons = []
         for step in reversed(self.steps()):
+            found, damage = None, None
             try:
-                return read(step)
-            except Damaged as damage:
-                logging.warning("%s Trying the step before.", damage)
-                reasons.append(str(damage))
+                found = read(step)
+            except Damaged as error:
+                damage = error
+            if processes.all_true(damage is None):
+                return found
+            damage = damage or _damaged(step, self.directory, "says another process")
+            logging.warning("%s Trying the step before.", damage)
+            reasons.append(str(damage))
         if not reasons:
             return None
         raise Damaged(
@@ -302,10 +387,13 @@ class Checkpoints:
         if _json_digest(saved["body"]) != saved["sha256"]:
             raise _damaged(step, self.directory, "the checksum of its meta is wrong")
         meta = saved["body"]
-        if meta["format"] != _FORMAT:
+        if not isinstance(meta, dict) or "format" not in meta:
+            raise _damaged(step, self.directory, "its meta has no format")
+        if meta["format"] not in _DIGESTS:
             raise ConfigMismatch(
                 f"Step {step} has checkpoint format {meta['format']}, but this version "
-                f"reads {_FORMAT}."
+                f"reads {' and '.join(map(str, _DIGESTS))}; it was written by "
+                f"{meta.get('versions', {}).get('hope_jax', 'another version')}."
             )
         if meta["step"] != step:
             raise _damaged(step, self.directory, f"it is really step {meta['step']}")
@@ -344,6 +432,7 @@ class Checkpoints:
         )
 
     def _read(self, step: int, item: str, meta: Mapping, targets: Any) -> dict:
+        limits.check_declared(meta[item], f"{item} of step {step} in {self.directory}")
         if not isinstance(targets, dict):
             sharding = jax.sharding.SingleDeviceSharding(targets)
             targets = {
@@ -351,7 +440,7 @@ class Checkpoints:
                 for name, (dtype, shape, _) in meta[item].items()
             }
         flat = self._item(step, item, ocp.args.StandardRestore(targets))
-        found = manifest(flat)
+        found = manifest(flat, meta["format"])
         wrong = [name for name in meta[item] if found[name] != meta[item][name]]
         if wrong:
             raise _damaged(
@@ -371,33 +460,46 @@ class Checkpoints:
             composite = ocp.args.Composite(**{item: arguments})
             return self._manager.restore(step, args=composite)[item]
         except Exception as error:  # whatever the bytes made of the libraries
+            if not _says_damage(error):
+                raise
             text = f"{type(error).__name__} in {item}: {str(error)[:300]}"
             raise _damaged(step, self.directory, text) from error
 
-    def _set_aside(self, steps: list[int]) -> None:
-        """Moves damaged steps away: Orbax writes no step older than its last."""
+    def tell(self, event: str, step: int, **more: Any) -> None:
+        """Adds to the lineage, which the next save writes."""
+        self.lineage.append({"event": event, "step": step, **more})
+
+    def forget_after(self, step: int) -> None:
+        """Moves the steps after `step` away, for a run that goes back to it."""
+        self._set_aside([later for later in self.steps() if later > step], "returned")
+
+    def _set_aside(self, steps: list[int], why: str = "damaged") -> None:
+        """Moves steps away: Orbax writes no step older than its last."""
         if not steps:
             return
-        beside = self.directory.with_name(self.directory.name + ".damaged")
-        beside.mkdir(exist_ok=True)
-        for step in steps:
-            logging.warning("Moving damaged step %d to %s.", step, beside)
-            target = beside / str(step)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(self.directory / str(step), target)
+        beside = self.directory.with_name(f"{self.directory.name}.{why}")
+        if processes.writes():
+            beside.mkdir(exist_ok=True)
+            for step in steps:
+                logging.warning("Moving %s step %d to %s.", why, step, beside)
+                target = beside / str(step)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(self.directory / str(step), target)
+        processes.wait("steps are moved away")
         self._manager.close()
         self._manager = self._open()
 
 
 def restore_params(
-    directory: str | os.PathLike, expected: RunConfig | None = None
+    directory: str | os.PathLike,
+    expected: RunConfig | Sequence[RunConfig] | None = None,
 ) -> Restored:
     """Config, parameters and step of the newest intact checkpoint, for evaluation.
 
     Args:
       directory: a workdir, or its `checkpoints` folder.
-      expected: a config that the saved one must equal.
+      expected: a config, or several, that the saved one must equal.
 
     Raises:
       FileNotFoundError: no checkpoint there.
@@ -406,6 +508,36 @@ def restore_params(
     """
     with Checkpoints(find(directory), read_only=True) as checkpoints:
         return checkpoints.restore_params(expected)
+
+
+def restore_origin(directory: str | os.PathLike) -> tuple[Restored, dict[str, Any]]:
+    """What another run can begin from, and what its lineage says of that.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      Damaged: no step is intact.
+    """
+    with Checkpoints(find(directory), read_only=True) as checkpoints:
+        found = checkpoints.restore_params()
+        meta = checkpoints._meta(found.step)
+    return found, {
+        "path": str(Path(directory).absolute()),
+        "step": found.step,
+        "sha256": _json_digest(meta["params"]),
+        "lineage": meta.get("lineage", []),
+    }
+
+
+def saved_config(directory: str | os.PathLike) -> RunConfig:
+    """The config of the newest checkpoint that says one; reads no array.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      Damaged: none says one.
+    """
+    with Checkpoints(find(directory), read_only=True) as checkpoints:
+        saved = checkpoints._newest(lambda step: checkpoints._meta(step)["config"])
+    return config_lib.from_json(RunConfig, saved)
 
 
 def restore_tokenizer(directory: str | os.PathLike) -> tokenizer.Tokenizer:
@@ -458,21 +590,40 @@ def find(directory: str | os.PathLike) -> Path:
     )
 
 
-def manifest(arrays: Mapping[str, Any]) -> dict[str, list]:
-    """Type, shape and SHA-256 of every array: what a restore is held against."""
+def manifest(arrays: Mapping[str, Any], format: int = _FORMAT) -> dict[str, list]:
+    """Type, shape and digest of every array: what a restore is held against.
 
-    def entry(array) -> list:
-        host = np.ascontiguousarray(jax.device_get(array))
-        digest = hashlib.sha256(host.reshape(-1).view(np.uint8).data).hexdigest()
-        return [str(host.dtype), list(np.shape(array)), digest]
+    Args:
+      arrays: by name.
+      format: of the checkpoint, which says whether digests are BLAKE3 or SHA-256.
+    """
+    digest = _DIGESTS[format]
+
+    def entry(host: np.ndarray) -> list:
+        raw = np.ascontiguousarray(host).reshape(-1).view(np.uint8).data
+        return [str(host.dtype), list(host.shape), digest(raw).hexdigest()]
 
     with futures.ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        return dict(zip(arrays, pool.map(entry, arrays.values()), strict=True))
+        # Gathered here, in one order, for that takes all processes.
+        hosts = (np.asarray(jax.device_get(_addressable(a))) for a in arrays.values())
+        return dict(zip(arrays, pool.map(entry, hosts), strict=True))
+
+
+def _addressable(array: Any) -> Any:
+    """An array that this process can read; processes gather in one order."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array
+    if array.is_fully_replicated:
+        return array
+    assert isinstance(array.sharding, NamedSharding)
+    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda a: a, out_shardings=whole)(array)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
     """All of a state but its parameters, which are an item of their own."""
-    return {"level": state.level._replace(params=None), "key": state.key}
+    rest = {"level": state.level._replace(params=None), "key": state.key}
+    return rest if state.guard is None else rest | {"guard": state.guard}
 
 
 def _arrays(tree: PyTree, item: str) -> dict[str, jax.Array]:
@@ -564,10 +715,13 @@ def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _check_config(saved: Mapping, current: RunConfig, step: int) -> None:
+    free = _FREE
+    if _steps(saved) < current.train.steps:  # the run is extended
+        free = (*free, "train.steps:")
     differing = [
         line
         for line in config_lib.differences(saved, current)
-        if not line.startswith(_FREE)
+        if not line.startswith(free)
     ]
     if differing:
         raise ConfigMismatch(
@@ -575,6 +729,14 @@ def _check_config(saved: Mapping, current: RunConfig, step: int) -> None:
             + "\n  ".join(differing)
             + "\nGive this run the saved values, or start a new one."
         )
+
+
+def _steps(saved: Any) -> float:
+    """`train.steps` of a saved config, if it has a number there."""
+    try:
+        return float(saved["train"]["steps"])
+    except (TypeError, KeyError, ValueError):
+        return math.inf
 
 
 def _check_arrays(saved: Mapping, targets: Mapping, item: str, step: int) -> None:
@@ -600,6 +762,30 @@ def _check_arrays(saved: Mapping, targets: Mapping, item: str, step: int) -> Non
         )
 
 
+# What the system or a library may say of bytes that are as they were.
+_NOT_DAMAGE = (MemoryError, ImportError, NotImplementedError, RecursionError)
+_NOT_DAMAGE_SAID = re.compile(
+    "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|UNIMPLEMENTED|out of memory"
+    "|Input/output error|Permission denied|Too many open files|Cannot allocate memory"
+    "|Stale file handle|Operation not permitted",
+    re.IGNORECASE,
+)
+
+
+def _says_damage(error: BaseException | None) -> bool:
+    """Whether an error of reading can come from the bytes; those that led to it too."""
+    while error is not None:
+        if isinstance(error, _NOT_DAMAGE) or _NOT_DAMAGE_SAID.search(str(error)):
+            return False
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+                return False
+        if isinstance(error, BaseExceptionGroup):
+            return all(map(_says_damage, error.exceptions))
+        error = error.__cause__ or error.__context__
+    return True
+
+
 def _json_digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
@@ -609,7 +795,10 @@ def _damaged(step: int, directory: Path, reason: str) -> Damaged:
 
 
 def _save_failed(step: int | None, directory: Path, error: Any) -> SaveFailed:
+    said = str(error) or repr(error)
+    known = re.search(r": ([^:\[]+) \[os_error_code", said)  # by a library, at length
+    said = known[1] if known else said.splitlines()[0][:300]
     return SaveFailed(
-        f"The checkpoint of step {step} could not be written to {directory}: {error}. "
+        f"The checkpoint of step {step} could not be written to {directory}: {said}. "
         "Steps before it are as they were; make room or rights, then resume."
     )

@@ -1,17 +1,24 @@
 """The config of a run: everything that decides its result, in one frozen place."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from hope_jax import optim
+from hope_jax.core import config as config_lib
 from hope_jax.core import show
-from hope_jax.core.config import at_least
-from hope_jax.data import text
+from hope_jax.core.config import at_least, at_most, float32
+from hope_jax.data import prepared, text, tokenizer
 from hope_jax.models import lm
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.optim.rules import RULES, saved
+from hope_jax.train import sharding
+from hope_jax.train.metrics import check_name
+
+C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,13 +26,18 @@ class DataConfig:
     """Which text, in which tokens.
 
     Attributes:
-      path: a text file, a folder or a glob; None for the standard library's sources.
+      path: a text file, a folder or a glob; None for the standard library's sources. Or
+        a folder that `launch.prepare_data` made, or several with the shares of rows
+        that they give: `a:0.7,b:0.3`.
       tokenizer: `bytes`, `bpe` (byte-level BPE trained on the training files), or the
         path of a `tokenizer.json`, as that of a checkpoint.
       vocab: entries of the BPE; bytes always have 257.
       undecodable: what to do with files that are not UTF-8.
       max_train_bytes: most bytes of training text, None for all.
       max_validation_bytes: the same for the validation text.
+      long_tokens: a share of the rows is made of documents of so many tokens or more
+        alone; 0 makes no difference between documents.
+      long_share: that share.
     """
 
     path: str | None = None
@@ -34,11 +46,22 @@ class DataConfig:
     undecodable: text.Undecodable = "raise"
     max_train_bytes: int | None = None
     max_validation_bytes: int | None = 250_000
+    long_tokens: int = 0
+    long_share: float = 1.0
 
     _repr_html_ = show.config
 
     def __post_init__(self):
-        at_least(self, vocab=257)
+        at_least(self, vocab=257, long_tokens=0)
+        if not 0 < self.long_share <= 1:
+            raise ValueError(
+                f"long_share must be above 0 and at most 1, got {self.long_share}."
+            )
+        if self.long_share < 1 and not self.long_tokens:
+            raise ValueError(
+                f"long_share ({self.long_share}) needs long_tokens: of how many tokens "
+                "a long document is."
+            )
         if self.tokenizer not in ("bytes", "bpe") and Path(self.tokenizer).suffix != (
             ".json"
         ):
@@ -47,15 +70,46 @@ class DataConfig:
                 f"{self.tokenizer!r}."
             )
 
-    def load(self, path: str | None = None) -> text.Corpus:
+    def load(self, path: str | None = None) -> text.Corpus | prepared.Corpus:
         """The text, or that of another `path` under the same limits; errors are those
-        of `hope_jax.data.text.load`."""
+        of `hope_jax.data.text.load` and `hope_jax.data.prepared.corpus`."""
+        found = prepared.corpus(path or self.path, self.max_validation_bytes)
+        if found is not None:
+            if path is None:
+                self._check_prepared(found)
+            return found
         return text.load(
             path or self.path,
             max_train_bytes=self.max_train_bytes,
             max_validation_bytes=self.max_validation_bytes,
             undecodable=self.undecodable,
         )
+
+    def _check_prepared(self, found: prepared.Corpus) -> None:
+        """Refuses fields that were decided when the data was prepared."""
+        for name, unset in (("max_train_bytes", None), ("undecodable", "raise")):
+            value = getattr(self, name)
+            if value != unset:
+                raise ValueError(
+                    f"data.{name} ({value}) is for text, but {found.name!r} is "
+                    f"prepared already: leave it at {unset}, or prepare other data."
+                )
+        if self.tokenizer == "bytes":
+            same = isinstance(found.tokenizer, tokenizer.ByteTokenizer)
+        elif self.tokenizer == "bpe":
+            same = isinstance(found.tokenizer, tokenizer.BpeTokenizer)
+            same = same and found.tokenizer.vocab_size == self.vocab
+        else:
+            own = tokenizer.load(self.tokenizer)
+            same = own.fingerprint == found.tokenizer.fingerprint
+        if not same:
+            path = found.parts[0][0].folder / prepared.TOKENIZER
+            raise ValueError(
+                f"data.tokenizer ({self.tokenizer}, data.vocab {self.vocab}) is not "
+                f"the one that {found.name!r} was prepared with: set "
+                f"data.tokenizer={path} (and model.vocab="
+                f"{found.tokenizer.vocab_size} or more)."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +147,7 @@ class OptimizerConfig:
             object.__setattr__(self, name, RULES.of(getattr(self, name), name))
         optim.rules_of(self)
         at_least(self, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
+        float32(self, "learning_rate", "weight_decay", "clip_norm")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(
                 f"final_fraction must lie between 0 and 1, got {self.final_fraction}."
@@ -132,6 +187,10 @@ class TrainConfig:
       accumulate: parts in which each device reads its sequences of a step, one after
         another; the gradient is their mean. What the backward pass needs is kept of
         one part alone.
+      mesh: how devices share the work, `data:2,fsdp:4` (`hope_jax.train.sharding`);
+        `data` is what the others leave.
+      gather: on a mesh with `fsdp`, when weights are made whole: a `layer` at a time,
+        whenever one is read, or all before each `step`, for which there must be room.
       seq_len: tokens of a sequence; those that attention to whole rows looks back over
         (`check_rows`).
       stretch: tokens, a multiple of the model's `span`: every document begins at a
@@ -148,6 +207,8 @@ class TrainConfig:
     steps: int
     batch: int = 8
     accumulate: int = 1
+    mesh: str = ""
+    gather: Literal["layer", "step"] = "layer"
     seq_len: int = 256
     stretch: int = 0
     workers: int = 0
@@ -174,6 +235,56 @@ class TrainConfig:
             validate_batches=1,
             keep=1,
         )
+        whole = 2**31 - 1  # steps are counted in int32
+        at_most(self, steps=whole, batch=whole, accumulate=whole, seq_len=whole)
+        sizes = sharding.read_mesh(self.mesh)
+        if self.gather != "layer" and sizes.get(sharding.FSDP, 1) < 2:
+            raise ValueError(
+                f"gather={self.gather!r} is for a mesh with fsdp, got "
+                f"mesh={self.mesh!r}: elsewhere weights are whole."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does about harm (`hope_jax.train.guard`, `hope_jax.train.watchdog`).
+
+    Attributes:
+      sigma: a step whose loss or gradient norm is so many standard deviations above the
+        mean of the last ones is skipped; 0 skips only what is not finite. 6 is usual;
+        of 250 ordinary steps of a small Hope 4 skipped none, and 3 two. Leave it 0
+        where the text itself changes at once, and is to be learned.
+      window: how many the last ones are.
+      give_up: steps skipped in a row after which the run goes back or ends; a tenth of
+        `train.steps` if that is fewer.
+      returns: how often it may go back to an earlier checkpoint. It then reads on in
+        the data, and does not see again what it read since.
+      back: steps that it goes back at least, if checkpoints reach so far.
+      patience: seconds in which a batch has to come or a step to end, 0 for no limit.
+      long_patience: seconds for a compilation, a save, a restore or a validation.
+    """
+
+    sigma: float = 0.0
+    window: int = 128
+    give_up: int = 20
+    returns: int = 1
+    back: int = 100
+    patience: float = 300.0
+    long_patience: float = 3600.0
+
+    _repr_html_ = show.config
+
+    def __post_init__(self):
+        at_least(
+            self,
+            sigma=0.0,
+            window=2,
+            give_up=1,
+            returns=0,
+            back=0,
+            patience=0.0,
+            long_patience=0.0,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,10 +306,13 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    guard: GuardConfig = GuardConfig()
 
     _repr_html_ = show.config
 
     def __post_init__(self):
+        for name in ("experiment", "row"):
+            check_name(name, getattr(self, name))
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}.")
         if self.optimizer.warmup_steps > self.train.steps:
@@ -245,3 +359,24 @@ def check_rows(config: RunConfig) -> None:
             "period, or set the rates of the levels to 0 to train them between rows "
             "alone."
         )
+
+
+def read_config(cls: type[C], path: str | os.PathLike) -> C:
+    """The config of a file that this program wrote.
+
+    Args:
+      cls: of the config, for example `RunConfig`.
+      path: a `config.json`, or a file with one under `config`, as those of results.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it holds no such config; the message names the file.
+    """
+    text = Path(path).read_bytes()
+    try:
+        data = json.loads(text)
+        if isinstance(data, dict) and isinstance(data.get("config"), dict):
+            data = data["config"]
+        return config_lib.from_json(cls, data)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is no config: {error}") from None

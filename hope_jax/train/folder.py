@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,7 +10,8 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a drive has one letter
 
 
 class ForeignFolder(ValueError):
-    """A folder that this program did not write, or that is none. Names it."""
+    """A folder that this program did not write, or cannot write, or that is none. Names
+    it."""
 
 
 def check_folder(
@@ -18,7 +20,7 @@ def check_folder(
     names: Iterable[str],
     is_ours: Callable[[Path], bool],
 ) -> Path:
-    """`path`, if it may be written in. Only looks: nothing is made or removed.
+    """`path`, if it may and can be written in. Nothing of it is made or removed.
 
     Args:
       flag: what the path was given as, for messages.
@@ -28,26 +30,16 @@ def check_folder(
         in it.
 
     Raises:
-      ForeignFolder: an empty path, a URL, a file, something in the folder that leads
-        out of it, or a folder with other things.
+      ForeignFolder: as `check_place`; something in the folder that leads out of it, or
+        a folder with other things.
 
     >>> check_folder("--workdir", "gs://bucket/run", [], bool)
     Traceback (most recent call last):
     hope_jax.train.folder.ForeignFolder: --workdir='gs://bucket/run' is a URL; give a \
 folder of this machine.
     """
-    text = os.fspath(path)
-    given = f"{flag}={text!r}"
-    if not text.strip():
-        raise ForeignFolder(f"{given} is empty; give a folder for this alone.")
-    if _URL.match(text):
-        raise ForeignFolder(f"{given} is a URL; give a folder of this machine.")
-    folder = Path(path)
-    for above in (folder, *folder.parents):
-        if above.exists() or above.is_symlink():
-            if not above.is_dir():
-                raise ForeignFolder(f"{given}: {str(above)!r} is no folder.")
-            break
+    folder, above = _place(flag, path)
+    given = f"{flag}={os.fspath(path)!r}"
     for name in names:
         if (folder / name).is_symlink():
             raise ForeignFolder(
@@ -59,4 +51,48 @@ folder of this machine.
             f"{given} has files that this program did not write; nothing was touched. "
             "Give a new or an empty folder."
         )
+    _try(given, above)
     return folder
+
+
+def check_place(flag: str, path: str | os.PathLike) -> Path:
+    """`path`, if a folder is or can be made there and files in it.
+
+    Tries it with an empty folder in what is there already, which is removed again.
+
+    Args:
+      flag: what the path was given as, for messages.
+      path: the folder.
+
+    Raises:
+      ForeignFolder: an empty path, a URL, a file, or what the system refuses.
+    """
+    folder, above = _place(flag, path)
+    _try(f"{flag}={os.fspath(path)!r}", above)
+    return folder
+
+
+def _place(flag: str, path: str | os.PathLike) -> tuple[Path, Path]:
+    """The folder, and what of its path is there already; only looks."""
+    text = os.fspath(path)
+    given = f"{flag}={text!r}"
+    if not text.strip():
+        raise ForeignFolder(f"{given} is empty; give a folder for this alone.")
+    if _URL.match(text):
+        raise ForeignFolder(f"{given} is a URL; give a folder of this machine.")
+    folder = above = Path(path)
+    for above in (folder, *folder.parents):
+        if above.exists() or above.is_symlink():
+            if not above.is_dir():
+                raise ForeignFolder(f"{given}: {str(above)!r} is no folder.")
+            break
+    return folder, above
+
+
+def _try(given: str, above: Path) -> None:
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=above))
+    except OSError as error:
+        raise ForeignFolder(
+            f"{given} cannot be written to: {error.strerror}. Give another folder."
+        ) from None

@@ -8,12 +8,9 @@ A workdir holds one run:
 import contextlib
 import functools
 import json
-import math
 import os
 import signal
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,34 +18,43 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jaxtyping import PyTree
-from rich import progress
 
 from hope_jax import optim
 from hope_jax.core import config as config_lib
-from hope_jax.data import stream, text, tokenizer
+from hope_jax.data import prepared, stream, text, tokenizer, workers
 from hope_jax.models import lm, systems
 from hope_jax.models.capture import dense_kernels
 from hope_jax.optim.leaves import path_names
-from hope_jax.train import checkpoint, sharding
+from hope_jax.train import (
+    checkpoint,
+    guard,
+    limits,
+    lock,
+    processes,
+    sharding,
+    signals,
+    watchdog,
+    watching,
+)
+from hope_jax.train import metrics as metrics_lib
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
-from hope_jax.train.config import DataConfig, RunConfig, check_rows
+from hope_jax.train.config import DataConfig, GuardConfig, RunConfig, check_rows
 from hope_jax.train.folder import check_folder
-from hope_jax.train.metrics import MetricLog
+from hope_jax.train.kept import Kept, Moment, bits
+from hope_jax.train.kept import NonFinite as NonFinite
+from hope_jax.train.progress import say
 
 CONFIG = "config.json"
 _UNFINISHED = f".{CONFIG}"  # what a kill may leave of the first file that is written
 _FILES = (
     *(CONFIG, _UNFINISHED, checkpoint.TOKENIZER, tokenizer.BESIDE, checkpoint.FOLDER),
-    *("metrics.jsonl", "tensorboard"),
+    *("metrics.jsonl", "tensorboard", watchdog.FILE, lock.FILE),
+    *(watching.HOSTS, watching.PROFILE, "wandb", "report.html"),
 )
-_MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
-
-
-class NonFinite(FloatingPointError):
-    """A step whose loss, gradient or update is NaN or infinite. Names the step."""
 
 
 class Outcome(NamedTuple):
@@ -58,7 +64,7 @@ class Outcome(NamedTuple):
       step: steps done, and saved.
       finished: whether these are all of them.
       stopped_by: number of the signal that ended it, or None.
-      metrics: of the last step read; empty when none was taken.
+      metrics: of the last step that was finite; empty when none was taken.
     """
 
     step: int
@@ -79,9 +85,9 @@ class Source(NamedTuple):
       validation_bytes_per_token: of the validation text.
     """
 
-    corpus: text.Corpus
+    corpus: text.Corpus | prepared.Corpus
     tokenizer: tokenizer.Tokenizer
-    rows: stream.Rows
+    rows: stream.Source
     bytes_per_token: float
     validation: list[PyTree] | None
     validation_bytes_per_token: float
@@ -105,12 +111,25 @@ def train(
     *,
     resume: bool = False,
     params: PyTree | None = None,
+    init_from: str | os.PathLike | None = None,
+    profile: tuple[int, int] | None = None,
+    wandb: str | None = None,
 ) -> Outcome:
-    """Runs `config` in `workdir` to its last step, or until SIGTERM or SIGINT.
+    """Runs `config` in `workdir` to its last step, or until it is asked to end.
 
-    A signal lets the step at hand finish and saves; `resume` then goes on so that
-    parameters, optimizer state, keys, data and `metrics.jsonl` become, byte for byte,
-    those of a run that was never stopped (on the same devices and versions).
+    SIGTERM, SIGINT, SIGHUP or SIGUSR1 lets the step at hand finish and saves; so does
+    an error. `resume` then goes on so that parameters, optimizer state, keys, data and
+    `metrics.jsonl` become, byte for byte, those of a run that was never stopped (on the
+    same devices and versions). A kill loses no more than the steps since the last
+    checkpoint. What `config.guard` says is done about steps that are not finite, and
+    about calls that do not return: where Python cannot interrupt one, this process ends
+    with the status `hope_jax.train.watchdog.STATUS`, after a try to save.
+
+    Several processes (`jax.distributed`, which `launch.distributed` starts) each call
+    this with the same arguments, `workdir` a folder that all of them see. Each reads
+    its share of every batch, the first alone writes and speaks, all save; a signal to
+    any of them stops all of them after the same step. One that an error ends saves
+    nothing, for the others may be well: a run then loses what came since its last save.
 
     Args:
       config: the run.
@@ -118,137 +137,224 @@ def train(
       resume: go on from the newest intact checkpoint; from the start if there is none.
       params: where the model starts, as of `lm.build`, for example pre-trained
         (`hope_jax.models.pretrained`); by default drawn from the seed.
+      init_from: the workdir of another run, or its checkpoints: the model starts at its
+        newest parameters, with its tokenizer, and all else is new: data, rates,
+        optimizer, length of rows. Checkpoints say so in their lineage.
+      profile, wandb: see `hope_jax.train.watching.Watch`.
 
     Raises:
       FileExistsError: `workdir` has checkpoints and `resume` is False.
       hope_jax.train.folder.ForeignFolder: `workdir` is not of this program. Nothing in
         it is touched before config, data and folder are accepted.
       ValueError: a config that does not fit its rows, its data or the devices; `params`
-        of another model; more than one process.
+        of another model; processes that were given different arguments.
       hope_jax.train.checkpoint.ConfigMismatch: resumed with another config or data.
       hope_jax.train.checkpoint.SaveFailed: a checkpoint could not be written.
-      NonFinite: the loss, gradient or update of a step is NaN or infinite.
+      hope_jax.train.lock.InUse: another program trains in `workdir`.
+      hope_jax.data.workers.Died: a process that reads data was killed.
+      hope_jax.train.watchdog.Stalled: a batch, a step or a save did not end in time.
+      NonFinite: too many steps in a row were skipped.
     """
     check_rows(config)
+    limits.check_run(config)
+    watching.check(config.train.steps, profile, wandb)
     workdir = check_workdir(workdir)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"train runs in one process, over all its devices; got process_count "
-            f"{jax.process_count()}. Signals and logs are not shared between processes."
-        )
-    mesh = sharding.make_mesh()
-    sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
+    if params is not None and init_from is not None:
+        raise ValueError("params and init_from both say where to start; give one.")
+    mesh = make_mesh(config)
     begun = _has_checkpoints(workdir)
-    if begun and not resume:
-        raise FileExistsError(
-            f"{str(workdir)!r} has checkpoints already: pass --resume to go on with "
-            "that run, or another --workdir."
-        )
+    processes.check_same(checkpoints=f"{workdir}: {begun}")
+    if not resume:
+        _check_new(workdir)
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stop_on_signal())
+        held = not processes.writes() or workdir.is_dir()
+        if held and processes.writes():
+            stack.enter_context(lock.hold(workdir))
         if begun:
             with checkpoint.Checkpoints(
                 workdir / checkpoint.FOLDER, read_only=True
             ) as saved_before:
                 saved_before.check_config(config)
-        source = load_source(config, workdir if begun else None)
-        iterator, fingerprint = _data(config, source)
+        origin = None
+        if init_from is not None and not begun:
+            restored, origin = checkpoint.restore_origin(init_from)
+            params = restored.params
+            _check_tokenizer(config, init_from)
+        source = load_source(config, workdir if begun else init_from)
+        readers = workers.Workers()
+        iterator, fingerprint = _data(config, source, mesh)
         stack.callback(iterator.close)
         graphdef, state, tx, layers = _model(config, mesh, params)
 
         # Accepted: what is new is written now, what is gone on with once it is read.
+        stop = stack.enter_context(signals.stop_on_signal())
+        together = processes.Stop(stop, mesh)
+        _agree(config, fingerprint)
         if not begun:
-            workdir.mkdir(parents=True, exist_ok=True)
-            _write_config(workdir, config)
-            source.tokenizer.save(workdir / checkpoint.TOKENIZER)
+            if processes.writes():
+                workdir.mkdir(parents=True, exist_ok=True)
+                if not held:
+                    stack.enter_context(lock.hold(workdir))
+                    _check_new(workdir)  # nobody was kept from it so far
+                _write_config(workdir, config)
+                source.tokenizer.save(workdir / checkpoint.TOKENIZER)
+            _see_folder(workdir)
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(workdir / checkpoint.FOLDER, keep=config.train.keep)
         )
-        _say(
+        say(
             f"{lm.count_parameters(config.model):,} parameters on "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            f"{sharding.describe(mesh)}"
+        )
+        if origin is not None:
+            checkpoints.tell("branched", 0, origin=origin)
+            say(f"starts at step {origin['step']} of {init_from}")
+        like = jax.tree.map(_spec, state)
+        kept: Kept | None = None
+        dog = stack.enter_context(
+            watchdog.Watchdog(
+                _limits(config.guard),
+                stop,
+                lambda: _save_alone(kept),
+                workdir / watchdog.FILE,
+                dead=readers.dead,
+            )
         )
         done, saved = 0, None
-        restored = checkpoints.restore(
-            jax.tree.map(_spec, state),
-            iterator=iterator,
-            config=config,
-            fingerprint=fingerprint,
-        )
+        with dog("a restore"):
+            restored = checkpoints.restore(
+                like, iterator=iterator, config=config, fingerprint=fingerprint
+            )
         if restored is not None:
             state, done = restored
             saved = done
-            _say(f"resumed at step {done} of {config.train.steps}")
-            _write_config(workdir, config)
-            if not (workdir / checkpoint.TOKENIZER).exists():
-                source.tokenizer.save(workdir / checkpoint.TOKENIZER)
+            say(f"resumed at step {done} of {config.train.steps}")
+            if processes.writes():
+                _write_config(workdir, config)
+                if not (workdir / checkpoint.TOKENIZER).exists():
+                    source.tokenizer.save(workdir / checkpoint.TOKENIZER)
         elif resume:
-            _say(f"no checkpoint in {workdir} yet: starting at step 0")
+            say(f"no checkpoint in {workdir} yet: starting at step 0")
 
-        step = step_lib.make_step(
-            graphdef,
-            functools.partial(lm.apply, horizon=config.train.seq_len),
-            tx,
-            functools.partial(optim.differentiation, config.optimizer, layers),
-            mesh,
-            config.train.stretch,
-            config.train.accumulate,
-            functools.partial(systems.of_step, config.model),
-        )
-        step = sharding.jit_step(step, mesh)
+        step = make_step(config, graphdef, tx, layers, mesh)
+        step = sharding.jit_step(step, mesh, state)
         validate = _validation(graphdef, config, source, mesh)
-        log = MetricLog(workdir, done)
-        stack.callback(log.close)
-        shown = stack.enter_context(_Progress(config, done))
-        latest: dict[str, float] = {}
-
-        def read(number: int, metrics: Mapping[str, jax.Array], extra: Mapping):
-            """Waits for the metrics of a step, refuses bad ones, writes them down."""
-            nonlocal latest
-            latest = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            _check_finite(latest, number, saved, workdir)
-            latest["bits_per_byte"] = _bits(latest["loss"], source.bytes_per_token)
-            latest["tokens"] = number * config.train.batch * config.train.seq_len
-            latest |= extra
-            shown.update(number, latest)
-            if extra or number % config.train.log_every == 0 or number == last:
-                log.write(number, latest, speeds=shown.speeds())
-
-        last = config.train.steps
-        pending = None
-        while done < last and stop.signal is None:
-            batch = sharding.shard_batch(_batch(next(iterator)), mesh)
-            state, metrics = step(state, batch)  # dispatched, not waited for
-            done += 1
-            if pending is not None:
-                read(*pending)
-            pending = (done, metrics, {})
-            if validate and (done % config.train.validate_every == 0 or done == last):
-                pending = (done, metrics, validate(state.params))
-            if done % config.train.checkpoint_every == 0 or done == last:
-                read(*pending)
-                pending = None
-                log.sync()
-                checkpoints.save(
-                    done,
-                    state,
-                    iterator=iterator,
-                    config=config,
-                    fingerprint=fingerprint,
-                )
-                saved = done
-        if stop.signal is not None:
-            _say(f"{signal.Signals(stop.signal).name}: saving step {done}")
-        if pending is not None:
-            read(*pending)
-        if saved != done:
-            log.sync()
-            checkpoints.save(
-                done, state, iterator=iterator, config=config, fingerprint=fingerprint
+        watch = stack.enter_context(
+            watching.Watch(
+                config, workdir, dog.seconds, done, profile=profile, wandb=wandb
             )
-        checkpoints.wait()
-    return Outcome(done, done == last, stop.signal, latest)
+        )
+        kept = stack.enter_context(
+            Kept(
+                config,
+                workdir,
+                checkpoints,
+                fingerprint,
+                source.bytes_per_token,
+                Moment(state, done, iterator.get_state()),
+                saved,
+                watch,
+            )
+        )
+        try:
+            _take_steps(
+                config, kept, step, iterator, validate, together, dog, mesh, like
+            )
+        except Exception as error:
+            died = readers.dead(wait=0.0)
+            readers.kill()  # one of them may hang
+            if not isinstance(error, watchdog.Stalled) or stop.signal is None:
+                _save_in_spite(error, kept, dog)
+                if died is not None:
+                    raise workers.Died(
+                        f"{died}: killed, perhaps for want of memory. The run stands "
+                        f"at step {kept.saved}; --resume goes on from there."
+                    ) from error
+                raise
+        stopped_by = together.signal
+        if stopped_by is not None:
+            say(f"{signal.Signals(stopped_by).name}: saving step {kept.now.done}")
+        with dog("a save"):
+            kept.save()
+    done = kept.now.done
+    return Outcome(done, done == config.train.steps, stopped_by, kept.latest)
+
+
+def _take_steps(
+    config: RunConfig,
+    kept: Kept,
+    step: Callable,
+    iterator: grain.DatasetIterator,
+    validate: Callable[[PyTree], dict[str, float]] | None,
+    stop: processes.Stop,
+    dog: watchdog.Watchdog,
+    mesh: jax.sharding.Mesh,
+    like: PyTree,
+) -> None:
+    """Takes steps until the last, or a signal; saves on the way."""
+    train, last = config.train, config.train.steps
+    compiled = False
+    while kept.now.done < last and stop.signal is None:
+        with dog("a batch"):
+            item = next(iterator)
+        batch = sharding.shard_batch(_batch(item), mesh)
+        with dog("a step" if compiled else "a compilation"):
+            state, metrics = step(kept.now.state, batch)  # dispatched, not waited for
+        stop.say()
+        kept.took(state, iterator.get_state(), metrics)
+        done, compiled = kept.now.done, True
+        with dog("a step"):
+            kept.read(leave=1)
+            stop.hear(leave=1)
+        if validate and (done % train.validate_every == 0 or done == last):
+            with dog("a validation"):
+                kept.found(validate(state.params))
+        if done % train.checkpoint_every == 0 or done == last:
+            with dog("a save"):
+                kept.save()
+        if kept.gave_up():
+            with dog("a restore"):
+                kept.go_back(like)
+
+
+def _save_alone(kept: Kept | None) -> None:
+    """Saves what was done while a call hangs; other processes would have to help."""
+    if kept is not None and kept.ahead and processes.alone():
+        kept.save()
+
+
+def _save_in_spite(error: Exception, kept: Kept, dog: watchdog.Watchdog) -> None:
+    """Saves the last good state of a run that an error ends."""
+    if isinstance(error, checkpoint.SaveFailed) or not kept.ahead:
+        return
+    if not processes.alone():  # the others may be well, and save by themselves
+        return
+    try:
+        with dog("a save"):
+            kept.save()
+    except Exception as another:
+        logging.warning("Nothing more could be saved: %s", another)
+    else:
+        say(f"saved step {kept.now.done} before the error below")
+
+
+def _limits(config: GuardConfig) -> dict[str, float]:
+    """Seconds that each call of the loop may take."""
+    return {
+        **dict.fromkeys(("a batch", "a step"), config.patience),
+        **dict.fromkeys(("a compilation", "a validation"), config.long_patience),
+        **dict.fromkeys(("a save", "a restore"), config.long_patience),
+    }
+
+
+def _check_new(workdir: Path) -> None:
+    if _has_checkpoints(workdir):
+        raise FileExistsError(
+            f"{str(workdir)!r} has checkpoints already: pass --resume to go on with "
+            "that run, or another --workdir."
+        )
 
 
 def load_source(config: RunConfig, workdir: str | os.PathLike | None) -> Source:
@@ -263,15 +369,16 @@ def load_source(config: RunConfig, workdir: str | os.PathLike | None) -> Source:
         does not fill a batch.
     """
     corpus = config.data.load()
-    _say(corpus.summary())
+    say(corpus.summary())
+    if isinstance(corpus, prepared.Corpus):
+        return _prepared_source(config, corpus, workdir)
     tokens = load_tokenizer(config.data, corpus, workdir)
-    if tokens.vocab_size > config.model.vocab:
-        raise ValueError(
-            f"model.vocab ({config.model.vocab}) must be at least the tokenizer's "
-            f"{tokens.vocab_size} entries: set model.vocab={tokens.vocab_size}."
-        )
+    _check_vocab(config, tokens)
     learned = tokenizer.encode_documents(tokens, corpus.train)
-    rows = _rows(learned, config)
+    rows = _with_long(
+        config.data,
+        lambda least: _rows([ids for ids in learned if ids.size >= least], config),
+    )
     held_out = tokenizer.encode_documents(tokens, corpus.validation)
     return Source(
         corpus=corpus,
@@ -283,17 +390,88 @@ def load_source(config: RunConfig, workdir: str | os.PathLike | None) -> Source:
     )
 
 
+def _prepared_source(
+    config: RunConfig, corpus: prepared.Corpus, workdir: str | os.PathLike | None
+) -> Source:
+    """As `load_source`, of which nothing but counts is read."""
+    tokens = corpus.tokenizer
+    kept = None if workdir is None else Path(workdir) / checkpoint.TOKENIZER
+    if kept is not None and kept.exists():
+        before = tokenizer.load(kept).fingerprint
+        if before != tokens.fingerprint:
+            raise checkpoint.ConfigMismatch(
+                f"{corpus.name!r} was prepared with another tokenizer than {kept}: "
+                f"{tokens.fingerprint}, not {before}."
+            )
+    _check_vocab(config, tokens)
+
+    def rows(split: prepared.Split, least: int) -> stream.Source:
+        size, stretch = config.train.seq_len, config.train.stretch
+        made = [
+            (part.rows(split, seq_len=size, stretch=stretch, least=least), share)
+            for part, share in corpus.parts
+        ]
+        return stream.Mixture(made) if len(made) > 1 else made[0][0]
+
+    validation = None
+    if config.train.validate_every:
+        validation = _validation_batches(rows("validation", 0), config)
+    return Source(
+        corpus=corpus,
+        tokenizer=tokens,
+        rows=_with_long(config.data, lambda least: rows("train", least)),
+        bytes_per_token=corpus.bytes_per_token("train"),
+        validation=validation,
+        validation_bytes_per_token=corpus.bytes_per_token("validation"),
+    )
+
+
+def _with_long(data: DataConfig, make: Callable[[int], stream.Source]) -> stream.Source:
+    """Rows of the documents that `make` is told the least length of."""
+    long = make(data.long_tokens)
+    if data.long_share == 1:
+        return long
+    return stream.Mixture([(make(0), 1 - data.long_share), (long, data.long_share)])
+
+
+def _check_vocab(config: RunConfig, tokens: tokenizer.Tokenizer) -> None:
+    if tokens.vocab_size > config.model.vocab:
+        raise ValueError(
+            f"model.vocab ({config.model.vocab}) must be at least the tokenizer's "
+            f"{tokens.vocab_size} entries: set model.vocab={tokens.vocab_size}."
+        )
+
+
 def load_tokenizer(
     data: DataConfig, corpus: text.Corpus, workdir: str | os.PathLike | None
 ) -> tokenizer.Tokenizer:
-    """The tokenizer kept in `workdir`; a new one without it."""
-    if workdir is not None and (Path(workdir) / checkpoint.TOKENIZER).exists():
-        return tokenizer.load(Path(workdir) / checkpoint.TOKENIZER)
+    """The tokenizer kept in `workdir`, or beside its checkpoints; a new one without."""
+    if workdir is not None:
+        for folder in (Path(workdir), Path(workdir).parent):
+            if (folder / checkpoint.TOKENIZER).exists():
+                return tokenizer.load(folder / checkpoint.TOKENIZER)
+            if Path(workdir).name != checkpoint.FOLDER:
+                break
     if data.tokenizer == "bytes":
         return tokenizer.ByteTokenizer()
     if data.tokenizer != "bpe":
         return tokenizer.load(data.tokenizer)
     return tokenizer.train_bpe((d.data for d in corpus.train), data.vocab)
+
+
+def _check_tokenizer(config: RunConfig, origin: str | os.PathLike) -> None:
+    """Refuses other tokens than those that a model to start from has learned."""
+    found, asked = checkpoint.restore_tokenizer(origin), config.data.tokenizer
+    same = True
+    if asked == "bytes":
+        same = isinstance(found, tokenizer.ByteTokenizer)
+    elif asked != "bpe":
+        same = tokenizer.load(asked).fingerprint == found.fingerprint
+    if not same:
+        raise checkpoint.ConfigMismatch(
+            f"data.tokenizer={asked!r} is not the tokenizer of the run to start from, "
+            f"{os.fspath(origin)!r}: leave it at that run's value."
+        )
 
 
 def _rows(documents: Sequence[np.ndarray], config: RunConfig) -> stream.Rows:
@@ -312,8 +490,10 @@ def _batch(item: Mapping[str, Any]):
     return item["tokens"]
 
 
-def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dict]:
-    """Batches, and what their iterator's state belongs to."""
+def _data(
+    config: RunConfig, source: Source, mesh: jax.sharding.Mesh
+) -> tuple[grain.DatasetIterator, dict]:
+    """This process's share of batches, and what their iterator's state belongs to."""
     settings = stream.StreamConfig(
         seq_len=config.train.seq_len,
         batch=config.train.batch,
@@ -321,10 +501,17 @@ def _data(config: RunConfig, source: Source) -> tuple[grain.DatasetIterator, dic
         workers=config.train.workers,
         stretch=config.train.stretch,
     )
+    index, count = sharding.own_share(mesh)
     fingerprint = stream.fingerprint(
-        settings, source.corpus.sha256, source.tokenizer.fingerprint
+        settings,
+        source.corpus.sha256,
+        source.tokenizer.fingerprint,
+        process_count=count,
     )
-    return iter(stream.batches(source.rows, settings)), fingerprint
+    batches = stream.batches(
+        source.rows, settings, process_index=index, process_count=count
+    )
+    return iter(batches), fingerprint
 
 
 def groups(config: RunConfig, graphdef: nnx.GraphDef, params: PyTree) -> Groups:
@@ -363,22 +550,95 @@ def _check_params(config: RunConfig, params: PyTree) -> None:
 def _model(config: RunConfig, mesh: jax.sharding.Mesh, params: PyTree | None = None):
     """The static half of the model, the state before the first step, the optimizer and
     the matrices whose inputs it needs, if any."""
-    parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
-    if params is None:
-        graphdef, params = lm.build(config.model, parameters_key)
-    else:
+
+    def begin(params=None):
+        parameters_key, run_key = jax.random.split(jax.random.key(config.seed))
+        if params is None:
+            params = lm.build(config.model, parameters_key)[1]
+        return state_lib.create(params, tx, run_key, guard.begin(config.guard.window))
+
+    graphdef, shapes = lm.abstract_model(config.model)
+    tx, layers = make_optimizer(config, graphdef, shapes, mesh)
+    if params is not None:
         _check_params(config, params)
-        graphdef, _ = lm.abstract_model(config.model)
         params = jax.tree.map(jnp.copy, params)  # a step gives its buffers away
+    elif sharding.cuts(mesh):  # no device has room for all of it
+        lies = sharding.state_shardings(jax.eval_shape(begin), shapes, mesh)
+        return graphdef, jax.jit(begin, out_shardings=lies)(), tx, layers
+    return graphdef, sharding.place(begin(params), shapes, mesh), tx, layers
+
+
+def make_step(
+    config: RunConfig, graphdef: Any, tx: Any, layers: PyTree | None, mesh: Any
+) -> Callable:
+    """The guarded step of a run, pure (`hope_jax.train.step.make_step`)."""
+    step = step_lib.make_step(
+        graphdef,
+        functools.partial(lm.apply, horizon=config.train.seq_len),
+        tx,
+        functools.partial(optim.differentiation, config.optimizer, layers),
+        mesh,
+        config.train.stretch,
+        config.train.accumulate,
+        config.train.gather == "layer",
+        functools.partial(systems.of_step, config.model),
+    )
+    return guard.guarded(step, config.guard.sigma)
+
+
+def make_optimizer(config: RunConfig, graphdef: Any, params: PyTree, mesh: Any):
+    """The optimizer of a run, and the matrices whose inputs it needs, if any; `params`
+    may be shapes."""
     moved = groups(config, graphdef, params)
     tx = optim.build(
         config.optimizer,
         total_steps=config.train.steps,
         **moved._asdict(),
-        mesh=mesh if mesh.size > 1 else None,
+        mesh=mesh if mesh is not None and mesh.size > 1 else None,
     )
-    state = state_lib.create(params, tx, run_key)
-    return graphdef, sharding.replicate(state, mesh), tx, moved.layers
+    return tx, moved.layers
+
+
+def make_mesh(config: RunConfig, devices: Sequence[Any] | None = None):
+    """The mesh of a run, which its model, its optimizer and its batch fit.
+
+    Raises:
+      ValueError: they do not; says what does.
+    """
+    mesh = sharding.make_mesh(devices, sharding.read_mesh(config.train.mesh))
+    check_mesh(config, mesh)
+    return mesh
+
+
+def check_mesh(config: RunConfig, mesh: Any) -> None:
+    """Refuses a mesh that model, optimizer or batch do not fit; see `make_mesh`."""
+    train = config.train
+    sharding.check_heads(config.model.heads, mesh)
+    sharding.check_batch(train.batch, mesh, train.accumulate)
+    rule = config.optimizer.rule
+    if sharding.FSDP in mesh.axis_names and rule.inputs and train.gather == "layer":
+        raise ValueError(
+            f"optimizer.rule ({rule.kind}) learns from the inputs of whole matrices: "
+            "with fsdp set train.gather=step."
+        )
+
+
+def _agree(config: RunConfig, fingerprint: Mapping[str, Any]) -> None:
+    """Returns once every process has accepted the same run."""
+    processes.check_same(
+        config=json.dumps(config_lib.to_json(config), sort_keys=True),
+        data=json.dumps(fingerprint, sort_keys=True),
+    )
+
+
+def _see_folder(workdir: Path) -> None:
+    """Waits for the folder of a new run, and refuses one that not all see."""
+    processes.wait("the folder of the run")
+    if not processes.all_true((workdir / checkpoint.TOKENIZER).exists()):
+        raise ValueError(
+            f"workdir ({workdir}) must be a folder that all processes see, but some "
+            "see nothing of what process 0 wrote there: give one on shared storage."
+        )
 
 
 def _validation_rows(
@@ -386,8 +646,11 @@ def _validation_rows(
 ) -> list[PyTree] | None:
     if not config.train.validate_every:
         return None
+    return _validation_batches(_rows(documents, config), config)
+
+
+def _validation_batches(rows: stream.Source, config: RunConfig) -> list[PyTree]:
     seq_len, batch = config.train.seq_len, config.train.batch
-    rows = _rows(documents, config)
     batches = min(config.train.validate_batches, len(rows) // batch)
     if batches == 0:
         raise ValueError(
@@ -408,34 +671,23 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
     if rows is None:
         return None
     evaluate = sharding.jit_evaluation(
-        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch), mesh
+        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch),
+        mesh,
+        lm.abstract(config.model),
     )
+    own = [sharding.own_rows(batch, mesh) for batch in rows]
 
     def mean(params) -> dict[str, float]:
         # Waited for, as steps are: of more than 32 programs in flight the collectives
         # of virtual CPU devices can dead-lock before jax 0.12.
         losses = [
-            float(evaluate(params, sharding.shard_batch(batch, mesh))) for batch in rows
+            float(evaluate(params, sharding.shard_batch(batch, mesh))) for batch in own
         ]
         loss = float(np.mean(losses))
-        bits = _bits(loss, source.validation_bytes_per_token)
-        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+        a_byte = bits(loss, source.validation_bytes_per_token)
+        return {"validation_loss": loss, "validation_bits_per_byte": a_byte}
 
     return mean
-
-
-def _check_finite(
-    metrics: Mapping[str, float], step: int, saved: int | None, workdir: Path
-) -> None:
-    bad = [name for name in _MUST_BE_FINITE if not math.isfinite(metrics[name])]
-    if not bad:
-        return
-    kept = f"the checkpoint of step {saved}" if saved is not None else "no checkpoint"
-    values = ", ".join(f"{name} is {metrics[name]}" for name in bad)
-    raise NonFinite(
-        f"Step {step}: {values}. Nothing was saved of it; {workdir} keeps {kept}. A "
-        "lower optimizer.learning_rate or a longer optimizer.warmup_steps may help."
-    )
 
 
 def check_workdir(workdir: str | os.PathLike) -> Path:
@@ -449,7 +701,7 @@ def check_workdir(workdir: str | os.PathLike) -> Path:
 
 def is_run(folder: Path) -> bool:
     """Whether this program wrote `folder`: by its config, or by its checkpoints'."""
-    if {path.name for path in folder.iterdir()} <= {_UNFINISHED}:
+    if {path.name for path in folder.iterdir()} <= {_UNFINISHED, lock.FILE}:
         return True
     try:
         data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -470,109 +722,8 @@ def _has_checkpoints(folder: Path) -> bool:
 def _write_config(workdir: Path, config: RunConfig) -> None:
     """Beside, then renamed: a folder with a config is one of a run."""
     text_ = json.dumps(config_lib.to_json(config), indent=2, allow_nan=False)
-    (workdir / _UNFINISHED).write_text(text_ + "\n", encoding="utf-8")
-    (workdir / _UNFINISHED).replace(workdir / CONFIG)
+    metrics_lib.replace(workdir / CONFIG, text_ + "\n")
 
 
 def _spec(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _bits(nats: float, bytes_per_token: float) -> float:
-    return nats / math.log(2) / bytes_per_token
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-class _Stop:
-    signal: int | None = None
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """Notes the first SIGTERM or SIGINT; a second one acts as it did before."""
-    stop, before = _Stop(), {}
-
-    def note(number, frame):
-        stop.signal = number
-        restore()
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals are somebody else's
-        pass
-    try:
-        yield stop
-    finally:
-        restore()
-
-
-class _Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, config: RunConfig, done: int):
-        self._config, self._start, self._done = config, done, done
-        self._began: float | None = None
-        self._bar: progress.Progress | None = None
-        if sys.stdout.isatty():
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[numbers]}"),
-                progress.TimeRemainingColumn(),
-            )
-
-    def __enter__(self) -> "_Progress":
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(
-                self._config.row,
-                total=self._config.train.steps,
-                completed=self._done,
-                numbers="compiling",
-            )
-        else:
-            _say("compiling the step, once")
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._done = step
-        if self._began is None:  # the first step compiles, so the clock starts after it
-            self._began, self._start = time.monotonic(), step
-        numbers = (
-            f"loss {metrics['loss']:.4f} nats  {metrics['bits_per_byte']:.3f} bits/byte"
-        )
-        speed = self.speeds().get("tokens_per_second")
-        if speed:
-            numbers += f"  {speed:,.0f} tokens/s"
-        if "validation_bits_per_byte" in metrics:
-            numbers += f"  validation {metrics['validation_bits_per_byte']:.3f}"
-        train = self._config.train
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
-        elif step % train.log_every == 0 or step in (1, train.steps):
-            left = ""
-            if speed:
-                seconds = (train.steps - step) * train.batch * train.seq_len / speed
-                left = f"  {seconds:,.0f} s left"
-            _say(f"step {step}/{train.steps}  {numbers}{left}")
-
-    def speeds(self) -> dict[str, float]:
-        """Tokens a second since the first step of this process."""
-        steps = self._done - self._start
-        if self._began is None or steps < 1:
-            return {}
-        tokens = steps * self._config.train.batch * self._config.train.seq_len
-        return {"tokens_per_second": tokens / (time.monotonic() - self._began)}

@@ -6,6 +6,7 @@ Everything measured on purpose is one JSON file, written and read by this module
     experiments/results/benchmarks/<name>-<device>.json
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -13,12 +14,14 @@ import numbers
 import os
 import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from hope_jax.core import config as config_lib
 
@@ -157,10 +160,10 @@ def commit() -> str:
         return "unknown"
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages a result depends on and of `more`."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -224,14 +227,12 @@ class MetricLog:
 
         workdir = Path(workdir)
         self.path = workdir / "metrics.jsonl"
-        kept = (
-            [] if step == 0 else [r for r in read_log(self.path) if r["step"] <= step]
-        )
-        _replace(self.path, "".join(_line(record) for record in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        kept = [] if step == 0 else _lines_up_to(self.path, step)
+        replace(self.path, "".join(_line(record) for record in kept))
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1 if step else None
         )
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write(
         self,
@@ -243,41 +244,78 @@ class MetricLog:
 
         Raises:
           ValueError: a value that is no finite number.
+          OSError: it cannot be written; names the file.
         """
         metrics = finite(metrics, f"the metrics of step {step}")
-        self._file.write(_line({"step": step, **metrics}))
-        self._file.flush()
-        for name, value in {**metrics, **(speeds or {})}.items():
-            self._board.add_scalar(name, value, step)
+        with _named(self.path):
+            self._file.write(_line({"step": step, **metrics}))
+            self._file.flush()
+        with _named(self.path.with_name("tensorboard")):
+            for name, value in {**metrics, **(speeds or {})}.items():
+                self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Brings everything written so far to the disk."""
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        with _named(self.path):
+            os.fsync(self._file.fileno())
+        with _named(self.path.with_name("tensorboard")):
+            self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Lets go of the files. What cannot be written any more is given up: `sync` has
+        said so of what matters."""
+        for closing in (self._file, self._board):
+            try:
+                closing.close()
+            except (OSError, ValueError) as error:
+                logging.warning("The log could not be closed: %s", error)
 
 
-def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+def _lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines that a run goes on from; a damaged file is kept beside."""
+    if not path.exists():
+        logging.warning("%s is gone: the log begins again after step %d.", path, step)
+        return []
+    try:
+        return [record for record in read_log(path) if record["step"] <= step]
+    except ValueError as error:
+        beside = path.with_name(f"{path.name}.damaged")
+        logging.warning("%s It is kept as %s, its other lines here.", error, beside)
+        shutil.copyfile(path, beside)
+    return [r for r in read_log(path, skip_damaged=True) if r["step"] <= step]
+
+
+def read_log(
+    path: str | os.PathLike, *, skip_damaged: bool = False
+) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, without a last line that was cut while written.
 
+    Args:
+      path: the file.
+      skip_damaged: leaves out other lines that are damaged.
+
     Raises:
-      ValueError: any other line that is no JSON.
+      ValueError: any other line is no JSON object with a step; names file and line.
     """
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from None
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("it has no step")
+        except (ValueError, RecursionError) as error:
+            if skip_damaged:
+                continue
+            raise ValueError(
+                f"Line {number} of {path} is no line of a log: {error}."
+            ) from None
+        records.append(record)
     return records
 
 
@@ -360,11 +398,22 @@ def write_json(path: str | os.PathLike, data: Any) -> Path:
     """Writes beside, as `.NAME`, then renames: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+    replace(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
     return path
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Writes beside, as `.NAME`, then renames."""
     beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with _named(path):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A write that fails does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,5 +1,6 @@
 """One step of training, pure: the slow level moves by what the fast ones read."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,11 +32,15 @@ class Packed(NamedTuple):
     weight: Float[Array, "B T"] | None = None
 
 
-def weighed(batch: Packed) -> Packed:
-    """With weights of mean 1, none for what another document says."""
+def weighed(batch: Packed, axis: str | None = None) -> Packed:
+    """With weights of mean 1, none for what another document says; over `axis` of
+    `jax.pmap` too."""
     before, after = batch.document[:, :-1], batch.document[:, 1:]
     own = ((before == after) & (after >= 0)).astype(jnp.float32)
-    return batch._replace(weight=own / jnp.maximum(own.mean(), 1.0 / own.size))
+    mean, size = own.mean(), own.size
+    if axis is not None:
+        mean, size = jax.lax.pmean(mean, axis), size * jax.lax.axis_size(axis)
+    return batch._replace(weight=own / jnp.maximum(mean, 1.0 / size))
 
 
 def begins(document: Int[Array, "B T1"], stretch: int) -> Bool[Array, "B S"]:
@@ -54,7 +59,9 @@ def make_step(
     mesh: Mesh | None = None,
     stretch: int = 0,
     accumulate: int = 1,
+    by_layer: bool = False,
     of_step: Callable[[PyTree, PyTree, PyTree], Metrics] = lambda *trees: {},
+    axis: str | None = None,
 ) -> Callable[[TrainState, Int[Array, "B T1"] | Packed], tuple[TrainState, Metrics]]:
     """The step of a language model: `(state, batch) -> (state, metrics)`.
 
@@ -73,16 +80,20 @@ def make_step(
       mesh: whose devices share the rows of a batch (`hope_jax.train.sharding`).
       stretch: tokens between places where a document of `Packed` rows may begin.
       accumulate: parts in which each device reads its rows, one after another.
+      by_layer: of a mesh that cuts parameters, gather the weights of a layer when it is
+        read; by default all are gathered before the step.
       of_step: further metrics, of the gradient, of the change of the parameters, and of
         these before it.
+      axis: of `jax.pmap`, whose devices share the rows instead of those of a mesh
+        (`hope_jax.train.sharding.pmap_step`).
 
     Returns:
       A pure function. Metrics are float32 scalars: `loss` in nats, `grad_norm`,
       `update_norm`, and those of `of_step`; and int32 `tokens`, predicted in the step.
     """
 
-    def live(params, fast, batch):
-        return _read(apply_fn, graphdef, params, batch, fast, stretch)
+    def live(apply, params, fast, batch):
+        return _read(apply, graphdef, params, batch, fast, stretch)
 
     def objective(params, context):
         batch, losses = context
@@ -90,25 +101,35 @@ def make_step(
 
     level = outer_level(tx, objective)
 
-    def differentiate(tokens):
-        devices = 1 if mesh is None else mesh.size
+    def differentiate(tokens, parts):
+        devices = 1 if mesh is None else sharding.row_shards(mesh)
         own = differentiation(tokens[:, 1:].size // (devices * accumulate))
         if accumulate > 1:
             own = sharding.in_turn(own, accumulate)
-        if mesh is None or devices == 1:
+        if axis is not None:
+            return sharding.of_replicas(own, axis)
+        if mesh is None or mesh.size == 1:
             return own
-        return sharding.of_rows(own, mesh)
+        return sharding.of_rows(own, mesh, by_layer=parts is not None)
 
     def step(state: TrainState, batch: Int[Array, "B T1"] | Packed):
+        apply, parts = apply_fn, None
+        if by_layer and mesh is not None:
+            parts = sharding.parts_of(state.params, mesh)
+            if parts is not None:
+                apply = functools.partial(apply_fn, parts=parts)
         count = _tokens(batch)[:, 1:].size
         if isinstance(batch, Packed):
-            batch = weighed(batch)
+            batch = weighed(batch, axis)
             count = jnp.sum(jnp.asarray(batch.weight) > 0)
+        count = jnp.asarray(count, jnp.int32)
+        if axis is not None:
+            count = jax.lax.psum(count, axis)
         after = hope_update(
             batch,
             Slow(level, state.level),
-            Fast(live),
-            differentiate=differentiate(_tokens(batch)),
+            Fast(functools.partial(live, apply)),
+            differentiate=differentiate(_tokens(batch), parts),
         )
         moved = after.slow.state
         change = jax.tree.map(jnp.subtract, moved.params, state.params)
@@ -116,7 +137,7 @@ def make_step(
             "loss": after.loss,
             "grad_norm": optax.tree.norm(after.gradient),
             "update_norm": optax.tree.norm(change),
-            "tokens": jnp.asarray(count, jnp.int32),
+            "tokens": count,
             **of_step(after.gradient, change, state.params),
         }
         return state._replace(level=moved), metrics

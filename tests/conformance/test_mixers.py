@@ -132,7 +132,7 @@ def text(seed=2):
 def other(x, row=slice(None), place=slice(None)):
     """`x` with other values at some place."""
     x = x.copy()
-    x[row, place] += 1.0
+    x[row, place] += np.linspace(0.5, 1.5, D, dtype=np.float32)
     return x
 
 
@@ -253,7 +253,8 @@ def test_a_session_finds_the_weights_of_every_part_that_learns(kind):
     graphdef, params = lm.abstract_model(model)
 
     def weights(params):
-        return slots.memories(model, lm.initial_state(graphdef, params, ROWS))
+        state = lm.initial_state(graphdef, params, ROWS)
+        return slots.memories(model, params, state)
 
     found = jax.eval_shape(weights, params)
     assert len(found) == len(slots.names(model))
@@ -288,11 +289,12 @@ def test_a_memory_is_where_what_it_was_given_takes_it(kind):
         node for node in jax.tree.leaves(state, is_leaf=is_memory) if is_memory(node)
     ]
     before, ends = memories(begun), memories(after)
-    if config.modifies_itself:  # of one batch, apart
+    if config.modifies_itself:  # those of the projections are of one batch
 
-        def apart(batch):
-            each = range(len(written))
-            return [jax.tree.map(lambda a, i=i: a[:, :, i], batch) for i in each]
+        def apart(batch, main):
+            each = range(len(written) - 1)
+            own = [jax.tree.map(lambda a, i=i: a[:, :, i], batch) for i in each]
+            return [*(one._replace(anchor=one.weights) for one in own), main]
 
         before, ends = apart(*before), apart(*ends)
     for memory, tokens, old, new in zip(

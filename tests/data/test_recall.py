@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.data.synthetic.recall import FILLER, RecallConfig, batch
-from hope_jax.evaluate import recall
+from hope_jax.data.synthetic.recall import FILLER, RecallConfig
+from hope_jax.evaluate import answers
 
 CONFIGS = [
     RecallConfig(vocab=32, pairs=4, length=24),
@@ -24,7 +24,7 @@ every = pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 
 @functools.cache
 def rows(config, seed=0):
-    made = jax.jit(batch, static_argnums=(0, 2))(config, jax.random.key(seed), ROWS)
+    made = jax.jit(config.batch, static_argnums=1)(jax.random.key(seed), ROWS)
     return jax.tree.map(np.asarray, made)
 
 
@@ -84,7 +84,7 @@ def test_filler_can_be_any_token():
 @pytest.mark.parametrize("config", CONFIGS[:2], ids=("all", "some"))
 def test_a_place_does_not_tell_its_answer(config):
     """In the first slot, which is asked most, any of the pairs is as likely."""
-    tokens, _, mask = jax.tree.map(np.asarray, batch(config, jax.random.key(2), 2000))
+    tokens, _, mask = jax.tree.map(np.asarray, config.batch(jax.random.key(2), 2000))
     first = 2 * config.pairs
     there = tokens[mask[:, first]]
     places = (there[:, :first:2] == there[:, first, None]).mean(0)
@@ -96,7 +96,7 @@ def test_gaps_follow_their_law():
     """The place of a single question: P(i) is proportional to i^(power - 1)."""
     for power in (0.01, 1.0, 2.0):
         config = RecallConfig(vocab=8, pairs=1, length=12, gap_power=power)
-        _, _, mask = batch(config, jax.random.key(1), 4000)
+        _, _, mask = config.batch(jax.random.key(1), 4000)
         seen = np.asarray(mask)[:, 2::2].mean(0)
         law = np.arange(1.0, 6.0) ** (power - 1)
         np.testing.assert_allclose(seen, law / law.sum(), atol=0.03)
@@ -104,7 +104,7 @@ def test_gaps_follow_their_law():
 
 def test_the_key_decides_the_rows():
     config = CONFIGS[3]
-    again = batch(config, jax.random.key(0), ROWS)
+    again = config.batch(jax.random.key(0), ROWS)
     jax.tree.map(np.testing.assert_array_equal, again, rows(config))
     other = rows(config, seed=1)
     assert (other.tokens[:, :8] != again.tokens[:, :8]).any(1).all()
@@ -114,16 +114,18 @@ def test_the_key_decides_the_rows():
 @every
 def test_a_look_up_answers_all(config):
     asked = rows(config)
-    accuracy, loss = recall.score_batch(oracle(config, asked), asked)
-    assert accuracy == 1.0
-    assert loss == pytest.approx(np.log1p((config.vocab - 1) * np.exp(-10)), rel=1e-3)
+    found = answers.score_batch(oracle(config, asked), asked)
+    assert found.accuracy == found.whole == 1.0
+    assert found.loss == pytest.approx(
+        np.log1p((config.vocab - 1) * np.exp(-10)), rel=1e-3
+    )
 
 
 def test_a_look_up_without_one_pair_does_not():
     config = CONFIGS[0]
     asked = rows(config)
-    accuracy, _ = recall.score_batch(oracle(config, asked, drop=1), asked)
-    assert accuracy == pytest.approx(0.75)
+    found = answers.score_batch(oracle(config, asked, drop=1), asked)
+    assert found.accuracy == pytest.approx(0.75) and found.whole == 0.0
 
 
 def test_chance():
@@ -134,7 +136,7 @@ def test_chance():
 
     def accuracy(guess):
         logits = jax.nn.one_hot(jnp.asarray(guess), config.vocab)
-        return float(recall.score_batch(logits, asked).accuracy)
+        return float(answers.score_batch(logits, asked).accuracy)
 
     shape = asked.tokens.shape
     own = asked.tokens[:, 1 : 2 * config.pairs : 2]
@@ -154,10 +156,10 @@ def test_only_questions_count():
     elsewhere = jnp.where(asked.mask[..., None], logits, -logits + 3.0)
     jax.tree.map(
         np.testing.assert_array_equal,
-        recall.score_batch(logits, asked),
-        recall.score_batch(elsewhere, asked),
+        answers.score_batch(logits, asked),
+        answers.score_batch(elsewhere, asked),
     )
-    gradient = jax.grad(lambda x: recall.score_batch(x, asked).loss)(logits)
+    gradient = jax.grad(lambda x: answers.score_batch(x, asked).loss)(logits)
     assert (np.abs(gradient).max(-1) > 0).astype(bool).tolist() == asked.mask.tolist()
 
 
@@ -168,10 +170,10 @@ def test_score_is_the_mean_over_batches():
     def read(params, tokens):
         return params[tokens]
 
-    found = recall.score(read, table, config, key, rows=5, batches=3)
-    each = [batch(config, k, 5) for k in jax.random.split(key, 3)]
+    found = answers.score(read, table, config, key, rows=5, batches=3)
+    each = [config.batch(k, 5) for k in jax.random.split(key, 3)]
     one = jax.tree.map(lambda *rows: jnp.concatenate(rows), *each)
-    expected = recall.score_batch(read(table, one.tokens), one)
+    expected = answers.score_batch(read(table, one.tokens), one)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected
     )
@@ -197,10 +199,10 @@ def test_bad_tasks_are_refused(fields, message):
 def test_bad_calls_are_refused():
     config = CONFIGS[0]
     with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
-        batch(config, jax.random.key(0), 0)
+        config.batch(jax.random.key(0), 0)
     with pytest.raises(ValueError, match="batches must be at least 1, got 0"):
-        recall.score(lambda p, t: t, None, config, jax.random.key(0), batches=0)
+        answers.score(lambda p, t: t, None, config, jax.random.key(0), batches=0)
     with pytest.raises(
         ValueError, match=r"logits must be .* = \(64, 24\), got \(64, 2"
     ):
-        recall.score_batch(jnp.zeros((64, 23, 32)), rows(config))
+        answers.score_batch(jnp.zeros((64, 23, 32)), rows(config))

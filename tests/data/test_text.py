@@ -261,3 +261,12 @@ def test_real_addresses_are_not_all_utf8(tmp_path):
         f"{tmp_path}/**/*.txt", undecodable="keep", max_validation_bytes=None
     )
     assert len(keeping.train) + len(keeping.validation) == 124
+
+
+def test_names_that_are_no_text_are_said_escaped(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("some text\n" * 9)
+    (tmp_path / os.fsdecode(b"\xff\x1b[31m.txt")).write_bytes(b"")
+    said = text.from_path(tmp_path).summary()
+    assert "\\udcff\\x1b[31m.txt" in said and "\x1b" not in said
+    said.encode()

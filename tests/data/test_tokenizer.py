@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,38 @@ def test_files_that_are_no_json_or_not_there_are_refused(tmp_path):
             tokenizer.load(path)
     with pytest.raises(FileNotFoundError, match="none.json"):
         tokenizer.load(tmp_path / "none.json")
+
+
+def test_files_that_ask_for_too_much_memory_are_refused_before_it_is_taken(tmp_path):
+    path = tmp_path / "t.json"
+    doubling = [[97, 98], *([255 + i, 255 + i] for i in range(1, 45))]
+    path.write_text(json.dumps(_BPE.definition | {"merges": doubling}))
+    assert path.stat().st_size < 700
+    with pytest.raises(ValueError, match=r"merges\[16\]: 131,072 are more than the 65"):
+        tokenizer.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a tokenizer: RecursionError"):
+        tokenizer.load(path)
+    path.write_text("")
+    os.truncate(path, 1 << 40)  # of holes
+    with pytest.raises(ValueError, match="bytes of .*t.json': 1,099,511,627,776 are"):
+        tokenizer.load(path)
+    _BPE.save(path)
+    said = json.loads(path.read_text())
+    said["added_tokens"][0]["id"] = 2**31
+    path.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="ids: 2,147,483,649 are more than the 4,194"):
+        tokenizer.load(path)
+
+
+def test_training_takes_time_like_the_size_of_a_text_without_spaces():
+    rng = np.random.default_rng(0)
+    data = rng.integers(97, 123, 500_000, dtype=np.uint8).tobytes()
+    began = time.process_time()  # 31 s, were it the square of its length
+    found = tokenizer.train_bpe([data, b" " * 500_000], 300)
+    assert time.process_time() - began < 8
+    assert found.vocab_size == 300
+    assert found.decode(found.encode(data)) == data
 
 
 @_BOTH

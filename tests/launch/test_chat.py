@@ -26,7 +26,7 @@ def talk(tmp_path, monkeypatch, capsys):
         ByteTokenizer(),
         1,
     )
-    monkeypatch.setattr(chat, "open_checkpoint", lambda *_: opened)
+    monkeypatch.setattr(chat, "open_given", lambda _: opened)
     monkeypatch.setattr(chat, "SLOTS", SLOTS)  # the program of tests/stream
     monkeypatch.setattr(chat, "BLOCK", BLOCK)
 

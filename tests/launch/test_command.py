@@ -1,15 +1,19 @@
 """One way to give flags: every program beside every other, and their help."""
 
 import importlib
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import pytest
 
+from hope_jax.train import checkpoint, lock, loop, watchdog  # noqa: F401 loop raises them
 from launch import command
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +94,46 @@ def test_orbax_is_kept_quiet_and_nothing_else():
     logger = logging.getLogger("absl")
     made = [logger.makeRecord("absl", 30, p, 1, "", (), None) for p in ("orbax", "jax")]
     assert [bool(logger.filter(record)) for record in made] == [False, True]
+
+
+def test_what_nobody_waits_for_any_more_is_not_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(command, "_hooks", [told.append])
+    for words in ("Event loop is closed", "another"):
+        what = types.SimpleNamespace(exc_value=RuntimeError(words))
+        command._but_for_closed_loops(what)
+    assert [str(what.exc_value) for what in told] == ["another"]
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError(), "Out of memory."),
+        (RecursionError("maximum depth"), "nested too deeply: maximum depth"),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied: '/x'"),
+        (watchdog.Stalled("a batch has not ended"), "a batch has not ended"),
+        (checkpoint.SaveFailed("no room"), "no room"),
+        (lock.InUse("in use"), "in use"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nat"), "batch"),
+        (TypeError("of the program"), None),
+        (jax.errors.JaxRuntimeError("INTERNAL: of the program"), None),
+    ],
+)
+def test_errors_in_words(error, said):
+    try:
+        raise error
+    except Exception as raised:
+        found = command.in_words(raised)
+    if said is None:
+        assert found is None
+    else:
+        assert said in found and "\n" not in found
+    status = 75 if isinstance(error, watchdog.Stalled) else 1
+    assert command.status_of(error) == status
+    if said is not None:
+        with pytest.raises(SystemExit) as end, command.fail_in_words():
+            raise error
+        assert end.value.code == (75 if status == 75 else f"error: {found}")
 
 
 def test_all_programs_can_be_imported_together():
@@ -230,3 +274,15 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path):
     assert f"error: compile_cache ({file}) is no folder" in said
     (value, folder), _ = run(XDG_CACHE_HOME=str(file))  # nowhere to keep them: so be it
     assert (value, folder) == ("6.0", "None")
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_nothing_steers_a_terminal():
+    wild = "a\x1b[31m\tb\n\udcff\x9b"
+    said = command.printable(wild, _Terminal())
+    assert said == "a\\x1b[31m\tb\n\\udcff\\x9b"
+    assert command.printable(wild, io.StringIO()) == "a\x1b[31m\tb\n\\udcff\x9b"

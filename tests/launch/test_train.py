@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import pytest
 
 from hope_jax.core.config import override
 from hope_jax.train import checkpoint, metrics
+from hope_jax.train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--experiment=tests.train.tiny", "--row=tiny"]
@@ -39,11 +39,13 @@ def finish(process, code=0):
     return out, err
 
 
-def stop_when(process, ready, number):
+def stop_when(process, ready, *numbers):
     while not ready():
         assert process.poll() is None, finish(process, code=None)
         time.sleep(0.001)
-    process.send_signal(number)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.02)
 
 
 def lines(workdir):
@@ -52,7 +54,7 @@ def lines(workdir):
 
 
 def final_state(workdir):
-    """The manifest of the last checkpoint: a SHA-256 of every array and of the data."""
+    """The manifest of the last checkpoint: a digest of every array and of the data."""
     with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
         step = saved.verify(saved.steps()[-1])
         meta = saved._meta(step)
@@ -68,13 +70,13 @@ def test_killed_four_times_equals_unbroken(tmp_path):
 
     moments = [
         (lambda: (broken / "config.json").exists(), signal.SIGTERM),
-        (lambda: lines(broken) >= 3, signal.SIGTERM),
-        (lambda: lines(broken) >= 20, signal.SIGINT),
+        (lambda: lines(broken) >= 3, signal.SIGTERM, signal.SIGTERM),
+        (lambda: lines(broken) >= 20, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM),
         (lambda: lines(broken) >= 41, signal.SIGKILL),
     ]
-    for i, (ready, number) in enumerate(moments):
+    for i, (ready, number, *more) in enumerate(moments):
         process = launch(f"--workdir={broken}", *(["--resume"] if i else []))
-        stop_when(process, ready, number)
+        stop_when(process, ready, number, *more)
         if number == signal.SIGKILL:
             finish(process, code=-number)
             continue
@@ -85,13 +87,66 @@ def test_killed_four_times_equals_unbroken(tmp_path):
         assert lines(broken) == stopped  # the step at hand was finished, and none lost
 
     saved = checkpoint.latest_verified_step(broken)
-    assert saved >= lines(broken) - 2 * 9 and saved < 90  # two intervals: one in flight
+    assert lines(broken) - 9 <= saved < 90  # an interval
     out, _ = finish(launch(f"--workdir={broken}", "--resume"))
     assert f"resumed at step {saved} of 90" in out
 
     assert final_state(broken) == final_state(unbroken)
     for name in ("metrics.jsonl", "config.json", "tokenizer.json"):
         assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+def workers_of(process):
+    """The processes that read data for another; its others track resources."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            said = status.with_name("cmdline").read_text()
+        except OSError:
+            continue  # it has just ended
+        if parent == process.pid and "spawn_main" in said:
+            found.append(int(status.parent.name))
+    return found
+
+
+def gone(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2][1] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look in")
+def test_a_stopped_worker_hangs_nothing_and_none_is_left_alone(tmp_path):
+    launch = functools.partial(start, *TINY, f"--workdir={tmp_path}")
+    process = launch("--set=train.workers=1")
+    ready = lambda: lines(tmp_path) >= 3 and workers_of(process)  # noqa: E731
+    while not ready():
+        assert process.poll() is None, finish(process, code=None)
+        time.sleep(0.01)
+    (worker,) = workers_of(process)
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(1.0)  # what was read ahead is used up
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    finish(process, code=128 + signal.SIGTERM)
+    assert time.monotonic() - began < 40 and gone(worker)
+    assert checkpoint.latest_verified_step(tmp_path) == lines(tmp_path)
+
+    process = launch("--set=train.workers=1", "--resume")
+    while not workers_of(process):
+        assert process.poll() is None, finish(process, code=None)
+        time.sleep(0.01)
+    (worker,) = workers_of(process)
+    time.sleep(5.0)  # it has started, and waits
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 30
+    while not gone(worker) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert gone(worker)
 
 
 def test_help_is_fast():
@@ -125,6 +180,12 @@ def test_describe_prints_and_exits(capsys):
         (["--experiment=quikstart"], "there are .*quickstart.* Did you mean 'quick"),
         (["--experiment=launch.train"], "has no function rows"),
         (
+            ["--experiment=fig4_toy"],
+            "those that have are .*: python -m experiments.fig",
+        ),
+        (["--experiment=../../x"], "is no name of a module; there are .*quickstart"),
+        ([*TINY, "--set=row=../.."], "row must be letters, .* got '../..'"),
+        (
             ["--experiment=tests.train.tiny", "--row=tinny"],
             "its rows are tiny. Did",
         ),
@@ -156,14 +217,44 @@ def test_experiments_are_those_with_rows_to_train():
     found = train.experiments()
     assert {"quickstart", "twins", "stability"} <= set(found)
     for name in found:
-        assert callable(importlib.import_module(f"experiments.{name}").rows)
-    assert not {"lab", "sweep", "memory", "fig4_toy"} & set(found)
+        assert all(
+            isinstance(c, RunConfig) for c in train._rows(name, "smoke").values()
+        )
+    others = {"lab", "sweep", "memory", "fig4_toy", "sessions", "continual_reading"}
+    assert not others & set(found)
+    for name in ("sessions", "continual_reading"):
+        with pytest.raises(ValueError, match="has no function rows.scale. of configs"):
+            train._rows(name, "smoke")
 
 
 def test_a_mistake_is_one_line_not_a_traceback():
     _, err = finish(start(*TINY, "--workdir=x", "--set=optimizer.rule.b1=2"), code=1)
     assert err.strip().splitlines()[-1].startswith("ValueError: b1 must be at least 0")
     assert "Traceback" not in err
+
+
+def test_what_is_wrong_with_files_is_one_line_too(tmp_path, capsys):
+    """Nothing is made of it, and no traceback shown; `--verbosity=1` shows it."""
+    from launch import train
+
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 \n" * 3000)
+    (tmp_path / "short.txt").write_text("hi")
+    line = [*TINY, "--scale=smoke", f"--workdir={tmp_path / 'run'}"]
+    for flags, said in (
+        ([f"--data={tmp_path / 'latin1.txt'}"], "latin1.txt' is not UTF-8: byte 3"),
+        ([f"--data={tmp_path / 'short.txt'}"], "one row of seq_len=16 needs 17"),
+        (["--data=/nonexistent"], "No file or folder at '/nonexistent'"),
+        (["--set=train.batch=1000000"], "fewer than one batch of 1000000"),
+        (["--set=model.vocab=256"], "set model.vocab=257"),
+        (["--workdir=/proc/none"], "--workdir='/proc/none' cannot be written to: "),
+        ([f"--workdir={tmp_path / 'short.txt'}"], "short.txt' is no folder"),
+    ):
+        assert train.main([*line, *flags]) == 1
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+    assert train.main([*line, "--data=/nonexistent", "--verbosity=1"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -151,3 +151,25 @@ def test_non_expansive_never_reflects_further_than_it_keeps():
     )
     step = rates.steps(config, token, small)["w"]
     np.testing.assert_allclose(step, 2.0 * 0.5 / 100.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias, dgd", [("dot", "both"), ("l2", "none"), ("l2", "both")])
+@pytest.mark.parametrize("recall", ["before", "after"])
+def test_no_write_lengthens_what_is_stored_along_its_key(bias, dgd, recall):
+    """By a token of any retention, up to the highest rate that an exact form takes: the
+    factor is `α − n η`, or `α (1 − n η)`, and reaches −1."""
+    config = MemoryConfig(
+        architecture="linear",
+        gradient="exact",
+        rule="gd",
+        **dict(bias=bias, dgd=dgd, recall=recall if dgd == "both" else "before"),
+    )
+    n = config.erasures
+    alpha, share = (jnp.asarray(a) for a in np.mgrid[0:1:21j, 0:1:21j].astype("f4"))
+    for bound in (0.5 / n, 1 / n, 1.5 / n, 2 / n):
+        eta = n * rates.within(config, bound, share, alpha)
+        after = config.recall == "after"
+        factor = alpha * (1 - eta) if after else alpha - eta
+        assert np.abs(factor).max() <= 1 + 1e-6
+        assert eta.max() == pytest.approx(n * bound) and (np.diff(eta) >= 0).all()
+    assert factor.min() == pytest.approx(-1.0)

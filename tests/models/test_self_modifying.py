@@ -95,8 +95,11 @@ def call(graphdef, params, x, state=None, **options):
 
 
 def fast(graphdef, params, x):
-    y, state = call(graphdef, params, x)
-    memories = state.projection, state.main
+    """Outputs, and the memories with what unfinished chunks have taught them."""
+    layer = nnx.merge(graphdef, params)
+    y, state = layer(x)
+    now = layer.ended(state)
+    memories = now.projection, now.main
     return y, tuple((m.weights, m.momentum or {}) for m in memories)
 
 
@@ -269,12 +272,12 @@ def test_without_learning_the_memory_stays(layer, aligned, read):
     x = tokens(13)
     _, state = layer(x[:, :read], aligned=aligned)
     _, after = layer(x[:, read:], state, aligned=aligned, learn=False)
-    for ours, theirs in (
-        (after.projection, state.projection),
-        (after.main, state.main),
-    ):
-        equal(ours.weights, theirs.weights)
-        equal(ours.momentum, theirs.momentum)
+    graphdef, params = build(configured())
+    ended = jax.jit(lambda state: nnx.merge(graphdef, params).ended(state))
+    now, then = ended(after), ended(state)  # what was waiting to be learned included
+    close((now.projection, now.main), (then.projection, then.main))
+    equal(after.main.weights, state.main.weights)
+    equal(after.main.momentum, state.main.momentum)
     assert int(after.position[0]) == 13
 
 
@@ -359,6 +362,19 @@ def test_what_bounds_a_rate():
     assert SelfModifyingConfig(memory=MATRIX).rate_bound == 1.0
     twice = MemoryConfig(architecture="linear", gradient="exact")  # L2 and delta term
     assert SelfModifyingConfig(memory=twice).rate_bound == 0.5
+
+
+def test_a_memory_that_turns_and_forgets_at_once_stays_bounded():
+    """A thousand equal tokens at the highest rate and the least retention."""
+    config = remembering(1, 1, TURNING, rate=2.0, rate_start=0.99)
+    graphdef, params = build(config)
+    layer = nnx.merge(graphdef, params)
+    layer.bias_alpha[...] = jnp.full_like(layer.bias_alpha[...], -10.0)
+    layer.bias_eta[...] = jnp.full_like(layer.bias_eta[...], 10.0)
+    x = jnp.broadcast_to(tokens(1)[:, :1], (tokens(1).shape[0], 1000, D))
+    _, state = jax.jit(lambda x: layer(x))(x)
+    every = (*state.projection.weights.values(), *state.main.weights.values())
+    assert max(float(jnp.abs(w).max()) for w in every) < 20.0
 
 
 def test_one_write_can_be_read_at_once():

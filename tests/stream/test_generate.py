@@ -79,6 +79,15 @@ def test_greedy_does_not_depend_on_the_key(key):
     assert made(reader, key, b"hello") == made(reader, jax.random.key(7), b"hello")
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-30, 1e-12])
+def test_what_is_as_good_as_no_temperature_is_greedy(key, temperature):
+    logits = jnp.array([[3.0, 9.0, 9.5, -20.0]])
+    cold = g.Sampling(temperature=temperature)
+    assert int(cold(logits[0], key)) == 2
+    how = g.drawing([cold], 4)
+    assert g.draw(logits, how, key[None]).tolist() == [2]
+
+
 def test_top_k_draws_among_the_likeliest(key):
     logits = jnp.array([0.0, 3.0, 1.0, 2.0, -1.0])
     keys = jax.random.split(key, 200)
@@ -243,7 +252,7 @@ def test_bad_arguments_are_named(key):
     for temperature in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"temperature must .* got {temperature}"):
             g.Sampling(temperature=temperature)
-    for top_k in (0, -5):
+    for top_k in (0, -5, 2.5, True):
         with pytest.raises(ValueError, match=f"top_k must .* got {top_k}"):
             g.Sampling(top_k=top_k)
     for top_p in (0.0, 1.1, float("nan")):

@@ -271,6 +271,9 @@ def test_damaged_files_are_refused(tmp_path):
     refused(with_header(lambda h: h.pop(name)), "cannot be read")
     other = lambda h: h.update(others=h.pop(name))  # noqa: E731
     refused(with_header(other), "of another model, as 'others'")
+    anchors = "state.blocks.mixer.memories.anchor.w1"
+    former = lambda h: h.update({anchors: h.pop(name)})  # noqa: E731
+    refused(with_header(former), "of a version that kept a second copy of the memories")
     flat = lambda h: h[name].update(shape=h[name]["shape"][::-1])  # noqa: E731
     refused(with_header(flat), "of another model, as 'logits'")
     older = lambda h: h["__metadata__"].update(format="hope_jax.session.0")  # noqa: E731
@@ -636,15 +639,16 @@ def test_merging_averages_what_was_learned():
     made.feed("a", TEXT)
     made.feed("b", TEXT[::-1][:21])  # stands elsewhere in its chunks
     made.merge({"a": 1.0, "b": 3.0}, "c")
-    levels = [slots_lib.memories(CONFIG, made.row(n).state) for n in "abc"]
+    params = made.params
+    levels = [slots_lib.memories(CONFIG, params, made.row(n).state) for n in "abc"]
     expected = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, *levels[:2])
     compare.within(1e-6, 1e-7)(levels[2], expected)
     fresh = opened("a").row("a")
     row = made.row("c")
     assert same_bits(row.state.blocks.mixer.tails, fresh.state.blocks.mixer.tails)
     assert not np.any(row.state.position) and same_bits(row.ledger, fresh.ledger)
-    anchors = row.state.blocks.mixer.memories
-    assert same_bits(anchors.anchor, anchors.weights)
+    main = row.state.blocks.mixer.main
+    assert same_bits(main.anchor, main.weights)
     made.merge({"c": 2.0}, "d")
     assert same_bits(made.row("d"), row)
     assert made.generate("c", 3, sampling=GREEDY, text="x").read == 2

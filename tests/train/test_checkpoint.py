@@ -132,6 +132,18 @@ def test_round_trip_is_exact(two_steps, state):
     assert jax.tree.leaves(restored.params)[0].sharding.is_fully_replicated
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_round_trip_to_another_mesh(two_steps, state, devices):
+    place = sharding.replicated(sharding.make_mesh(jax.devices()[:devices]))
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state
+    )
+    restored, step = restore(two_steps, like)
+    assert step == 20
+    assert_same(restored, state)
+    assert {x.sharding for x in jax.tree.leaves(restored.params)} == {place}
+
+
 def test_nothing_to_restore(tmp_path, state):
     assert restore(tmp_path / "new", spec(state)) is None
     assert checkpoint.latest_verified_step(tmp_path) is None

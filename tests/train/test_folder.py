@@ -9,7 +9,7 @@ from rich.console import Console
 from experiments import sweep
 from hope_jax.train import checkpoint, loop
 from hope_jax.train.folder import ForeignFolder
-from launch import quickstart
+from launch import evaluate, quickstart
 from tests.train import tiny
 
 RUN = tiny.rows("smoke")["tiny"]
@@ -73,6 +73,33 @@ def test_refuses_what_is_no_folder(tmp_path, monkeypatch, start, path, message):
     with pytest.raises(ForeignFolder, match=message):
         start(path)
     assert not list(tmp_path.iterdir())
+
+
+@programs
+def test_refuses_what_cannot_be_written(tmp_path, start):
+    with pytest.raises(ForeignFolder, match="'/proc/none/run' cannot be written to: "):
+        start("/proc/none/run")
+
+
+def test_evaluations_try_their_output_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_given", lambda _: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    for place, said in (
+        ("/proc/none", "cannot be written to"),
+        (tmp_path / "file" / "below", "is no folder"),
+        ("", "is empty"),
+    ):
+        with pytest.raises(SystemExit, match=f"--output=.*{said}"):
+            evaluate.main([f"--checkpoint={tmp_path}", f"--output={place}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("text", ["null", "{", "[1]", '"x"'])
+def test_seconds_that_say_nothing_are_none(tmp_path, text):
+    (tmp_path / "seconds.json").write_text(text)
+    assert quickstart._seconds(tmp_path / "seconds.json") == 0.0
+    (tmp_path / "seconds.json").write_text("2.5")
+    assert quickstart._seconds(tmp_path / "seconds.json") == 2.5
 
 
 @programs

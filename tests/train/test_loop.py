@@ -38,6 +38,7 @@ def test_what_a_run_leaves(finished):
         "config.json",
         "tokenizer.json",
         "metrics.jsonl",
+        "hosts",
         "tensorboard",
         "checkpoints",
     }
@@ -94,25 +95,27 @@ def test_resuming_with_another_config_names_the_field(finished, monkeypatch):
 
 
 def test_nan_stops_and_names_the_step(tmp_path):
-    """A step that blows up is not saved, and what was saved before is kept."""
+    """A step that blows up moves nothing; what stood before it is saved."""
     diverging = config(
         "optimizer.rule=sgd",
         "optimizer.learning_rate=1e38",
         "optimizer.clip_norm=none",
         "optimizer.warmup_steps=0",
         "train.checkpoint_every=1",
+        "guard.returns=0",
     )
     with pytest.raises(loop.NonFinite, match=r"Step (\d+): .*(nan|inf)") as caught:
         loop.train(diverging, tmp_path)
     step = int(str(caught.value).split()[1].rstrip(":"))
-    assert f"keeps the checkpoint of step {step - 1}" in str(caught.value) or step == 1
-    assert checkpoint.latest_verified_step(tmp_path) == (step - 1 or None)
+    assert f"keeps the checkpoint of step {step}" in str(caught.value)
     logged = metrics.read_log(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in logged] == list(range(1, step))
+    saved = checkpoint.restore_params(tmp_path).params
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(saved))
 
 
-def test_a_gradient_that_is_nan_is_not_saved_either(tmp_path, monkeypatch):
-    """The loss of step 3 is fine, its gradient is not: parameters would be NaN."""
+def test_an_update_that_is_nan_is_not_saved_either(tmp_path, monkeypatch):
+    """Loss and gradient of step 3 are fine: parameters would be NaN after it."""
     made = loop.optim.build
 
     def poisoned(*arguments, **named):
@@ -123,10 +126,11 @@ def test_a_gradient_that_is_nan_is_not_saved_either(tmp_path, monkeypatch):
         return optax.chain(made(*arguments, **named), optax.scale_by_schedule(factor))
 
     monkeypatch.setattr(loop.optim, "build", poisoned)
-    every = config("train.checkpoint_every=1")
-    with pytest.raises(loop.NonFinite, match="Step 3: update_norm is nan.*of step 2"):
+    every = config("train.checkpoint_every=1", "guard.returns=0")
+    with pytest.raises(loop.NonFinite, match="Step 3: update_norm is nan.*of step 3"):
         loop.train(every, tmp_path)
-    assert checkpoint.latest_verified_step(tmp_path) == 2
+    saved = checkpoint.restore_params(tmp_path).params
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(saved))
 
 
 @pytest.mark.parametrize(

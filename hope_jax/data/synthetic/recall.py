@@ -14,20 +14,23 @@ here any pair may get any draw.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
+
+from hope_jax.data.synthetic.task import Asked, Task
 
 FILLER = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecallConfig:
+class RecallConfig(Task):
     """One task. The defaults are the smallest of Zoology's figure 2.
 
     Attributes:
+      kind: its name.
       vocab: tokens. 0 is filler; keys are the rest of the lower half, values the upper
         half.
       pairs: keys and values shown in a row, all different.
@@ -38,6 +41,7 @@ class RecallConfig:
         row; only the true questions have labels.
     """
 
+    kind: Literal["recall"] = "recall"
     vocab: int = 8192
     pairs: int = 4
     queries: int | None = None
@@ -81,58 +85,34 @@ class RecallConfig:
         """Accuracy of one who knows the values of the row and not whose they are."""
         return 1.0 / self.pairs
 
+    def row(self, key: Array) -> Asked:
+        """As `Task.row` says; the rows of three, for example:
 
-class RecallBatch(NamedTuple):
-    """Rows of the task.
+        >>> made = RecallConfig(vocab=16, pairs=2, length=8).batch(jax.random.key(0), 3)
+        >>> made.tokens.shape, made.mask.sum(1).tolist()
+        ((3, 8), [2, 2, 2])
+        """
+        of_keys, of_values, of_questions, of_gaps, of_filler = jax.random.split(key, 5)
+        half, shown = self.vocab // 2, 2 * self.pairs
 
-    Attributes:
-      tokens: int32, what is read.
-      labels: int32, the answer where `mask` says that a question stands, else 0.
-      mask: where the questions are.
-    """
+        def some(key, among, count):
+            return jax.random.choice(key, among, (count,), replace=False)
 
-    tokens: Int[Array, "B T"]
-    labels: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]
+        keys = 1 + some(of_keys, half - 1, self.pairs)
+        values = half + some(of_values, self.vocab - half, self.pairs)
+        asked = some(of_questions, self.pairs, self.asked)
+        slot = jnp.arange(1, self.slots + 1, dtype=jnp.float32)
+        law = slot ** (self.gap_power - 1.0)
+        gaps = jax.random.choice(
+            of_gaps, self.slots, (self.asked,), replace=False, p=law / law.sum()
+        )
+        at = shown + 2 * gaps
 
-
-def batch(config: RecallConfig, key: Array, rows: int) -> RecallBatch:
-    """`rows` rows drawn from `key`; pure, and may be compiled with the step it feeds.
-
-    Raises:
-      ValueError: `rows` below 1.
-
-    >>> made = batch(RecallConfig(vocab=16, pairs=2, length=8), jax.random.key(0), 3)
-    >>> made.tokens.shape, made.mask.sum(1).tolist()
-    ((3, 8), [2, 2, 2])
-    """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}.")
-    return jax.vmap(lambda k: _row(config, k))(jax.random.split(key, rows))
-
-
-def _row(config: RecallConfig, key: Array) -> RecallBatch:
-    of_keys, of_values, of_questions, of_gaps, of_filler = jax.random.split(key, 5)
-    half, shown = config.vocab // 2, 2 * config.pairs
-
-    def some(key, among, count):
-        return jax.random.choice(key, among, (count,), replace=False)
-
-    keys = 1 + some(of_keys, half - 1, config.pairs)
-    values = half + some(of_values, config.vocab - half, config.pairs)
-    asked = some(of_questions, config.pairs, config.asked)
-    slot = jnp.arange(1, config.slots + 1, dtype=jnp.float32)
-    law = slot ** (config.gap_power - 1.0)
-    gaps = jax.random.choice(
-        of_gaps, config.slots, (config.asked,), replace=False, p=law / law.sum()
-    )
-    at = shown + 2 * gaps
-
-    tokens = jnp.full((config.length,), FILLER, jnp.int32)
-    if config.random_filler:
-        tokens = jax.random.randint(of_filler, (config.length,), 0, config.vocab)
-    pairs = jnp.stack([keys, values], axis=1).reshape(shown)
-    tokens = tokens.at[:shown].set(pairs).at[at].set(keys[asked])
-    mask = jnp.zeros((config.length,), bool).at[at].set(True)
-    labels = jnp.zeros_like(tokens).at[at].set(values[asked])
-    return RecallBatch(tokens, labels, mask)
+        tokens = jnp.full((self.length,), FILLER, jnp.int32)
+        if self.random_filler:
+            tokens = jax.random.randint(of_filler, (self.length,), 0, self.vocab)
+        pairs = jnp.stack([keys, values], axis=1).reshape(shown)
+        tokens = tokens.at[:shown].set(pairs).at[at].set(keys[asked])
+        mask = jnp.zeros((self.length,), bool).at[at].set(True)
+        labels = jnp.zeros_like(tokens).at[at].set(values[asked])
+        return Asked(tokens, labels, mask)

@@ -12,9 +12,11 @@ from hope_jax.memory import named
 from hope_jax.models.mixers.attention import AttentionConfig, SlidingWindowConfig
 from hope_jax.models.mixers.base import MixerConfig
 from hope_jax.models.mixers.in_place_ttt import InPlaceTTTConfig
+from hope_jax.models.mixers.lstm import LSTMConfig
 from hope_jax.models.mixers.memory import MemoryMixerConfig, NamedConfig
 from hope_jax.models.mixers.memory_caching import MemoryCachingConfig
 from hope_jax.models.mixers.self_modifying import SelfModifyingConfig
+from hope_jax.models.mixers.srwm import SRWMConfig
 from hope_jax.models.mixers.titans import TitansContextConfig, TitansWindowConfig
 from hope_jax.models.mixers.tnt import TNTConfig
 
@@ -30,6 +32,8 @@ MIXERS = Kinds(
         "tnt": TNTConfig(),
         "in_place_ttt": InPlaceTTTConfig(),
         "memory_caching": MemoryCachingConfig(),
+        "lstm": LSTMConfig(),
+        "srwm": SRWMConfig(),
         **{name: NamedConfig(kind=name) for name in named.memories()},
         "softmax_attention": AttentionConfig(kind="softmax_attention"),
         "sliding_window": SlidingWindowConfig(),

@@ -81,8 +81,8 @@ class MixerConfig(abc.ABC):
     def stride(self) -> int:
         """Tokens between two places at which a chunk of its state may end. Its module
         then takes `ends=False`, which leaves that to `end(state, learn)`: a loop over
-        tokens need not look for it at each. 0 where the module always sees to it
-        itself."""
+        tokens need not look for it at each, and asks `over(state)` for the rows it is
+        due for. 0 where the module always sees to it itself."""
         return 0
 
     @property

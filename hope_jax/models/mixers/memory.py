@@ -23,8 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core.config import at_least, one_of
 from hope_jax.kernels.chunk import piece
-from hope_jax.kernels.select import Implementation, memory_scan, scan_chunks
+from hope_jax.kernels.select import Implementation, memory_scan, scan_padded
 from hope_jax.memory import consolidation, features, named
+from hope_jax.memory import rates as rates_lib
 from hope_jax.memory.bias import BIASES
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -123,8 +124,7 @@ class MemoryMixerConfig(MixerConfig):
             return 1.0
         if memory.gradient == "anchored":
             return 1.0 / (memory.chunk * memory.window)
-        twice = memory.chosen.bias.recalls and memory.dgd != "none"
-        return 0.5 if twice else 1.0
+        return 1.0 / max(1, memory.erasures)
 
     def build(self, d_model, heads, dtype, *, rngs) -> "MemoryMixer":
         return MemoryMixer(d_model, heads, self, dtype, rngs=rngs)
@@ -425,6 +425,7 @@ class MemoryMixer(nnx.Module):
         *,
         aligned: bool | None = None,
         learn: bool | Learning = True,
+        count: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MemoryMixerState]:
         """Reads T >= 1 tokens a row and lets the memories live through them.
 
@@ -436,11 +437,13 @@ class MemoryMixer(nnx.Module):
             memories live token by token in a scan, unless their chunk is only a speed
             knob.
           learn: False keeps every memory at its state.
+          count: how many of the tokens of every row there are, at least one; padding
+            follows. None is all of them. For a layer that is a part of another.
         """
         aligned = state is None if aligned is None else aligned
         if state is None:
             state = self.initial_state(x.shape[0])
-        _, y, state = self.lives(x, state, aligned, learn)
+        _, y, state = self.lives(x, state, aligned, learn, count)
         return self.said(x, y), state
 
     def lives(
@@ -449,16 +452,19 @@ class MemoryMixer(nnx.Module):
         state: MemoryMixerState,
         aligned: bool,
         learn: bool | Learning,
+        count: Int[Array, ""] | None = None,
     ) -> tuple[Tokens, Float[Array, "B H T V"], MemoryMixerState]:
         """What the memories were given, what they answer, and where they stand then."""
         learn = learning.of(learn)
-        tokens, tails = self.tokens(x, state)
+        tokens, tails = self.tokens(x, state, count)
         tokens = learn.controls.on(tokens)
-        position = state.position + x.shape[1]
+        position = state.position + (x.shape[1] if count is None else count)
         if not learn.main:
-            memory, y = self._only_read(state.memory, tokens.q, state.position)
+            memory, y = self._only_read(state.memory, tokens.q, state.position, count)
         elif aligned and state.memory.starts and learn.consolidation:
-            memory, y = self._live_by_chunks(state.memory, tokens, state.position)
+            memory, y = self._live_by_chunks(
+                state.memory, tokens, state.position, count
+            )
         elif aligned or self._chunk_is_free:
             run = lambda s, t, start: memory_scan(  # noqa: E731
                 self.config.memory,
@@ -467,6 +473,7 @@ class MemoryMixer(nnx.Module):
                 impl=self.config.impl,
                 truncate=self.config.truncate,
                 start=start,
+                count=count,
             )
             memory, y = _every(run, self._start())(state.memory, tokens)
         else:
@@ -505,7 +512,10 @@ class MemoryMixer(nnx.Module):
         return self.config.memory.gradient == "exact" and not self.config.starts
 
     def tokens(
-        self, x: Float[Array, "B T D"], state: MemoryMixerState
+        self,
+        x: Float[Array, "B T D"],
+        state: MemoryMixerState,
+        count: Int[Array, ""] | None = None,
     ) -> tuple[Tokens, Tails]:
         """What the memories are given, leaves `[B, H, T, ...]`, and new tails."""
         config, gates = self.config.memory, self.config.gates
@@ -513,7 +523,7 @@ class MemoryMixer(nnx.Module):
         position = jnp.arange(length, dtype=jnp.int32)[None] + state.position[:, None]
 
         def project(into, conv, tail):
-            made, tail = conv(wide(into(x)), tail)
+            made, tail = conv(wide(into(x)), tail, count)
             return jax.nn.silu(made).reshape(rows, length, -1, self.width), tail
 
         k, tail_k = project(self.k, self.conv_k, state.tails.k)
@@ -565,7 +575,8 @@ class MemoryMixer(nnx.Module):
                 step = eta.reshape(*eta.shape, *[1] * (decay.ndim - eta.ndim))
                 alpha = jnp.exp(-decay * step)
         else:
-            eta = self.config.rate_bound * jax.nn.sigmoid(_there(self.eta)(x))
+            share = jax.nn.sigmoid(_there(self.eta)(x))
+            eta = rates_lib.within(config, self.config.rate_bound, share, alpha)
             # An average, not a sum; a rate law sees to that itself.
             rule = config.chosen.rule
             if rule.explicit and rule.inertia and config.rate_law == "token":
@@ -612,29 +623,35 @@ class MemoryMixer(nnx.Module):
             return k, q, {"erase_rate": rate}
         return k, q, {}
 
-    def _live_by_chunks(self, memory, tokens, position):
+    def _live_by_chunks(self, memory, tokens, position, count):
         """Chunk by chunk, at whose ends starts may move."""
         config, learned = self.config, self._start()
-        live = _every(lambda s, t: memory_scan(config.memory, s, t, impl=config.impl))
+        size = config.memory.chunk
 
-        def rest(carry, tokens):
+        def chunk(carry, tokens, here):
             memory, position = carry
-            time = tokens.k.shape[0]
+            length = tokens.k.shape[0]
             tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), tokens)
-            memory, y = live(memory, tokens)
-            return (memory, position + time), jnp.moveaxis(y, 2, 0)
-
-        def whole(carry, tokens):
-            (memory, position), y = rest(carry, tokens)
-            memory = consolidation.consolidate(
-                config.consolidate, memory, learned, position
+            live = _every(
+                lambda s, t: memory_scan(
+                    config.memory, s, t, impl=config.impl, count=here
+                )
             )
-            return (memory, position), y
+            memory, y = live(memory, tokens)
+            position = position + (length if here is None else here)
+            if length == size:  # the chunk may be over
+                moved = consolidation.consolidate(
+                    config.consolidate, memory, learned, position
+                )
+                over = jnp.ones((), bool) if here is None else here == size
+                memory = jax.tree.map(
+                    lambda new, old: jnp.where(over, new, old), moved, memory
+                )
+            return (memory, position), jnp.moveaxis(y, 2, 0)
 
         time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), tokens)
-        carry = memory, position
-        (memory, _), y = scan_chunks(
-            whole, rest, config.memory.chunk, carry, time_first, remat=True
+        (memory, _), y = scan_padded(
+            chunk, size, (memory, position), time_first, True, count
         )
         return memory, jnp.moveaxis(y, 0, 2)
 
@@ -659,7 +676,7 @@ class MemoryMixer(nnx.Module):
         (memory, _), y = jax.lax.scan(step, (memory, position), time_first)
         return memory, jnp.moveaxis(y, 0, 2)
 
-    def _only_read(self, memory, q, position):
+    def _only_read(self, memory, q, position, count=None):
         """Reads that teach nothing; only the anchor moves on, where a chunk ends."""
         config = self.config.memory
         with jax.default_matmul_precision("float32"):
@@ -673,7 +690,8 @@ class MemoryMixer(nnx.Module):
             if config.read == "anchor":
                 old = apply(memory.anchor, q)
                 y = jnp.where(moved[:, None, :-1, None], y, old)
-        return commit_where(moved[:, -1], memory), y
+        last = moved[:, -1] if count is None else jnp.take(moved, count, axis=1)
+        return commit_where(last, memory), y
 
 
 def watch(

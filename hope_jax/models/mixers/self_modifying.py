@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax.core.config import (
     at_least,
@@ -36,8 +36,8 @@ from hope_jax.core.config import (
 from hope_jax.core.system import Edge
 from hope_jax.kernels import chunk as kernel
 from hope_jax.kernels.chunk import piece
-from hope_jax.kernels.select import scan_chunks
-from hope_jax.memory import consolidation
+from hope_jax.kernels.select import scan_chunks, scan_padded
+from hope_jax.memory import consolidation, rates
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -53,6 +53,7 @@ from hope_jax.memory.state import (
     bare,
     begin_memory,
     commit,
+    commit_if,
     form,
     full,
 )
@@ -63,6 +64,7 @@ from hope_jax.models.layers import (
     dense,
     first_half_lives,
     unit,
+    where_rows,
 )
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, consolidating, scaled
@@ -100,9 +102,10 @@ class SelfModifyingConfig(MixerConfig):
       rate: bound on the inner rate η. None is 1 where `memory.rate_law` or an exact
         gradient bounds the step (½ where L2 and a delta term both erase), and else
         `1 / projection_chunk`, which bounds the sum of the rates of one chunk by 1:
-        anchored gradients diverge beyond 2. An exact gradient takes up to 2: a token
-        may then turn what is stored along its key round, the eigenvalue `α − η` (`α (1
-        − η)` with `memory.recall="after"`) of its transition going down to -1.
+        anchored gradients diverge beyond 2. An exact gradient takes up to 2 (1 where
+        L2 and a delta term both erase): a token may then turn what is stored along its
+        key round, the eigenvalue `α − η` (`α (1 − η)` with `memory.recall="after"`) of
+        its transition going down to −1 and no further (`memory.rates.within`).
       rate_start: where η starts, as a fraction of its bound.
       projection_rate: where the share of η that each projection memory takes starts; it
         is learned, in (0, 1). None is all of it, to the letter of the equations.
@@ -165,9 +168,9 @@ class SelfModifyingConfig(MixerConfig):
             self.consolidate, memory, self.projection_chunk, "projection_chunk"
         )
         exact = memory.gradient == "exact" and memory.rate_law == "token"
-        most = 2 if exact else 1
+        most = 2 / max(1, memory.erasures) if exact else 1
         if self.rate is not None and not 0 < self.rate <= most:
-            raise ValueError(f"rate must lie in (0, {most}], got {self.rate}.")
+            raise ValueError(f"rate must lie in (0, {most:g}], got {self.rate}.")
         for name in ("rate_start", "momentum_start", "projection_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -211,8 +214,7 @@ class SelfModifyingConfig(MixerConfig):
             return 1.0
         if self.memory.gradient == "anchored":
             return 1.0 / self.projection_chunk
-        twice = self.memory.chosen.bias.recalls and self.memory.dgd == "both"
-        return 0.5 if twice else 1.0
+        return 1.0 / max(1, self.memory.erasures)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -232,11 +234,40 @@ class SelfModifyingConfig(MixerConfig):
     def stride(self) -> int:
         return self.memory.chunk
 
-    def bare(self, state: "SelfModifyingState") -> "SelfModifyingState":
-        return state._replace(memories=bare(state.memories))
+    def bare(self, state: "SelfModifyingState") -> "Boundary":
+        projection, main = state.projection, state.main
+        weights = _joined(projection.weights, main.weights)
+        momentum = None
+        if main.momentum is not None:
+            momentum = _joined(projection.momentum, main.momentum)
+        starts = tuple(map(_joined, projection.starts, main.starts))
+        memories = MemoryState(weights, momentum, None, starts=starts)
+        return Boundary(memories, state.tails, state.position)
 
-    def full(self, state: "SelfModifyingState") -> "SelfModifyingState":
-        return state._replace(memories=full(state.memories))
+    def full(self, state: "Boundary") -> "SelfModifyingState":
+        projection, main = (_some(state.memories, which) for which in (_OWN, -1))
+        return SelfModifyingState(
+            projection,
+            _begun(self.memory, main),
+            self.nothing(main.weights),
+            state.tails,
+            state.position,
+        )
+
+    def nothing(self, main: Weights) -> "Waiting":
+        """That nothing waits for the end of a chunk, beside such a main memory."""
+        one = main["w1" if "w1" in main else "w"]
+        heads, width, dtype = one.shape[:-2], one.shape[-2], one.dtype
+        size = self.projection_chunk
+        gate = jnp.zeros((*heads, size), dtype)
+        return Waiting(
+            k=jnp.zeros((*heads, size, width), dtype),
+            targets=jnp.zeros((*heads, len(self.projections), size, width), dtype),
+            eta=gate,
+            alpha=gate,
+            theta=gate if self.memory.inertia else None,
+            count=jnp.zeros(heads[:-1], jnp.int32),
+        )
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -308,29 +339,59 @@ def _readers() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     yield "half_life_start", "retention", decays
 
 
+class Waiting(NamedTuple):
+    """What the memories of the projections learn at the end of their chunk, of C
+    tokens; zeros where nothing is.
+
+    Attributes:
+      k: the keys, `[B, H, C, K]`.
+      targets: what each memory is to answer, `[B, H, P, C, V]`.
+      eta, alpha, theta: of these tokens, `[B, H, C]`; theta None without momentum.
+      count: how many wait; a token that was read without learning does not.
+    """
+
+    k: Float[Array, "*B H C K"]
+    targets: Float[Array, "*B H P C V"]
+    eta: Float[Array, "*B H C"]
+    alpha: Float[Array, "*B H C"]
+    theta: Float[Array, "*B H C"] | None
+    count: Int[Array, "*B"]
+
+
 class SelfModifyingState(NamedTuple):
     """Where a layer stands; its size does not depend on the tokens read.
+
+    The memories of the projections are asked where their chunk began, and nowhere else.
+    So no second copy of them runs along: what they are given waits.
+
+    Attributes:
+      projection: the memories of the projections where their chunk began, leaves
+        `[B, H, P, ...]`; what they would be by now is in `SelfModifyingTitans.ended`.
+      main: the main memory, leaves `[B, H, ...]`.
+      waiting: what the projections have yet to learn.
+      tails: the convolutions' last inputs.
+      position: tokens read, int32.
+    """
+
+    projection: MemoryState
+    main: MemoryState
+    waiting: Waiting
+    tails: Tails
+    position: Int[Array, " B"]
+
+
+class Boundary(NamedTuple):
+    """A layer where the chunks of all its memories begin.
 
     Attributes:
       memories: those of the projections and then the main one, as one batch: leaves
         `[B, H, P + 1, ...]`.
-      tails: the convolutions' last inputs.
-      position: tokens read, int32.
+      tails, position: as of `SelfModifyingState`.
     """
 
     memories: MemoryState
     tails: Tails
     position: Int[Array, " B"]
-
-    @property
-    def projection(self) -> MemoryState:
-        """The memories of the projections, leaves `[..., P, V, K]`."""
-        return _some(self.memories, _OWN)
-
-    @property
-    def main(self) -> MemoryState:
-        """The main memory, leaves `[..., V, K]`."""
-        return _some(self.memories, -1)
 
 
 _OWN = slice(-1)  # of the memories, those of the projections
@@ -338,18 +399,27 @@ _OWN = slice(-1)  # of the memories, those of the projections
 
 def _some(memories: MemoryState, which: int | slice) -> MemoryState:
     matrices = lambda tree: tree and {n: w[..., which, :, :] for n, w in tree.items()}  # noqa: E731
-    left = None if memories.left is None else memories.left[..., which]
-    weights, momentum, anchor = map(matrices, memories[:3])
-    starts = tuple(map(matrices, memories.starts))
-    return MemoryState(weights, momentum, anchor, left=left, starts=starts)
+    return MemoryState(
+        matrices(memories.weights),
+        matrices(memories.momentum),
+        None,
+        starts=tuple(map(matrices, memories.starts)),
+    )
 
 
-def _joined(projection: PyTree, main: PyTree, axis: int) -> PyTree:
-    """One batch of the memories of the projections and the main one."""
+def _begun(config: MemoryConfig, memories: MemoryState) -> MemoryState:
+    """Memories at a chunk's start, complete."""
+    left = None
+    if config.rate_law == "budget":
+        one = next(iter(memories.weights.values()))
+        left = jnp.ones(one.shape[:-2], one.dtype)
+    return full(memories)._replace(left=left)
+
+
+def _joined(projection: PyTree, main: PyTree) -> PyTree:
+    """Matrices of the projections and of the main memory as one batch."""
     return jax.tree.map(
-        lambda p, m: jnp.concatenate([p, jnp.expand_dims(m, axis)], axis),
-        projection,
-        main,
+        lambda p, m: jnp.concatenate([p, jnp.expand_dims(m, -3)], -3), projection, main
     )
 
 
@@ -469,15 +539,15 @@ class SelfModifyingTitans(nnx.Module):
             n: jnp.broadcast_to(w[None], (rows, *w.shape))
             for n, w in self._start().items()
         }
-        # What a chunk generates comes from its start, for exact memories as well.
-        memories = begin_memory(self.config.memory, spread)._replace(anchor=spread)
+        memories = bare(begin_memory(self.config.memory, spread))._replace(left=None)
         memories = with_starts(self.config.consolidate, memories)
         tails = Tails(*(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q)))
-        return SelfModifyingState(memories, tails, jnp.zeros((rows,), jnp.int32))
+        state = Boundary(memories, tails, jnp.zeros((rows,), jnp.int32))
+        return self.config.full(state)
 
     def _start(self) -> Weights:
         """`starts` as one batch, `[H, P + 1, ...]`."""
-        return _joined(*self.starts(), axis=1)
+        return _joined(*self.starts())
 
     def __call__(
         self,
@@ -519,14 +589,20 @@ class SelfModifyingTitans(nnx.Module):
 
         seen, gate, tail = self._static(x, state.tails.q)
         by_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), seen)
-        state, y = scan_chunks(
-            lambda s, c: self._chunk(s, c, learn, given, whole=True),
-            lambda s, c: self._chunk(s, c, learn, given, whole=False),
-            self.config.projection_chunk,
-            state,
+        size, unfinished = self.config.projection_chunk, None
+        if x.shape[1] > size and x.shape[1] % size:
+            unfinished = state.main, state.waiting
+        (there, unfinished), y = scan_padded(
+            lambda s, c, count: self._chunk(s[0], c, learn, given, count),
+            size,
+            (self.config.bare(state), unfinished),
             by_time,
             remat=True,
         )
+        state = self.config.full(there)
+        if unfinished is not None:
+            main, waiting = unfinished
+            state = state._replace(main=main, waiting=waiting)
         state = self._keep_tail(state, tail)
         return self._output(jnp.moveaxis(y, 0, 1), gate), state
 
@@ -552,7 +628,7 @@ class SelfModifyingTitans(nnx.Module):
             seen = Seen(*(jnp.moveaxis(a, 2, 1) for a in seen))
             with jax.default_matmul_precision("float32"):
                 (tokens, own), _ = self._generate(state, seen)
-                stored = self._main_value(_some(state.memories, -1).anchor, tokens.v)
+                stored = self._main_value(state.main.anchor, tokens.v)
             made = tuple(
                 tokens._replace(
                     v=stored if i < 0 else own[:, :, i],
@@ -576,23 +652,56 @@ class SelfModifyingTitans(nnx.Module):
         the memories have become."""
         config, position = self.config, state.position
         due = lambda chunk: position % chunk == 0  # noqa: E731
-        if config.projection_chunk == config.memory.chunk:
-            memories = commit_where(due(config.memory.chunk), state.memories)
-        else:
-            projection = commit_where(due(config.projection_chunk), state.projection)
-            main = commit_where(due(config.memory.chunk), state.main)
-            memories = _joined(projection, main, axis=2)
-        memories = self._consolidated(memories, position, learning.of(learn))
-        return state._replace(memories=memories)
+        main = commit_where(due(config.memory.chunk), state.main)
+        over = due(config.projection_chunk)
+        own = state.projection, state.waiting
 
-    def _consolidated(self, memories, position, learn):
-        """The memories where their starts have moved that are due."""
+        def end():
+            ended = self._learned(state), config.nothing(main.weights)
+            return where_rows(over, ended, own)
+
+        projection, waiting = jax.lax.cond(jnp.any(over), end, lambda: own)
+        learn = learning.of(learn)
+        return state._replace(
+            projection=self._consolidated(projection, position, learn, _OWN),
+            main=self._consolidated(main, position, learn, -1),
+            waiting=waiting,
+        )
+
+    def over(self, state: SelfModifyingState) -> Bool[Array, " B"]:
+        """Rows of which a chunk ends where they stand, which `end` is for."""
+        return state.position % self.config.memory.chunk == 0
+
+    def ended(self, state: SelfModifyingState) -> SelfModifyingState:
+        """What `end` makes of chunks that end here, read to their end or not."""
+        projection = self._learned(state)
+        return self.config.full(self.config.bare(state._replace(projection=projection)))
+
+    def _learned(self, state):
+        """The memories of the projections with what waits for them."""
+        waiting, (start, shares) = state.waiting, self._given()
+        k, theta = waiting.k, waiting.theta
+        theta = jnp.zeros_like(waiting.eta) if theta is None else theta
+        tokens = Tokens(k, k, k, waiting.eta, waiting.alpha, theta)
+        projection = self._write_projections(
+            state.projection,
+            Generated(tokens, waiting.targets),
+            {n: w[:, _OWN] for n, w in start.items()},
+            shares[:, _OWN],
+            waiting.count,
+        )
+        # Bit for bit the same where nothing is to be learned.
+        return where_rows(waiting.count > 0, projection, state.projection)
+
+    def _consolidated(self, memories, position, learn, which=slice(None)):
+        """Some of the memories where their starts have moved that are due."""
         if not (memories.starts and learn.consolidation):
             return memories
         if not (learn.main or learn.projections):
             return memories
+        learned = {n: w[:, which] for n, w in self._start().items()}
         levels = self.config.consolidate
-        return consolidation.consolidate(levels, memories, self._start(), position)
+        return consolidation.consolidate(levels, memories, learned, position)
 
     def _static(self, x, tail):
         """What does not depend on the memories; `Seen`, and the output's gate."""
@@ -631,28 +740,63 @@ class SelfModifyingTitans(nnx.Module):
     def _step(self, x, state, learn, given):
         """One token, wherever each row stands in its chunk."""
         seen, gate, tail = self._static(x, state.tails.q)
-        chunk = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), seen)
-        state, y = self._chunk(state, chunk, learn, given, whole=None)
+        seen = Seen(*(jnp.moveaxis(a, 2, 1) for a in seen))
+        with jax.default_matmul_precision("float32"):
+            generated, tails = self._generate(state, seen)
+            tokens = learn.controls.on(generated.tokens)
+            start = {n: w[:, -1] for n, w in given[0].items()}
+            main, y = self._live_main(state.main, tokens, start, learn)
+        waiting = state.waiting
+        if learn.projections:
+            waiting = _and_one_more(waiting, tokens, generated.targets)
+        position = state.position + 1
+        state = SelfModifyingState(state.projection, main, waiting, tails, position)
         state = self._keep_tail(state, tail)
-        return state, self._output(jnp.moveaxis(y, 0, 1), gate)
+        return state, self._output(jnp.moveaxis(y, 2, 1), gate)
 
-    def _chunk(self, state, chunk, learn, given, whole):
-        """Tokens of one chunk, time first; with `whole` None one token of it."""
+    def _chunk(self, there, chunk, learn, given, count):
+        """Tokens of one chunk from its start on, time first; `count` of them. The
+        boundary after it, and what there is of it where it is not over."""
         # [B, H, T, ...]
         seen = Seen(*(jnp.moveaxis(jnp.moveaxis(a, 0, 1), 2, 1) for a in chunk))
-        length = seen.k.shape[2]
-        if whole:  # says that anchor and weights are one, so their products are shared
-            state = state._replace(memories=commit(state.memories))
+        length, size = seen.k.shape[2], self.config.projection_chunk
         with jax.default_matmul_precision("float32"):  # as gradients and reads have
-            generated, tails = self._generate(state, seen)
-            generated = generated._replace(tokens=learn.controls.on(generated.tokens))
+            projection = _some(there.memories, _OWN).weights
+            made, tails = self._generate_from(projection, there.tails, seen, count)
+            made = made._replace(tokens=learn.controls.on(made.tokens))
             live = self._live_as_one if self._is_one(learn) else self._live_apart
-            memories, y = live(state.memories, generated, learn, given, whole)
-        position = state.position + length
-        if whole:
-            memories = self._consolidated(memories, position, learn)
-        state = SelfModifyingState(memories, tails, position)
-        return state, jnp.moveaxis(y, 2, 0)
+            after, main, y = live(there.memories, made, learn, given, count)
+        y, read = jnp.moveaxis(y, 2, 0), length if count is None else count
+        position = there.position + read
+        if count is None and length == size:
+            after = self._consolidated(after, position, learn)
+            return (Boundary(after, tails, position), None), y
+        # The chunk is not over, or may not be.
+        over = jnp.zeros((), bool) if count is None else count == size
+        after = self._consolidated(after, position, learn)
+        memories = jax.tree.map(
+            lambda new, old: jnp.where(over, new, old), after, there.memories
+        )
+        waits = jnp.int32(read if learn.projections else 0)
+        real = jnp.arange(size, dtype=jnp.int32) < waits
+
+        def kept(a, axis=2):
+            a = jnp.pad(
+                a, [(0, size - length if i == axis else 0) for i in range(a.ndim)]
+            )
+            here = real.reshape([-1 if i == axis else 1 for i in range(a.ndim)])
+            return jnp.where(here, a, jnp.zeros((), a.dtype))
+
+        tokens = made.tokens
+        waiting = Waiting(
+            k=kept(tokens.k),
+            targets=kept(made.targets, axis=3),
+            eta=kept(tokens.eta),
+            alpha=kept(tokens.alpha),
+            theta=kept(tokens.theta) if self.config.memory.inertia else None,
+            count=jnp.broadcast_to(waits, position.shape),
+        )
+        return (Boundary(memories, tails, position), (main, waiting)), y
 
     def _is_one(self, learn):
         """Whether all memories of a chunk can be written as one batch."""
@@ -663,16 +807,18 @@ class SelfModifyingTitans(nnx.Module):
             and learn.controls.steps == memory.steps == 1
         )
 
-    def _live_as_one(self, memories, generated, learn, given, whole):
-        """Every memory learns its own targets at the shared keys; the main is read."""
+    def _live_as_one(self, memories, generated, learn, given, count):
+        """Every memory learns its own targets at the shared keys; the main is read.
+        What all are then, without anchors, the main memory alone, and its answers."""
         config = self.config.memory
-        own = self._main_value(_some(memories, -1).anchor, generated.tokens.v)
-        targets = _joined(generated.targets, own, axis=2)
+        begun = _some(memories, -1)
+        own = self._main_value(begun.weights, generated.tokens.v)
+        targets = jnp.concatenate([generated.targets, own[:, :, None]], axis=2)
         tokens = generated.tokens if learn.main else learning.still(generated.tokens)
 
         def write(state, tokens, target, start, share):
             tokens = tokens._replace(v=target, eta=tokens.eta * share)
-            return kernel.write(config, state, tokens, start)
+            return kernel.write(config, state, tokens, start, count)
 
         def live(memories, tokens, targets, start, shares):
             after, written = jax.vmap(write, (0, None, 0, 0, 0))(
@@ -682,39 +828,37 @@ class SelfModifyingTitans(nnx.Module):
             return after, kernel.read(config, main, tokens.q)
 
         over_rows = jax.vmap(jax.vmap(live), (0, 0, 0, None, None))
-        after, y = over_rows(memories, tokens, targets, *given)
+        after, y = over_rows(_begun(config, memories), tokens, targets, *given)
         if not learn.main:
             after = after._replace(momentum=memories.momentum)
-        return commit(after) if whole else after, y
+        left = None if after.left is None else after.left[..., -1]
+        main = _some(after, -1)._replace(anchor=begun.weights, left=left)
+        return bare(after)._replace(left=None), main, y
 
-    def _live_apart(self, memories, generated, learn, given, whole):
+    def _live_apart(self, memories, generated, learn, given, count):
         """The same where the main memory has smaller chunks, or learns otherwise."""
-        tokens, (start, shares) = generated.tokens, given
-        still = learning.still(tokens)
+        config, (start, shares) = self.config, given
         own, main_start = ({n: w[:, i] for n, w in start.items()} for i in (_OWN, -1))
-        before, before_main = _some(memories, _OWN), _some(memories, -1)
-        projection = self._write_projections(
-            before,
-            generated._replace(tokens=tokens if learn.projections else still),
-            own,
-            shares[:, _OWN],
-        )
+        projection = _some(memories, _OWN)
+        if learn.projections:
+            projection = self._write_projections(
+                projection, generated, own, shares[:, _OWN], count
+            )
+        main = _begun(config.memory, _some(memories, -1))
         main, y = self._live_main(
-            before_main,
-            tokens if learn.main else still,
-            main_start,
-            whole is not None,
-            learn.controls.steps if learn.main else 1,
+            main, generated.tokens, main_start, learn, count, aligned=True
         )
-        if not learn.projections:
-            projection = projection._replace(momentum=before.momentum)
-        if not learn.main:
-            main = main._replace(momentum=before_main.momentum)
-        if whole:
-            projection = commit(projection)
-        return _joined(projection, main, axis=2), y
+        weights = _joined(projection.weights, main.weights)
+        momentum = None
+        if main.momentum is not None:
+            momentum = _joined(projection.momentum, main.momentum)
+        after = MemoryState(weights, momentum, None, starts=memories.starts)
+        return after, main, y
 
     def _generate(self, state, seen):
+        return self._generate_from(state.projection.weights, state.tails, seen)
+
+    def _generate_from(self, anchor, tails, seen, count=None):
         """Keys, values, gates and targets from the projections at the chunk's start."""
         config = self.config
         rows, _, length, _ = seen.k.shape
@@ -725,27 +869,26 @@ class SelfModifyingTitans(nnx.Module):
         )
         flat = lambda a: jnp.moveaxis(a, 1, 2).reshape(rows, length, -1)  # noqa: E731
 
-        anchor = _some(state.memories, _OWN).anchor
         inputs = (seen.k, seen.v, seen.gates, seen.gates)
         inputs += (seen.q,) * config.adaptive_q
         made = every(over_memories)(anchor, jnp.stack(inputs, axis=2))
         k, v, m_eta, m_alpha = (made[:, :, i] for i in range(4))
-        k, tail_k = self.conv_k(flat(k), state.tails.k)
-        v, tail_v = self.conv_v(flat(v), state.tails.v)
-        tails = state.tails._replace(k=tail_k, v=tail_v)
+        k, tail_k = self.conv_k(flat(k), tails.k, count)
+        v, tail_v = self.conv_v(flat(v), tails.v, count)
+        tails = tails._replace(k=tail_k, v=tail_v)
         k, v = unit(heads(self._activate(k))), heads(self._activate(v))
         v = unit(v) if config.unit_values else v
         q, theta = seen.q, seen.theta
         if config.adaptive_q:
-            q, tail_q = self.conv_q(flat(made[:, :, 4]), state.tails.q)
+            q, tail_q = self.conv_q(flat(made[:, :, 4]), tails.q, count)
             q, tails = unit(heads(self._activate(q))), tails._replace(q=tail_q)
 
         eta = jax.nn.sigmoid(_read_out(self.read_eta, self.bias_eta, m_eta))
-        eta = config.rate_bound * eta
+        alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
+        eta = rates.within(config.memory, config.rate_bound, eta, alpha)
         # Momentum averages writes, it adds none; a rate law sees to that itself.
         if config.memory.inertia and config.memory.rate_law == "token":
             eta = eta * (1.0 - theta)
-        alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
         tokens = Tokens(k, v, q, eta, alpha, theta)
         own = jnp.broadcast_to(
             v[:, :, None], (*v.shape[:2], made.shape[2], *v.shape[2:])
@@ -779,7 +922,8 @@ class SelfModifyingTitans(nnx.Module):
         shares = jnp.ones((heads, count), jnp.float32)
         if self.config.projection_rate is not None:
             shares = jax.nn.sigmoid(self.shares[...])
-        return self._start(), _joined(shares, jnp.ones((heads,), jnp.float32), axis=1)
+        one = jnp.ones((heads, 1), jnp.float32)
+        return self._start(), jnp.concatenate([shares, one], axis=1)
 
     def _main_value(self, anchor, v):
         """What the main memory stores for values `[B, H, T, K]`."""
@@ -787,46 +931,88 @@ class SelfModifyingTitans(nnx.Module):
             return v
         return self._bounded(jax.vmap(jax.vmap(self._recall))(anchor, v), v)
 
-    def _write_projections(self, memory, generated, start, shares):
-        """Each projection memory learns its own targets at the shared keys."""
+    def _write_projections(self, projection, generated, start, shares, count):
+        """Each projection memory learns its own targets at the shared keys; `count` of
+        them, of each row or of all."""
         config = self.config
         own_chunk = dataclasses.replace(config.memory, chunk=config.projection_chunk)
 
-        def write(state, tokens, target, start, share):
+        def write(state, tokens, target, start, share, count):
             tokens = tokens._replace(v=target, eta=tokens.eta * share)
-            return piece(own_chunk, state, tokens, reads=False, start=start)[0]
+            return piece(
+                own_chunk, state, tokens, reads=False, start=start, count=count
+            )[0]
 
-        over_memories = jax.vmap(write, (0, None, 0, 0, 0))
-        over_heads = jax.vmap(over_memories)
-        over_rows = jax.vmap(over_heads, (0, 0, 0, None, None))
-        return over_rows(memory, generated.tokens, generated.targets, start, shares)
+        over_memories = jax.vmap(write, (0, None, 0, 0, 0, None))
+        over_heads = jax.vmap(over_memories, (0, 0, 0, 0, 0, None))
+        rows = 0 if count is not None and count.ndim else None
+        over_rows = jax.vmap(over_heads, (0, 0, 0, None, None, rows))
+        begun = _begun(config.memory, projection)
+        given = generated.tokens, generated.targets, start, shares, count
+        return bare(over_rows(begun, *given))._replace(left=None)
 
     def _live_main(
-        self, memory, tokens, start, commits, steps=1
+        self, memory, tokens, start, learn, count=None, aligned=False
     ) -> tuple[MemoryState, Any]:
-        """The main memory lives through the tokens, in its own smaller chunks."""
+        """The main memory lives through tokens of its chunk; `aligned` ones begin where
+        a chunk does, and may be many chunks of its own."""
         config = self.config.memory
+        steps = learn.controls.steps if learn.main else 1
+        given = tokens if learn.main else learning.still(tokens)
 
-        def write(state, tokens, start):
+        def write(state, tokens, start, count):
             if self.config.targets == "all":
                 target = self._bounded(self._recall(state.anchor, tokens.v), tokens.v)
                 tokens = tokens._replace(v=target)
-            return piece(config, state, tokens, start=start)
+            return piece(config, state, tokens, start=start, count=count)
 
         def live(state, tokens, start):
-            def whole(state, tokens):
-                state, y = write(commit(state), tokens, start)
+            def chunk(state, tokens, here):
+                if tokens.k.shape[0] < config.chunk:
+                    return write(state, tokens, start, here)
+                if here is None:  # so products with anchor and weights are shared
+                    state = commit(state)
+                after, y = write(state, tokens, start, here)
+                over = jnp.ones((), bool) if here is None else here == config.chunk
+                again = tokens._replace(alpha=jnp.ones_like(tokens.alpha))
                 for _ in range(steps - 1):  # a control: descends the same chunk again
-                    again = tokens._replace(alpha=jnp.ones_like(tokens.alpha))
-                    state, _ = write(commit(state), again, start)
-                return commit(state), y
+                    once_more, _ = write(commit(after), again, start, here)
+                    after = jax.tree.map(
+                        lambda new, old: jnp.where(over, new, old), once_more, after
+                    )
+                return (
+                    commit(after) if here is None else commit_if(over, state, after)
+                ), y
 
-            if not commits:
-                return write(state, tokens, start)
-            rest = lambda s, t: write(s, t, start)  # noqa: E731
-            return scan_chunks(whole, rest, config.chunk, state, tokens)
+            if not aligned:
+                return write(state, tokens, start, None)
+            return scan_padded(chunk, config.chunk, state, tokens, count=count)
 
-        return jax.vmap(jax.vmap(live), (0, 0, None))(memory, tokens, start)
+        main, y = jax.vmap(jax.vmap(live), (0, 0, None))(memory, given, start)
+        return main if learn.main else main._replace(momentum=memory.momentum), y
+
+
+def _and_one_more(waiting: Waiting, tokens: Tokens, targets: Array) -> Waiting:
+    """What waits with one more token a row."""
+
+    def put(old, new, axis):
+        if old is None:
+            return None
+        put = jax.lax.dynamic_update_slice_in_dim
+        if old.shape[0] == 1:  # a scatter to one place is slower
+            return put(old, new, waiting.count[0], axis)
+        return jax.vmap(lambda old, new, at: put(old, new, at, axis - 1))(
+            old, new, waiting.count
+        )
+
+    return Waiting(
+        k=put(waiting.k, tokens.k, 2),
+        targets=put(waiting.targets, targets, 3),
+        eta=put(waiting.eta, tokens.eta, 2),
+        alpha=put(waiting.alpha, tokens.alpha, 2),
+        theta=put(waiting.theta, tokens.theta, 2),
+        count=waiting.count + 1,
+    )
 
 
 def _length(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B 1"]:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core.config import at_least
 from hope_jax.core.system import Edge
-from hope_jax.kernels.select import scan_chunks
+from hope_jax.kernels.select import scan_chunks, scan_padded
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig, Tokens
 from hope_jax.memory.consolidation import Consolidation
@@ -380,14 +380,13 @@ class MemoryAsContext(nnx.Module):
         if state is None:
             state = self.initial_state(x.shape[0])
 
-        def read(state, tokens):
-            y, state = self._read(jnp.moveaxis(tokens, 0, 1), state, aligned, learn)
+        def read(state, tokens, count):
+            x = jnp.moveaxis(tokens, 0, 1)
+            y, state = self._read(x, state, aligned, learn, count)
             return state, jnp.moveaxis(y, 1, 0)
 
         chunk = self.config.segment if aligned else 1
-        state, y = scan_chunks(
-            read, read, chunk, state, jnp.moveaxis(x, 1, 0), remat=aligned
-        )
+        state, y = scan_padded(read, chunk, state, jnp.moveaxis(x, 1, 0), remat=aligned)
         return jnp.moveaxis(y, 0, 1), state
 
     def watch(
@@ -411,13 +410,15 @@ class MemoryAsContext(nnx.Module):
         said, y = (jnp.moveaxis(a, 0, 1) for a in made)
         return y, after, (self.memory.tokens(said, state.memory)[0],)
 
-    def _read(self, x, state, aligned, learn):
-        """Tokens from a segment's start on, or one token anywhere."""
-        y, start, tails, pairs = self._attend(x, state, aligned)
-        recalled, memory = self.memory(y, state.memory, aligned=aligned, learn=learn)
+    def _read(self, x, state, aligned, learn, count=None):
+        """Tokens from a segment's start on, `count` of them, or one token anywhere."""
+        y, start, tails, pairs = self._attend(x, state, aligned, count)
+        recalled, memory = self.memory(
+            y, state.memory, aligned=aligned, learn=learn, count=count
+        )
         return self.join(y, recalled), ContextState(memory, start, tails, pairs)
 
-    def _attend(self, x, state, aligned):
+    def _attend(self, x, state, aligned, count=None):
         """What attention says of these tokens, and what the state is then but for the
         memory, which that is given."""
         rows, length, _ = x.shape
@@ -433,15 +434,18 @@ class MemoryAsContext(nnx.Module):
             memory=memory.memory._replace(weights=start, anchor=anchor),
             tails=state.tails,
         )
-        h, reader = self.memory(x, reader, learn=False)
+        h, reader = self.memory(x, reader, learn=False, count=count)
 
         at = slot[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         place = jnp.arange(segment, dtype=jnp.int32)
 
         def put(old, *new):
             new = jnp.stack(new, axis=1)
-            if aligned:
+            if aligned and count is None:
                 return jnp.concatenate([new, old[:, :, length:]], axis=2)
+            if aligned:
+                there = (place < count)[None, None, :, None, None]
+                return jnp.where(there, new, old)
             here = place[None] == slot[:, None]
             return jnp.where(here[:, None, :, None, None], new, old)
 

@@ -26,6 +26,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -442,28 +443,28 @@ def _live_shards(
       All memories after the last token, Π of its shard, and the reads.
     """
     first, y = memory_scan(config.memories[0], first, streams[0])
-    width = y.shape[-1]
-    count = y.shape[0] // config.shard
-    edge = count * config.shard
-    reads = []
+    length, width = y.shape
+    size = min(length, config.shard)
+    shards, rest = -(-length // size), -length % size
+    counts = None
+    if rest:  # the last shard is as long as the others, and ends in padding
+        begins = size * np.arange(shards, dtype=np.int32)
+        counts = jnp.clip(length - begins, 0, size)
 
-    def shard(tokens):
+    def cut(a):
+        if rest:
+            a = jnp.concatenate([a, jnp.repeat(a[-1:], rest, axis=0)])
+        return a.reshape(shards, size, *a.shape[1:])
+
+    def shard(tokens, count):
         nothing = jnp.zeros((width, width), tokens[0].k.dtype)
-        local, key_space, y = _live_local(config, starts, nothing, tokens, memory_scan)
+        scan = functools.partial(memory_scan, count=count)
+        local, key_space, y = _live_local(config, starts, nothing, tokens, scan)
         return (local, key_space), y
 
-    if count:
-        whole = jax.tree.map(
-            lambda a: a[:edge].reshape(count, config.shard, *a.shape[1:]), streams[1:]
-        )
-        ends, read = jax.vmap(shard)(whole)
-        ends = jax.tree.map(lambda a: a[-1], ends)
-        reads.append(read.reshape(edge, width))
-    if edge < y.shape[0]:
-        ends, read = shard(jax.tree.map(lambda a: a[edge:], streams[1:]))
-        reads.append(read)
-    local, key_space = ends
-    return (first, *local), key_space, y + jnp.concatenate(reads)
+    ends, read = jax.vmap(shard)(jax.tree.map(cut, streams[1:]), counts)
+    local, key_space = jax.tree.map(lambda a: a[-1], ends)
+    return (first, *local), key_space, y + read.reshape(-1, width)[:length]
 
 
 def _live(config, memories, key_space, streams, *, scan):

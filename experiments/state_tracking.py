@@ -1,0 +1,113 @@
+"""Who can follow the product of a group's elements, four times as far as it learned?
+
+Run:     python -m experiments.state_tracking  (some rows: --rows=s3_hope,s3_lstm)
+Smoke:   add --scale=smoke --out=DIR.
+Expect:  experiments/README.md has the table.
+Cost:    two to six minutes a row, seed and rate on one CPU core.
+
+S3, A5 and S5, words of 128 elements, scored on 128 and on 512 (the protocol of
+DeltaProduct, arXiv:2502.10297, which reads 100,000 words 100 times: `rows` of a result
+over 10,000,000 is the share of that). One layer of width 64, four heads, two learning
+rates, of which the loss on 128 elements chooses. Accuracy is over all places; chance is
+1/6, 1/60 and 1/120.
+
+A memory that writes one key a token with rates up to 1 can only forget or keep along
+it; up to 2 it can reflect, and two reflections make a rotation: the rows turn both.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import lab
+from experiments.table5_formal_languages import RATES, Row, hope
+from hope_jax.data.synthetic.words import WordsConfig
+from hope_jax.evaluate import probe
+from hope_jax.evaluate.probe import ProbeConfig
+from hope_jax.memory import named
+from hope_jax.models.config import with_context
+from hope_jax.models.mixers import MIXERS
+from hope_jax.models.mixers.memory import MemoryMixerConfig
+from hope_jax.train.config import OptimizerConfig
+from launch import command
+
+NAME = "state_tracking"
+GROUPS = ("s3", "a5", "s5")
+LONGER = 4  # times the words of the training
+PROBE = ProbeConfig(
+    d_model=64, layers=1, heads=4, hidden=128, batch=64, steps=1000, evaluation=4
+)
+
+
+def _mixer(name: str, rate: float) -> MemoryMixerConfig:
+    """A published memory with rates up to `rate`."""
+    point = named.get(name)
+    gates = dataclasses.replace(point.gates, rate_bound=rate)
+    assert point.memory is not None
+    return MemoryMixerConfig(memory=point.memory, gates=gates)
+
+
+MODELS: dict[str, Any] = {
+    "lstm": MIXERS.get("lstm"),
+    "gated_delta_net_to_1": _mixer("gated_delta_net", 1.0),
+    "gated_delta_net_to_2": _mixer("gated_delta_net", 2.0),
+    "delta_product_to_1": _mixer("delta_product", 1.0),
+    "delta_product_to_2": _mixer("delta_product", 2.0),
+    "hope_to_1": hope(rate=1.0),
+    "hope_to_2": hope(),
+}
+
+
+def rows(flags: Any) -> dict[str, Row]:
+    smoke = flags.scale == "smoke"
+    made = {}
+    for group, (name, mixer) in itertools.product(GROUPS, MODELS.items()):
+        optimizer = OptimizerConfig(warmup_steps=20, weight_decay=0.0)
+        task = WordsConfig(group=group)
+        config = dataclasses.replace(PROBE, task=task, optimizer=optimizer)
+        if smoke:
+            few = {"steps": 2, "batch": 2, "evaluation": 1, "d_model": 8, "hidden": 8}
+            optimizer = dataclasses.replace(optimizer, warmup_steps=1)
+            config = dataclasses.replace(
+                config,
+                task=WordsConfig(group="s3", length=8),
+                optimizer=optimizer,
+                **few,
+            )
+        rates = RATES[: 1 if smoke else None]
+        made[f"{group}_{name}"] = Row(mixer=mixer, probe=config, rates=rates)
+    return made
+
+
+def measure(task: lab.Task) -> dict[str, float]:
+    row = task.config
+    length = LONGER * row.probe.task.length
+    longer = {"longer": dataclasses.replace(row.probe.task, length=length)}
+    model = with_context(probe.model_for(row.probe, row.mixer), length)
+    return probe.tuned(row.probe, model, task.seed, row.rates, longer)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy over all places, mean and best of seeds."""
+    lines = []
+    for row, of in itertools.groupby(found, key=lambda result: result["row"]):
+        metrics = [result["metrics"] for result in of]
+        cells = []
+        for name in ("accuracy", "accuracy_longer"):
+            shares = np.array([m[name] for m in metrics])
+            cells.append(
+                f"{shares.mean():.3f} ± {shares.std():.3f} ({shares.max():.3f})"
+            )
+        lines.append([row, *cells])
+    return lab.table(["row", "as trained", "four times as long"], lines)
+
+
+main = lab.Experiment(
+    name=NAME, doc=__doc__, rows=rows, measure=measure, table=table, seeds=(0, 1, 2)
+)
+
+if __name__ == "__main__":
+    command.run(main)

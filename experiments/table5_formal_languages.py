@@ -1,0 +1,158 @@
+"""Table 5: who learns formal languages from short words, and reads longer ones?
+
+Run:     python -m experiments.table5_formal_languages  (some: --rows=parity_hope,..)
+         python -m experiments.table5_formal_languages --group=chunks
+Smoke:   add --scale=smoke --out=DIR.
+Expect:  experiments/README.md has the tables.
+Cost:    one to four minutes a row, seed and rate on one CPU core (Hope).
+
+After every letter a model says which may come next (`data.synthetic.formal`); a word
+counts if all of that is right. It is trained on words of 2 to 50 letters, and scored on
+others of 2 to 50, of 51 to 100, and of 101 to 150, of which nothing is ever chosen. All
+have one layer of width 32, two heads, an MLP and no positions, as many words, and two
+learning rates, of which the loss on words of 2 to 50 chooses.
+
+The paper's protocol reads 10,000 words of each language 300 times, tunes more and stops
+when the second number is 100 %. Here every word is new and the steps are fixed:
+`rows` of a result over 3,000,000 is the share of that budget.
+
+Groups:
+  table5  the paper's rows, and Hope with matrices that are one gradient step a token
+  chunks  parity and (aa)* by Hope's chunk, with exact gradients and with those of the
+          chunk's start, and what its rates may reach
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import lab
+from hope_jax.data.synthetic.formal import LANGUAGES, FormalConfig
+from hope_jax.evaluate import probe
+from hope_jax.evaluate.probe import ProbeConfig
+from hope_jax.models.config import with_context
+from hope_jax.models.mixers import MIXERS, Mixer
+from hope_jax.models.mixers.attention import AttentionConfig
+from hope_jax.models.mixers.self_modifying import MATRIX, SelfModifyingConfig
+from hope_jax.models.rotary import NoPositions
+from hope_jax.train.config import OptimizerConfig
+from launch import command
+
+NAME = "table5_formal_languages"
+BINS = {"bin1": (51, 100), "bin2": (101, 150)}
+RATES = (1e-2, 3e-3)
+PROBE = ProbeConfig(
+    d_model=32, layers=1, heads=2, hidden=64, batch=64, steps=800, evaluation=8
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A model and a language.
+
+    Attributes:
+      mixer: of the model.
+      probe: language, sizes, training.
+      rates: learning rates tried.
+    """
+
+    mixer: Mixer
+    probe: ProbeConfig
+    rates: tuple[float, ...] = RATES
+
+
+def hope(chunk: int = 1, rate: float | None = 2.0, **memory) -> SelfModifyingConfig:
+    """Matrices, of which a token may turn what is stored along its key round."""
+    return SelfModifyingConfig(
+        memory=dataclasses.replace(MATRIX, chunk=chunk, **memory),
+        projection_chunk=chunk,
+        rate=rate,
+    )
+
+
+MODELS: dict[str, Any] = {
+    "lstm": MIXERS.get("lstm"),
+    "transformer": AttentionConfig(rotary=NoPositions()),
+    "linear_attention": MIXERS.get("linear_attention"),
+    "delta_net": MIXERS.get("delta_net"),
+    "srwm": MIXERS.get("srwm"),
+    "hope": hope(),
+}
+
+
+def _row(mixer: Any, language: str, smoke: bool) -> Row:
+    task = FormalConfig(language=language)
+    optimizer = OptimizerConfig(warmup_steps=20, weight_decay=0.0)
+    made = dataclasses.replace(PROBE, task=task, optimizer=optimizer)
+    if smoke:
+        short = FormalConfig(language=language, shortest=4, longest=8)
+        few = {"steps": 2, "batch": 2, "evaluation": 1, "d_model": 8, "hidden": 8}
+        optimizer = dataclasses.replace(optimizer, warmup_steps=1)
+        made = dataclasses.replace(made, task=short, optimizer=optimizer, **few)
+    return Row(mixer=mixer, probe=made, rates=RATES[: 1 if smoke else None])
+
+
+def _chunks() -> dict[str, Any]:
+    """Hope by chunk, of either gradient, each up to what its rates may reach."""
+    made = {}
+    for gradient, chunk in itertools.product(("exact", "anchored"), (1, 2, 4, 8, 16)):
+        most = (1.0, 2.0) if gradient == "exact" else (None,)
+        for rate in most:
+            name = f"{gradient}_{chunk}" + (f"_rate_{rate:g}" if rate else "")
+            made[name] = hope(chunk, rate, gradient=gradient)
+    return made
+
+
+def rows(flags: Any) -> dict[str, Row]:
+    smoke = flags.scale == "smoke"
+    models, languages = MODELS, tuple(LANGUAGES)
+    if flags.group == "chunks":
+        models, languages = _chunks(), ("parity", "aa_star")
+    pairs = itertools.product(languages, models.items())
+    return {f"{at}_{name}": _row(model, at, smoke) for at, (name, model) in pairs}
+
+
+def measure(task: lab.Task) -> dict[str, float]:
+    row = task.config
+    longer = {
+        name: dataclasses.replace(row.probe.task, shortest=low, longest=high)
+        for name, (low, high) in BINS.items()
+    }
+    model = with_context(probe.model_for(row.probe, row.mixer), BINS["bin2"][1])
+    return probe.tuned(row.probe, model, task.seed, row.rates, longer)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Of each row the median over seeds, and how many seeds have all words right."""
+    lines = []
+    for row, of in itertools.groupby(found, key=lambda result: result["row"]):
+        metrics = [result["metrics"] for result in of]
+        cells = []
+        for name in ("", "_bin1", "_bin2"):
+            shares = [100 * m.get(f"whole{name}", 0.0) for m in metrics]
+            all_ = sum(share == 100.0 for share in shares)
+            cells.append(f"{np.median(shares):.1f} ({all_} of {len(shares)})")
+        lines.append([row, *cells])
+    columns = ["row", "2 to 50", "51 to 100", "101 to 150"]
+    return lab.table(columns, lines)
+
+
+def _define(define) -> None:
+    define.enum("group", "table5", ("table5", "chunks"), "whose rows")
+
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=rows,
+    measure=measure,
+    table=table,
+    seeds=(0, 1, 2, 3, 4),
+    define=_define,
+)
+
+if __name__ == "__main__":
+    command.run(main)

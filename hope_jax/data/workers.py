@@ -1,0 +1,55 @@
+"""Processes that read data: they end with their parent, and it learns of their end."""
+
+import multiprocessing
+import os
+import threading
+import time
+from multiprocessing import connection
+
+WAIT = 4.0  # seconds in which the library may raise what it knows of a dead worker
+
+
+class Died(RuntimeError):
+    """A process that reads data ended before it was asked to. Says how."""
+
+
+def end_with_parent(*_) -> None:
+    """Called in a worker as it starts: once its parent is gone, it ends.
+
+    Otherwise it would wait for ever for somebody to take what it has read.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait():
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Workers:
+    """The processes that this one has started since this was made."""
+
+    def __init__(self):
+        self._others = set(multiprocessing.active_children())
+        self._known = set()
+        self._died: float | None = None
+
+    def dead(self, wait: float | None = None) -> str | None:
+        """How a worker ended that should not have, `wait` seconds ago (by default
+        `WAIT`) or more."""
+        self._known |= set(multiprocessing.active_children()) - self._others
+        ended = [process for process in self._known if process.exitcode]
+        if not ended:
+            return None
+        self._died = self._died or time.monotonic()
+        if time.monotonic() - self._died < (WAIT if wait is None else wait):
+            return None
+        return f"a worker that reads data has ended with status {ended[0].exitcode}"
+
+    def kill(self) -> None:
+        """Ends them, also those that are stopped."""
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.kill()

@@ -1,0 +1,236 @@
+"""What a run costs, found without running it: parameters, bytes of a device, FLOPs.
+
+Shapes alone say what is kept from step to step, and the traced step how many products
+it makes. What a step needs beside that, its compiler alone knows: `compiled` asks it,
+for TPUs that are not there too.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+from jaxtyping import PyTree
+
+from hope_jax.models import lm
+from hope_jax.train import guard, loop, sharding
+from hope_jax.train import state as state_lib
+from hope_jax.train.config import RunConfig
+from hope_jax.train.step import Packed
+
+
+class Machine(NamedTuple):
+    """Accelerators by their makers' figures.
+
+    Attributes:
+      devices: that JAX sees.
+      bytes: of memory of one.
+      flops: a second of one, dense products of bfloat16.
+      topology: by which the compiler for TPUs knows it; None for others.
+    """
+
+    devices: int
+    bytes: int
+    flops: float
+    topology: str | None = None
+
+
+MACHINES = {
+    "v5e-64": Machine(64, int(15.75 * 2**30), 197e12, "v5e:8x8"),
+    "v5p-128": Machine(64, int(95.74 * 2**30), 459e12, "v5p:4x4x4"),  # two cores each
+    "8xH100": Machine(8, 80 * 10**9, 989e12),
+}
+
+
+class Plan(NamedTuple):
+    """Of one run on one mesh.
+
+    Attributes:
+      parameters: how many.
+      params, optimizer: bytes on one device.
+      gradient: the same, of what a step hands to the optimizer.
+      rows: the same, of the states of the rows that are read at once.
+      checkpoint: bytes of a checkpoint.
+      step_flops: of one step over all devices, multiplications and additions of
+        products, with what the backward pass makes again.
+      tokens: of one step.
+    """
+
+    parameters: int
+    params: int
+    optimizer: int
+    gradient: int
+    rows: int
+    checkpoint: int
+    step_flops: float
+    tokens: int
+
+    def tokens_per_second(self, machine: Machine, share: float) -> float:
+        """At a `share` of the peak of a machine's products."""
+        peak = machine.devices * machine.flops * share
+        return self.tokens * peak / self.step_flops
+
+
+def plan(config: RunConfig, devices: int) -> Plan:
+    """What `config` costs on so many devices.
+
+    Raises:
+      ValueError: a model, a batch or a mesh that do not fit one another.
+    """
+    mesh = _abstract_mesh(config, devices)
+    graphdef, shapes = lm.abstract_model(config.model)
+    tx, layers = loop.make_optimizer(config, graphdef, shapes, mesh)
+    state = _state(config, shapes, tx)
+    lies = sharding.state_shardings(state, shapes, mesh)
+    whole = config.train.gather == "step" or sharding.FSDP not in mesh.axis_names
+    params = _bytes(state.params, lies.params)
+    rows = config.train.batch // (sharding.row_shards(mesh) * config.train.accumulate)
+    fresh = jax.eval_shape(
+        lambda params: lm.apply(
+            graphdef,
+            params,
+            jnp.zeros((1, config.train.seq_len), jnp.int32),
+            after=jnp.zeros((1,), jnp.int32),
+            horizon=config.train.seq_len,
+        )[1],
+        shapes,
+    )
+    tensor = mesh.shape.get(sharding.TENSOR, 1)
+    first, more = (_step_flops(config, graphdef, shapes, rows) for rows in (1, 2))
+    batch = config.train.batch
+    return Plan(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        params=params,
+        optimizer=_bytes(state.level.opt, lies.level.opt),
+        gradient=_bytes(state.params) // tensor if whole else params,
+        rows=rows * _bytes(fresh) // tensor,
+        checkpoint=_bytes(state),
+        step_flops=2 * first - more + batch * (more - first),
+        tokens=batch * config.train.seq_len,
+    )
+
+
+def compiled(config: RunConfig, devices: Sequence[Any]) -> Any:
+    """The step of a run, compiled for devices that need not be there.
+
+    Args:
+      config: of the run.
+      devices: of this machine, or of `topology`.
+    """
+    mesh = loop.make_mesh(config, devices)
+    graphdef, shapes = lm.abstract_model(config.model)
+    tx, layers = loop.make_optimizer(config, graphdef, shapes, mesh)
+    state = _state(config, shapes, tx)
+    step = loop.make_step(config, graphdef, tx, layers, mesh)
+    return sharding.jit_step(step, mesh, state).lower(state, _batch(config)).compile()
+
+
+def topology(machine: Machine) -> Sequence[Any]:
+    """The devices of a machine that is not there.
+
+    Raises:
+      ValueError: no TPU, or no compiler for TPUs (`pip install libtpu`).
+    """
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of machines of Google Cloud
+    if machine.topology is None:
+        raise ValueError("Only programs for TPUs can be compiled without the machine.")
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=machine.topology
+        )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"There is no compiler for TPUs here ({error}); install libtpu."
+        ) from None
+    return found.devices
+
+
+def flops(jaxpr: Any) -> float:
+    """Multiplications and additions of all products of a traced program, loops as
+    often as they run; of branches the dearest, of loops without an end known one round.
+
+    >>> traced = jax.jit(lambda a, b: a @ b).trace(jnp.ones((2, 3)), jnp.ones((3, 5)))
+    >>> flops(traced.jaxpr.jaxpr)
+    60.0
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shared = (eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shared)
+            continue
+        if name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            out = params["dimension_numbers"].rhs_spec[0]
+            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[out]
+            continue
+        if name == "cond":
+            total += max(flops(branch.jaxpr) for branch in params["branches"])
+            continue
+        times = params["length"] if name == "scan" else 1
+        total += times * sum(map(flops, _inner(params)))
+    return total
+
+
+def _inner(params):
+    """The programs that an operation runs."""
+    leaves = jax.tree.leaves(tuple(params.values()), is_leaf=_is_program)
+    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if _is_program(leaf)]
+
+
+def _is_program(node):
+    return hasattr(node, "eqns") or hasattr(getattr(node, "jaxpr", None), "eqns")
+
+
+def _step_flops(config, graphdef, shapes, rows):
+    """Of a step of so many rows on one device."""
+    train = dataclasses.replace(
+        config.train, batch=rows, accumulate=1, mesh="", gather="layer"
+    )
+    config = dataclasses.replace(config, train=train)
+    tx, layers = loop.make_optimizer(config, graphdef, shapes, None)
+    step = loop.make_step(config, graphdef, tx, layers, None)
+    state = _state(config, shapes, tx)
+    return flops(jax.jit(step).trace(state, _batch(config)).jaxpr.jaxpr)
+
+
+def _state(config, shapes, tx):
+    known = jax.eval_shape(lambda: guard.begin(config.guard.window))
+    return state_lib.abstract(shapes, tx)._replace(guard=known)
+
+
+def _batch(config):
+    shape = config.train.batch, config.train.seq_len + 1
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return Packed(tokens, tokens) if config.train.stretch else tokens
+
+
+def _abstract_mesh(config, devices):
+    """`loop.make_mesh` of devices that are not there."""
+    sizes = sharding.mesh_shape(devices, sharding.read_mesh(config.train.mesh))
+    mesh = AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+    loop.check_mesh(config, mesh)
+    return mesh
+
+
+def _bytes(tree: PyTree, lies: PyTree | None = None) -> int:
+    """Of all arrays, or of what one device holds of them."""
+
+    def size(leaf, where=None):
+        shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return 8
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    trees = (tree,) if lies is None else (tree, lies)
+    return sum(jax.tree.leaves(jax.tree.map(size, *trees)))

@@ -1,0 +1,93 @@
+"""Formal languages and words of groups: rows, smoke runs, and what is chosen."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from experiments import state_tracking, table5_formal_languages
+from hope_jax.core import config as config_lib
+from hope_jax.data.synthetic.formal import LANGUAGES
+from hope_jax.evaluate import probe
+from hope_jax.models.mixers.self_modifying import SelfModifyingConfig
+from hope_jax.train.metrics import read_result
+
+FORMAL, WORDS = table5_formal_languages, state_tracking
+GROUPS = [(FORMAL, "table5"), (FORMAL, "chunks"), (WORDS, None)]
+
+
+def rows(module, group, scale="full"):
+    return module.rows(types.SimpleNamespace(group=group, scale=scale))
+
+
+@pytest.mark.parametrize(("module", "group"), GROUPS)
+def test_every_row_has_a_model_and_the_same_budget(module, group):
+    made = rows(module, group)
+    budgets = set()
+    for row in made.values():
+        model = probe.model_for(row.probe, row.mixer)
+        assert model.vocab == row.probe.task.vocab and not model.fast
+        budgets.add((row.probe.steps, row.probe.batch, row.probe.d_model, row.rates))
+        saved = config_lib.to_json(row)
+        assert config_lib.from_json(type(row), saved) == row
+    assert len(budgets) == 1
+
+
+def test_rows_of_table_5():
+    made = rows(FORMAL, "table5")
+    assert len(made) == len(LANGUAGES) * len(FORMAL.MODELS)
+    for name, row in made.items():
+        assert name.startswith(row.probe.task.language)
+        if isinstance(row.mixer, SelfModifyingConfig):
+            assert row.mixer.memory.chunk == 1 and row.mixer.rate_bound == 2.0
+    lengths = [(2, 50), *FORMAL.BINS.values()]
+    assert all(a[1] < b[0] for a, b in zip(lengths, lengths[1:], strict=False))
+
+
+def test_rows_of_chunks_differ_in_one_thing_each():
+    for name, row in rows(FORMAL, "chunks").items():
+        memory = row.mixer.memory
+        assert row.mixer.projection_chunk == memory.chunk
+        assert f"_{memory.gradient}_{memory.chunk}" in name
+        assert memory.gradient == "exact" or row.mixer.rate is None
+
+
+@pytest.mark.parametrize(
+    ("module", "chosen"),
+    [(FORMAL, "parity_lstm"), (WORDS, "s5_delta_product_to_2")],
+)
+def test_a_smoke_run_writes_results_and_a_table(module, chosen, tmp_path, capsys):
+    flags = ["--scale=smoke", "--seeds=1", f"--rows={chosen}", f"--out={tmp_path}"]
+    made = module.main(flags)
+    for row in chosen.split(","):
+        result = read_result(tmp_path / module.NAME / f"{row}-s1.json")
+        assert 0.0 <= result["metrics"]["accuracy"] <= 1.0
+        assert f"| {row} |" in made
+    capsys.readouterr()
+    assert module.main(flags) == made  # nothing is trained again
+    assert "seed 1" not in capsys.readouterr().out
+
+
+def test_the_rate_with_the_least_loss_is_chosen(monkeypatch):
+    """Of the task alone, and never one that was not finite."""
+    losses = {1.0: 0.5, 0.1: 0.4, 0.01: None, 0.001: 0.6}
+
+    def train(config, model, seed, also):
+        rate = config.optimizer.learning_rate
+        score = {"accuracy": 0.9, "whole": rate, "loss": losses[rate]}
+        longer = {"accuracy_b": 0.1, "whole_b": rate, "loss_b": None if rate < 1 else 0}
+        return score | longer | {"seconds": 1.0}
+
+    monkeypatch.setattr(probe, "train", train)
+    config = rows(FORMAL, "table5", "smoke")["parity_lstm"].probe
+    config = dataclasses.replace(config, steps=3, batch=5)
+    made = probe.tuned(config, None, 0, tuple(losses), {"b": config.task})
+    assert made["rate"] == 0.1 and made["whole"] == 0.1 and made["finite"] == 1.0
+    assert made["whole_b"] == 0.0 and "loss_b" not in made  # it grew without bound
+    assert "loss_at_0.01" not in made and made["seconds_at_0.01"] == 1.0
+    assert made["rows"] == 15.0
+    losses |= dict.fromkeys(losses)
+    made = probe.tuned(config, None, 0, tuple(losses), {"b": config.task})
+    assert made["finite"] == made["whole"] == 0.0 and "rate" not in made
+    assert all(np.isfinite(value) for value in made.values())

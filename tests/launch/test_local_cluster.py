@@ -1,0 +1,223 @@
+"""Several real processes on this machine: one run, stopped, killed and resumed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hope_jax.core.config import override
+from hope_jax.train import checkpoint, loop, metrics
+from launch import distributed, local_cluster
+from tests.launch.test_train import final_state, finish, lines, stop_when
+from tests.train import tiny
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    *("train.steps=60", "train.checkpoint_every=20"),
+    *("train.validate_every=30", "train.validate_batches=1"),
+]
+
+
+def start(folder: Path, name: str, *more: str, processes: int = 2, devices: int = 1):
+    cluster = [f"--processes={processes}", f"--devices={devices}"]
+    cluster += [f"--logs={folder}/logs-{name}", "--grace=20"]
+    run = ["-m", "launch.train", "--experiment=tests.train.tiny", "--row=tiny"]
+    run += [f"--workdir={folder / name}", f"--compile_cache={folder}/programs"]
+    run += ["--heartbeat_timeout=5", *(f"--set={s}" for s in SETTINGS), *more]
+    python = [sys.executable]
+    return subprocess.Popen(
+        [*python, "-m", "launch.local_cluster", *cluster, "--", *python, *run],
+        cwd=ROOT,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def children(process) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in found.read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_two_processes_are_one_run(tmp_path, monkeypatch):
+    """As one process with two devices, but for the order of sums; and byte for byte as
+    two that were asked to stop once and killed once."""
+    finish(start(tmp_path, "unbroken"))
+    unbroken = tmp_path / "unbroken"
+    said = [(tmp_path / f"logs-unbroken/process-{i}.log").read_text() for i in range(2)]
+    assert "on 2 x cpu" in said[0] and "step 60/60" in said[0]
+    assert "loss" not in said[1] and "Traceback" not in said[1]
+
+    broken = tmp_path / "broken"
+    process = start(tmp_path, "broken")
+    stop_when(process, lambda: lines(broken) >= 3, 0)
+    os.kill(children(process)[1], signal.SIGTERM)  # one of them: both stop
+    finish(process, code=128 + signal.SIGTERM)
+    stopped = checkpoint.latest_verified_step(broken)
+    assert stopped == lines(broken) and 3 <= stopped < 60
+    process = start(tmp_path, "broken", "--resume")
+    stop_when(process, lambda: lines(broken) >= 45, 0)
+    each = children(process)
+    assert len(each) == 2
+    os.kill(each[1], signal.SIGKILL)
+    began = time.monotonic()
+    finish(process, code=128 + signal.SIGKILL)
+    assert time.monotonic() - began < 5 + 10
+    assert not any(map(is_alive, each))
+    assert checkpoint.latest_verified_step(broken) in (20, 40)
+    finish(start(tmp_path, "broken", "--resume"))
+    assert final_state(broken) == final_state(unbroken)
+    for name in ("metrics.jsonl", "config.json", "tokenizer.json"):
+        assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
+
+    made = loop.sharding.make_mesh
+    two = lambda devices, sizes: made(jax.devices()[:2], sizes)  # noqa: E731
+    monkeypatch.setattr(loop.sharding, "make_mesh", two)
+    config = override(tiny.rows("full")["tiny"], SETTINGS)
+    loop.train(config, tmp_path / "alone")
+    one, two = (checkpoint.restore_params(tmp_path / n) for n in ("alone", "unbroken"))
+    for a, b in zip(
+        jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    alone, shared = (
+        metrics.read_log(tmp_path / name / "metrics.jsonl")
+        for name in ("alone", "unbroken")
+    )
+    for line, other in zip(alone, shared, strict=True):
+        assert line.keys() == other.keys()
+        np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-5)
+
+
+def given(**flags):
+    values = {"coordinator": None, "num_processes": None, "process_id": None}
+    values |= {"start_timeout": 300, "heartbeat_timeout": 30}
+    return distributed.SimpleNamespace(**values | flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"process_id": 1}, "--process_id=1 needs --coordinator=host:port"),
+        ({"coordinator": "auto", "num_processes": 2}, "--num_processes=2 needs"),
+        ({"coordinator": "here:1"}, "--coordinator=here:1 needs --num_processes"),
+        ({"coordinator": "here"}, "--coordinator='here' must be host:port, or 'auto'"),
+        ({"coordinator": "a b:80"}, "'a b:80' must be host:port"),
+        ({"coordinator": "-x:80"}, "'-x:80' must be host:port"),
+        ({"coordinator": "h:70000"}, "'h:70000' must be host:port"),
+        (
+            {"coordinator": "[::1]:80", "num_processes": 2, "process_id": 2},
+            r"--process_id=2 must lie in \[0, --num_processes\), and that is 2",
+        ),
+        ({"heartbeat_timeout": 0}, "--heartbeat_timeout must be at least 1 second"),
+    ],
+)
+def test_flags_of_processes_that_do_not_go_together(flags, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.check(given(**flags))
+
+
+def test_who_listens():
+    assert distributed._bound("127.0.0.1:80") == "127.0.0.1:80"
+    assert distributed._bound("[::1]:80") == "[::1]:80"
+    assert distributed._bound("10.0.0.2:80") is None  # all must reach it
+    assert distributed._bound("host-0.pod:80") is None
+
+
+def test_a_program_alone_stays_alone():
+    distributed.start(given())
+    assert not jax.distributed.is_initialized()
+
+
+def test_how_processes_are_joined(monkeypatch):
+    called = []
+
+    def initialize(*who, **how):
+        called.append((who, how))
+        if not who:
+            raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda *setting: called.append(setting))
+    distributed.start(given(coordinator="h:80", num_processes=2, process_id=1))
+    assert called[0] == ("jax_enable_preemption_service", False)
+    who, how = called[1]
+    assert who == ("h:80", 2, 1) and how["heartbeat_timeout_seconds"] == 30
+    with pytest.raises(ValueError, match="--coordinator=auto: nothing here says"):
+        distributed.start(given(coordinator="auto"))
+
+
+def test_dry_run_prints_what_would_run(capsys):
+    program = ["python", "-m", "launch.train", "--workdir=runs/my run; ls"]
+    assert local_cluster.main(["--processes=2", "--dry_run", "--", *program]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    joined = r"--coordinator=127.0.0.1:\d+ --num_processes=2 --process_id="
+    assert re.fullmatch(
+        rf"python -m launch.train '--workdir=runs/my run; ls' {joined}0", first
+    )
+    assert first[:-1] == second[:-1] and second.endswith("=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes=2"], "give the program after --"),
+        (["--processes=0", "--", "true"], "--processes must be at least 1, got 0"),
+        (["--", "no-such-program"], "no-such-program"),
+    ],
+)
+def test_what_cannot_be_run(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        local_cluster.main(arguments)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_all_end_when_one_does(tmp_path):
+    """The others are killed when their time is over, with what they have started."""
+    program = (
+        "import subprocess, sys, time\n"
+        "if sys.argv[-1].endswith('=1'): sys.exit(3)\n"
+        "child = subprocess.Popen(['sleep', '100'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    arguments = ["--processes=2", "--grace=1", f"--logs={tmp_path}", "--"]
+    code = local_cluster.main([*arguments, sys.executable, "-c", program])
+    assert code == 3
+    assert not is_alive(int((tmp_path / "process-0.log").read_text()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_none_outlives_the_cluster():
+    program = [sys.executable, "-c", "import time; time.sleep(100)"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.local_cluster", "--", *program], cwd=ROOT
+    )
+    while len(each := children(process)) < 2:
+        time.sleep(0.01)
+    time.sleep(0.2)  # past what a child does before it is the program
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, each)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,116 @@
+"""What a run is said to cost, held to what its arrays and its compiler say."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import paper
+from hope_jax.core.config import override
+from hope_jax.models import lm
+from hope_jax.train import loop, plan, sharding
+from launch import plan as program
+from tests.train import tiny
+
+SMOKE = tiny.rows("smoke")["tiny"]
+
+
+def test_products_are_counted_as_often_as_they_run():
+    w = jnp.ones((4, 8, 8))
+
+    def run(x, w):
+        x, _ = jax.lax.scan(lambda x, w: (x @ w, None), x, w)
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w[0], lambda x: x, x)
+
+    x = jnp.ones((3, 8))
+    assert plan.flops(jax.jit(run).trace(x, w).jaxpr.jaxpr) == 5 * 2 * 3 * 8 * 8
+
+    def chain(x, w):  # without loops, of which XLA's analysis counts one round
+        return sum(((x @ w[i]) @ w[i].T).sum() for i in range(4))
+
+    gradient = jax.jit(jax.grad(chain, argnums=1))
+    traced = gradient.trace(jnp.ones((64, 8)), w)
+    found = traced.lower().compile().cost_analysis()["flops"]
+    assert plan.flops(traced.jaxpr.jaxpr) == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("mesh", ["", "data:2,fsdp:2", "fsdp:2,tensor:2"])
+def test_bytes_are_those_of_the_arrays(mesh):
+    """Of a device and of a checkpoint; and what XLA says goes into a step."""
+    config = override(SMOKE, [f"train.mesh={mesh}"])
+    said = plan.plan(config, 4)
+    assert said.parameters == lm.count_parameters(config.model)
+    _, state, _, _ = loop._model(config, loop.make_mesh(config))
+
+    def own(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in map_arrays(tree))
+
+    assert (said.params, said.optimizer) == (own(state.params), own(state.level.opt))
+    whole = sum(leaf.nbytes for leaf in map_arrays(state))
+    assert said.checkpoint == pytest.approx(whole, rel=0.02)
+    assert said.tokens == 4 * 16
+    if mesh == "data:2,fsdp:2":
+        memory = plan.compiled(config, jax.devices()).memory_analysis()
+        kept = said.params + said.optimizer
+        assert memory.argument_size_in_bytes == pytest.approx(kept, rel=0.1)
+
+
+def map_arrays(tree):
+    return [
+        leaf
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    ]
+
+
+def test_flops_grow_with_rows_alone():
+    """A step's own work, the optimizer's, is not counted again for every row."""
+    some, more = (
+        plan.plan(override(SMOKE, [f"train.batch={batch}"]), 4) for batch in (4, 8)
+    )
+    assert some.step_flops * 2 == pytest.approx(more.step_flops, rel=0.05)
+    model = SMOKE.model
+    matrices = some.parameters - model.vocab * model.d_model
+    least = 6 * matrices + 6 * model.vocab * model.d_model  # the head, tied
+    assert least < some.step_flops / some.tokens < 1.5 * least
+    machine = plan.MACHINES["v5e-64"]
+    speed = some.tokens_per_second(machine, 0.5)
+    per_token = some.step_flops / some.tokens
+    assert speed == pytest.approx(64 * 197e12 * 0.5 / per_token)
+
+
+@pytest.mark.parametrize("machine", paper.MESHES)
+def test_the_paper_rows_fit_their_machines(machine):
+    """As far as shapes say: batch, mesh and heads; what is kept takes half at most."""
+    rows = paper.rows(machine)
+    assert {"hope_760m", "hope_1b3", "transformer_760m"} <= rows.keys()
+    found = plan.MACHINES[machine]
+    for config in rows.values():
+        mesh = plan._abstract_mesh(config, found.devices)
+        assert config.train.batch * config.train.seq_len == 524_288
+        shapes = lm.abstract(config.model)
+        lies = sharding.state_shardings(shapes, shapes, mesh)
+        kept = 3 * plan._bytes(shapes, lies)  # and two moments
+        assert kept < found.bytes / 2
+    rates = {config.optimizer.learning_rate for config in rows.values()}
+    assert rates == {1.25e-3, 7e-4}
+
+
+def test_the_program_prints_it(capsys):
+    row = ["--experiment=tests.train.tiny", "--row=tiny", "--scale=smoke"]
+    more = ["--devices=4", "--mesh=fsdp:2", "--compile_cache=none"]
+    assert program.main([*row, *more]) == 0
+    out = capsys.readouterr().out
+    assert "parameters                   5,952\n" in out
+    assert "mesh                         fsdp:2\n" in out
+    for wrong, message in (
+        (["--mesh=fsdp:3"], r"mesh \(fsdp 3\) is of 3 devices, but there are 4"),
+        (["--machine=v9"], "--machine=v9 must be one of v5e-64, "),
+        (["--mfu=2"], "--mfu must lie in"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            program.main([*row, "--devices=4", "--compile_cache=none", *wrong])
+
+
+def test_what_cannot_be_compiled_without_the_machine():
+    with pytest.raises(ValueError, match="Only programs for TPUs"):
+        plan.topology(plan.MACHINES["8xH100"])
