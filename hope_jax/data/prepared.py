@@ -300,7 +300,13 @@ class _Records:
         first, last = low // self._piece, -(-high // self._piece)
         name = self._names[self._shard[block]]
         wanted = list(range(record + first, record + last))
-        data = b"".join(self._reader(name).read(wanted))
+        try:
+            data = b"".join(self._reader(name).read(wanted))
+        except Exception as error:  # whatever the bytes made of the library
+            raise Unprepared(
+                f"{name}.array_record is damaged ({str(error)[:200]}): remove it, and "
+                "give the command that prepared it again."
+            ) from error
         most = min(length, last * self._piece) - first * self._piece
         if len(data) != most * self._dtype.itemsize:
             raise Unprepared(
