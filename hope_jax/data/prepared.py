@@ -40,6 +40,7 @@ SPLITS = get_args(Split)
 _BLOCK = 1024  # documents
 _PASS = 1 << 20  # documents, a multiple of `_BLOCK`, of which lengths are read at once
 _OPEN = 256  # record files open at a time
+_KEPT = 256  # blocks whose layout is kept
 
 
 class Unprepared(ValueError):
@@ -233,10 +234,11 @@ class _Records:
 
     def _renew(self):
         self._lock, self._readers, self._maps = threading.Lock(), {}, {}
+        self._kept: dict[int, tuple[np.ndarray, ...]] = {}
 
     def __getstate__(self):  # grain sends it to its workers
         state = dict(self.__dict__)
-        for name in ("_lock", "_readers", "_maps"):
+        for name in ("_lock", "_readers", "_maps", "_kept"):
             del state[name]
         return state
 
@@ -261,12 +263,7 @@ class _Records:
         owners = np.full(stop - start, -1, np.int32)
         block = int(np.searchsorted(self._places, start, "right")) - 1
         while block < len(self._shard) and self._places[block] < stop:
-            lengths = self._block(block)
-            widths = self._widths(lengths)
-            places = int(self._places[block]) + np.concatenate([[0], widths.cumsum()])
-            records = int(self._record[block]) + np.concatenate(
-                [[0], self._records(lengths).cumsum()]
-            )
+            lengths, widths, places, records = self._laid(block)
             at = max(0, int(np.searchsorted(places, start, "right")) - 1)
             while at < len(lengths) and places[at] < stop:
                 low = max(start, int(places[at]))
@@ -331,6 +328,25 @@ class _Records:
     def _records(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths.astype(np.int64) // self._piece)
 
+    def _laid(self, block: int) -> tuple[np.ndarray, ...]:
+        """Of each document of a block its ids, those it is laid out in, where it begins
+        and its first record; the last used blocks are kept."""
+        with self._lock:
+            found = self._kept.pop(block, None)
+            if found is not None:
+                self._kept[block] = found
+                return found
+        lengths = self._block(block)
+        widths = self._widths(lengths)
+        places = int(self._places[block]) + np.concatenate([[0], widths.cumsum()])
+        records = self._records(lengths).cumsum()
+        records = int(self._record[block]) + np.concatenate([[0], records])
+        with self._lock:
+            self._kept[block] = lengths, widths, places, records
+            while len(self._kept) > _KEPT:
+                del self._kept[next(iter(self._kept))]
+        return lengths, widths, places, records
+
     def _block(self, block: int) -> np.ndarray:
         shard = int(self._shard[block])
         start = int(self._first[block])
@@ -373,7 +389,7 @@ class PreparedRows:
         `stretch`.
     """
 
-    threads: ClassVar[int] = 16  # that wait for the disk at a time
+    threads: ClassVar[int] = 2  # read ahead; four are four times slower than two
 
     def __init__(
         self, of: Prepared, split: Split, *, seq_len: int, stretch: int, least: int

@@ -332,7 +332,7 @@ def test_a_context_of_another_type_is_named(float64):
         objective=lambda m, x: 0.5 * (m - x) ** 2,
         flow=optax.GradientTransformation(
             lambda m: jnp.zeros((), jnp.float32),
-            lambda g, s, p: (-g, s + jnp.float64(1)),
+            lambda g, s, p: (-g, s.astype(jnp.float64)),
         ),
     )
     start = begin(level, jnp.zeros((), jnp.float32))

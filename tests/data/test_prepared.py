@@ -55,6 +55,7 @@ def small_pieces():
         patch.setattr(prepared, "PIECE", 7)
         patch.setattr(prepared, "_BLOCK", 4)
         patch.setattr(prepared, "_PASS", 8)
+        patch.setattr(prepared, "_KEPT", 2)
         yield
 
 
