@@ -278,18 +278,18 @@ def quiet_libraries() -> None:
     """Keeps to itself what Orbax says of folders that it may not write to, and of each
     file of a save that failed: the error says it once."""
     logging.getLogger("absl").addFilter(_not_orbax)
-    if sys.excepthook is not _but_for_closed_loops:
-        _hooks.append(sys.excepthook)
-        sys.excepthook = _but_for_closed_loops
+    if sys.unraisablehook is not _but_for_closed_loops:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _but_for_closed_loops
 
 
-_hooks: list[Callable[..., Any]] = []
+_hooks: list[Callable[[Any], Any]] = []
 
 
-def _but_for_closed_loops(kind, error, trace) -> None:
-    """Files that are written after a save has failed find nobody to tell."""
-    if str(error) != "Event loop is closed":
-        _hooks[-1](kind, error, trace)
+def _but_for_closed_loops(what: Any) -> None:
+    """Files that are still written when a save has failed find nobody to tell."""
+    if str(what.exc_value) != "Event loop is closed":
+        _hooks[-1](what)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -212,7 +212,8 @@ def _train(given: Any, arguments: Sequence[str]) -> int:
 
 def _config(given: Any):
     """The config that the flags describe."""
-    if given.workdir is None and not given.describe and _names_config(given):
+    known = _names_config(given) or given.init_from
+    if known and given.workdir is None and not given.describe:
         raise ValueError("Give --workdir, a folder for this run alone.")
     return config_of(given, given.init_from or (given.workdir if given.resume else ""))
 

@@ -99,6 +99,11 @@ class Kept:
         self._shown.__exit__(*error)
         self._log.close()
 
+    @property
+    def ahead(self) -> bool:
+        """Whether steps were done that are not saved."""
+        return self.now.done > (self.saved or 0)
+
     def took(
         self, state: TrainState, place: Any, metrics: Mapping[str, jax.Array]
     ) -> None:

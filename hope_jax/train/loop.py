@@ -217,7 +217,7 @@ def train(
             watchdog.Watchdog(
                 _limits(config.guard),
                 stop,
-                lambda: kept.save() if kept is not None and processes.alone() else None,
+                lambda: _save_alone(kept),
                 workdir / watchdog.FILE,
                 dead=readers.dead,
             )
@@ -319,9 +319,15 @@ def _take_steps(
                 kept.go_back(like)
 
 
+def _save_alone(kept: Kept | None) -> None:
+    """Saves what was done while a call hangs; other processes would have to help."""
+    if kept is not None and kept.ahead and processes.alone():
+        kept.save()
+
+
 def _save_in_spite(error: Exception, kept: Kept, dog: watchdog.Watchdog) -> None:
     """Saves the last good state of a run that an error ends."""
-    if isinstance(error, checkpoint.SaveFailed) or kept.saved == kept.now.done:
+    if isinstance(error, checkpoint.SaveFailed) or not kept.ahead:
         return
     if not processes.alone():  # the others may be well, and save by themselves
         return

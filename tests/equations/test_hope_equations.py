@@ -99,17 +99,19 @@ def life(config):
             w[...] = 0.6 * jax.random.normal(jax.random.key(i), w.shape)
     graphdef, params = nnx.split(layer, nnx.Param)
     step = jax.jit(lambda x, state: nnx.merge(graphdef, params)(x, state))
+    # What a chunk has taught so far waits for its end.
+    ended = jax.jit(lambda state: nnx.merge(graphdef, params).ended(state))
     x = jax.random.normal(jax.random.key(9), (T, D))
     state, states, reads = layer.initial_state(1), [], []
     for x_t in x:
-        states.append(memories(state))
+        states.append(memories(ended(state)))
         y, state = step(x_t[None, None], state)
         reads.append(np.asarray(y[0, 0]))
     return SimpleNamespace(
         layer=layer,
         weights=slow_weights(layer),
         x=np.asarray(x),
-        states=[*states, memories(state)],
+        states=[*states, memories(ended(state))],
         reads=reads,
     )
 
@@ -390,6 +392,8 @@ def hope():
     block = Block(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(block, nnx.Param)
     step = jax.jit(lambda x, state: nnx.merge(graphdef, params)(x, state))
+    # What a chunk has taught so far waits for its end.
+    ended = jax.jit(lambda state: nnx.merge(graphdef, params).ended(state))
     x = jax.random.normal(jax.random.key(9), (T, D))
     state, states, reads = block.initial_state(1), [], []
     for x_t in x:

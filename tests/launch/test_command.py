@@ -7,10 +7,13 @@ import logging
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import pytest
 
+from hope_jax.train import checkpoint, lock, loop, watchdog  # noqa: F401 loop raises them
 from launch import command
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +94,46 @@ def test_orbax_is_kept_quiet_and_nothing_else():
     logger = logging.getLogger("absl")
     made = [logger.makeRecord("absl", 30, p, 1, "", (), None) for p in ("orbax", "jax")]
     assert [bool(logger.filter(record)) for record in made] == [False, True]
+
+
+def test_what_nobody_waits_for_any_more_is_not_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(command, "_hooks", [told.append])
+    for words in ("Event loop is closed", "another"):
+        what = types.SimpleNamespace(exc_value=RuntimeError(words))
+        command._but_for_closed_loops(what)
+    assert [str(what.exc_value) for what in told] == ["another"]
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError(), "Out of memory."),
+        (RecursionError("maximum depth"), "nested too deeply: maximum depth"),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied: '/x'"),
+        (watchdog.Stalled("a batch has not ended"), "a batch has not ended"),
+        (checkpoint.SaveFailed("no room"), "no room"),
+        (lock.InUse("in use"), "in use"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nat"), "batch"),
+        (TypeError("of the program"), None),
+        (jax.errors.JaxRuntimeError("INTERNAL: of the program"), None),
+    ],
+)
+def test_errors_in_words(error, said):
+    try:
+        raise error
+    except Exception as raised:
+        found = command.in_words(raised)
+    if said is None:
+        assert found is None
+    else:
+        assert said in found and "\n" not in found
+    status = 75 if isinstance(error, watchdog.Stalled) else 1
+    assert command.status_of(error) == status
+    if said is not None:
+        with pytest.raises(SystemExit) as end, command.fail_in_words():
+            raise error
+        assert end.value.code == (75 if status == 75 else f"error: {found}")
 
 
 def test_all_programs_can_be_imported_together():

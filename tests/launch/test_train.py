@@ -54,7 +54,7 @@ def lines(workdir):
 
 
 def final_state(workdir):
-    """The manifest of the last checkpoint: a SHA-256 of every array and of the data."""
+    """The manifest of the last checkpoint: a digest of every array and of the data."""
     with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
         step = saved.verify(saved.steps()[-1])
         meta = saved._meta(step)
