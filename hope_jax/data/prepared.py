@@ -16,13 +16,14 @@ import bisect
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -182,6 +183,11 @@ def files(folder: Path, shard: Mapping[str, Any], split: str) -> list[tuple[Path
 def dtype(vocab_size: int) -> np.dtype:
     """Of ids on disk, little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def library() -> Any:
+    """ArrayRecord's, which is loaded when it is needed."""
+    return importlib.import_module("array_record.python.array_record_module")
 
 
 def digest(data: Any) -> str:
@@ -362,12 +368,10 @@ class _Records:
         return np.memmap(f"{self._names[shard]}.lengths", "<u4", mode="r")
 
     def _reader(self, name: str):
-        from array_record.python import array_record_module
-
         with self._lock:
             reader = self._readers.pop(name, None)
             if reader is None:
-                reader = array_record_module.ArrayRecordReader(
+                reader = library().ArrayRecordReader(
                     f"{name}.array_record",
                     "readahead_buffer_size:0",
                     file_reader_buffer_size=32768,
@@ -389,7 +393,7 @@ class PreparedRows:
         `stretch`.
     """
 
-    threads: ClassVar[int] = 2  # read ahead; four are four times slower than two
+    threads: int = 2  # read ahead; four are four times slower than two
 
     def __init__(
         self, of: Prepared, split: Split, *, seq_len: int, stretch: int, least: int
@@ -452,7 +456,10 @@ class Texts(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self.read(i) for i in range(*index.indices(len(self)))]
+        return self.read(index)
+
+    def read(self, index: int) -> Document:
         ids = self._documents[index]
         name = f"{self._of.folder.name}/{self._split}/{index}"
         return Document(name, self._of.tokenizer.decode(ids))
@@ -602,7 +609,7 @@ def some(texts: Texts, most: int | None) -> list[Document]:
         return list(texts)
     kept, used = {}, 0
     for index in np.random.default_rng(0).permutation(len(texts)).tolist():
-        document = texts[index]
+        document = texts.read(index)
         if not kept or used + len(document.data) <= most:
             kept[index] = document
             used += len(document.data)
