@@ -14,6 +14,9 @@ HOPE_DATA_DIR). Models read bytes and are trained on the plays, 256 at a time:
   hope_1 .. hope_4   CMS levels of 128, of 128 and 512, .. 2,048, .. 8,192 bytes
   hope_rates_0       four levels, none of which moves while it reads
   hope_matrix        four levels, memories that are matrices
+  .._consolidated    hope_4 and hope_matrix, whose memories return to starts that are a
+                     level of period 64: the same weights, trained without, for it has
+                     no parameter, and read with it
   transformer        attention over 256 bytes, one MLP
 
 All have as many parameters. Then they read what they have not seen, A, the last plays,
@@ -42,20 +45,22 @@ import numpy as np
 from experiments import lab
 from hope_jax.data.tokenizer import ByteTokenizer
 from hope_jax.evaluate import ablation
+from hope_jax.memory.consolidation import Consolidation
 from hope_jax.models import learning, lm, zoo
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
 from hope_jax.plot import COLOURS, Figure
-from hope_jax.stream.reader import open_checkpoint
+from hope_jax.stream.reader import Opened, open_checkpoint, reader_of
 from hope_jax.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from launch import command
 
 NAME = "continual_reading"
 PERIODS = (128, 512, 2048, 8192)
 HALF_LIFE, LIVES = 256, (1, 4, 16)
-PARTS = ("hope_4", "hope_rates_0")  # rows that are asked part by part
+CONSOLIDATED = "_consolidated"  # rows that are read with the weights of another
+PARTS = ("hope_4", "hope_rates_0", "hope_4_consolidated")  # asked part by part
 LETTERS = np.arange(ord("a"), ord("z") + 1)
 
 
@@ -134,7 +139,13 @@ def models(scale: str) -> dict[str, lm.ModelConfig]:
     made["transformer"] = dataclasses.replace(
         s.model, mixer=AttentionConfig(context=256), cms=CMSConfig(hidden=s.hidden)
     )
-    return {row: zoo.matched(m, parameters, 0.03)[0] for row, m in made.items()}
+    made = {row: zoo.matched(m, parameters, 0.03)[0] for row, m in made.items()}
+    for row in ("hope_4", "hope_matrix"):
+        mixer = made[row].mixer
+        assert isinstance(mixer, SelfModifyingConfig)
+        mixer = dataclasses.replace(mixer, consolidate=(Consolidation(),))
+        made[row + CONSOLIDATED] = dataclasses.replace(made[row], mixer=mixer)
+    return made
 
 
 def rows(scale: str, data_dir: str | None) -> dict[str, RunConfig]:
@@ -173,6 +184,8 @@ def switches(config: lm.ModelConfig) -> dict[str, Learning | bool]:
     if learning.has_memories(config):
         off = learning.off(config)
         made["memories off"] = dataclasses.replace(off, levels=None)
+    if learning.consolidates(config):
+        made["consolidation off"] = Learning(consolidation=False)
     if len(config.fast) > 1:
         levels = tuple(n not in config.fast for n in range(count))
         made["CMS off"] = Learning(levels=levels)
@@ -181,10 +194,9 @@ def switches(config: lm.ModelConfig) -> dict[str, Learning | bool]:
 
 def measure(task: lab.Task) -> dict[str, float]:
     """Trains what is not trained yet, and asks it."""
-    config, folder = task.config, Path(task.flags.workdir) / f"{task.row}-{task.seed}"
-    s, log = SCALES[config.scale], lab.trained(config, folder)
-    opened = open_checkpoint(folder)
-    reader, params = opened.reader, opened.params
+    config, s = task.config, SCALES[task.config.scale]
+    opened, log = _trained(task)
+    reader, params = reader_of(config.model), opened.params
     (held_out,) = opened.config.data.load().validation
     a = ByteTokenizer().encode(held_out.data)
     both = 2 * s.window + 1
@@ -228,7 +240,7 @@ def measure(task: lab.Task) -> dict[str, float]:
     for name, learn in switches(config.model).items():
         if task.row not in PARTS and name not in ("all", "nothing"):
             continue
-        found = ablation.ask(reader, params, facts, learn, batch=s.texts)
+        found = ablation.ask(reader, params, facts, learn, batch=4 * s.texts)
         for distance, gain in found.items():
             at = f"facts/{name}/{distance // HALF_LIFE}"
             made[at] = gain.mean / np.log(2)
@@ -236,6 +248,15 @@ def measure(task: lab.Task) -> dict[str, float]:
     made["parameters"] = lm.count_parameters(config.model)
     made["training bits per byte"] = lab.training_bits(log, config.train.steps)
     return made
+
+
+def _trained(task: lab.Task) -> tuple[Opened, list[dict[str, Any]]]:
+    """The weights that a row is read with, and the log of their training."""
+    row = task.row.removesuffix(CONSOLIDATED)
+    config = rows(task.config.scale, task.flags.data_dir)[row]
+    folder = Path(task.flags.workdir) / f"{row}-{task.seed}"
+    log = lab.trained(dataclasses.replace(config, seed=task.seed), folder)
+    return open_checkpoint(folder), log
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:

@@ -170,12 +170,12 @@ def loss_curves(
 def level_timeline(timeline: "Timeline", *, title: str = "") -> Figure:
     """Draws what levels and memories did along a text.
 
-    CMS levels: how far each is from where it started, with a tick at every move; and on
-    a log scale the norm of what it had learned since its last move (line) and the
-    length of the moves (dots). Memories: how far they are from where they started; how
-    well they recall the last pairs of each piece, and did before they had read it
-    (dotted); and their half-lives. Numbers are of all layers and heads together
-    (`Timeline.columns`).
+    Levels of the CMS, and starts of memories that are levels: how far each is from
+    where it started, with a tick at every move; and on a log scale the norm of what it
+    had learned since its last move (line) and the length of the moves (dots). Memories:
+    how far they are from where they started; how well they recall the last pairs of
+    each piece, and did before they had read it (dotted); and their half-lives. Numbers
+    are of all layers and heads together (`Timeline.columns`).
 
     Args:
       timeline: of `hope_jax.evaluate.telemetry.follow`.
@@ -224,13 +224,13 @@ def _draw_levels(distances, steps, levels, columns, at):
         steps.plot(
             at[moved], columns[f"{name} move"][moved], "o", color=colour, markersize=4
         )
-    distances.set_ylabel("CMS: from\nits start")
+    distances.set_ylabel("levels: from\ntheir start")
     distances.set_ylim(bottom=0.0)
     if not any(line.moved.any() for line in levels):
         distances.set_ylim(0.0, 1.0)
     _label(distances, labels, gap=0.15)
     steps.set_yscale("log")
-    steps.set_ylabel("CMS: gradient\nand move")
+    steps.set_ylabel("levels: gradient\nand move")
     _legend(
         steps, ("learned since its last move", "-", ""), ("length of a move", "", "o")
     )

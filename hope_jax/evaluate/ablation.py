@@ -118,6 +118,8 @@ def rows(config: ModelConfig) -> list[Row]:
             "" if changes else no_projection,
         ),
     ]
+    if learning.consolidates(config):
+        found.append(made("consolidation off", Learning(consolidation=False)))
     for i in range(count):
         reason = "" if i in fast else "it never moves while reading"
         found.append(made(f"CMS {i + 1} off", without(i), reason))
@@ -268,17 +270,18 @@ def ask(
       batch: rows read side by side.
     """
 
-    def answers(text):
-        found = []
-        for at in range(0, len(text), batch):
-            part = jnp.asarray(text[at : at + batch])
-            start = reader.initial_state(params, len(part))
-            cost, _ = costs(reader, learn, params, part, start)
-            found.append(np.asarray(cost[:, -ANSWER:], np.float64).mean(axis=1))
-        return np.concatenate(found)
-
-    absent = answers(facts.absent)
-    return {d: interval(absent - answers(text)) for d, text in facts.planted.items()}
+    every = np.concatenate([facts.absent, *facts.planted.values()])
+    found = []
+    for at in range(0, len(every), batch):
+        part = jnp.asarray(every[at : at + batch])
+        start = reader.initial_state(params, len(part))
+        cost, _ = costs(reader, learn, params, part, start)
+        found.append(np.asarray(cost[:, -ANSWER:], np.float64).mean(axis=1))
+    absent, *planted = np.split(np.concatenate(found), 1 + len(facts.planted))
+    return {
+        distance: interval(absent - told)
+        for distance, told in zip(facts.planted, planted, strict=True)
+    }
 
 
 def measure(

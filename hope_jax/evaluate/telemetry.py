@@ -1,5 +1,6 @@
 """What every level and memory of a model does while it reads a text."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.memory.compose import build_architecture
+from hope_jax.memory.consolidation import with_own_starts
 from hope_jax.models import learning, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
@@ -22,15 +24,17 @@ PIECE = 64  # tokens of a piece, at least, of a model no level of which has a cl
 
 
 class LevelLine(NamedTuple):
-    """A CMS level along P pieces of a text, in each of L layers.
+    """A CMS level along P pieces of a text, in each of L layers; or a start to which
+    memories return (`memory.consolidation`), in those of its mixer.
 
     Attributes:
-      name: `CMS 1`, ... of the chain.
+      name: `CMS 1`, ... of the chain; of a start as in `hope_jax.stream.slots.names`.
       period: tokens between two of its moves.
-      moved: whether it moved where the piece ends.
+      moved: whether it moved where the piece ends; of a start in the piece.
       gradient: norm of what it had learned since its last move, that piece included:
         the mean of its gradients over a whole period, or their sum
-        (`CMSConfig.reduction`), before its rule clips it.
+        (`CMSConfig.reduction`), before its rule clips it. Of a start, how far the
+        faster level is from where the piece found it.
       move: norm of how far the piece took it; 0 where it did not move. Of a level that
         begins again where a slower one moved, the way back too.
       distance: norm of its weights minus where it started.
@@ -84,7 +88,7 @@ class Timeline:
     Attributes:
       position: tokens read where each piece ends.
       loss: mean loss in nats of its next tokens.
-      levels: the CMS levels that move while reading, fast first.
+      levels: the CMS levels that move while reading, fast first, and then starts.
       memories: of the mixers.
     """
 
@@ -165,7 +169,9 @@ def follow(
         raise ValueError(f"recent must be at least 1, got {recent}.")
     config.check_room("tokens", tokens.shape[0])
     text = np.asarray(lm.ids("tokens", tokens, config.vocab))
-    learns = learning.resolve(config, learn).levels or ()
+    switches = learning.resolve(config, learn)
+    learns = switches.levels or ()
+    consolidates = switches.consolidation and (switches.main or switches.projections)
     state = start = _begin(config, params)
     found = []
     for at in range(0, len(text) - piece, piece):
@@ -188,6 +194,15 @@ def follow(
         )
     )
     count, names = len(config.pattern), slots.names(config)
+    levels += tuple(
+        LevelLine(
+            name=names[at],
+            period=part.period,
+            moved=(position % part.period < piece) & consolidates,
+            **line,
+        )
+        for (at, part), line in zip(_starts(config), each.starts, strict=True)
+    )
     memories = tuple(
         MemoryLine(name=names[at], layers=tuple(range(i, config.layers, count)), **line)
         for (i, at), line in zip(_watched(config), each.memories, strict=True)
@@ -201,7 +216,23 @@ def _watched(config):
     found, at = [], 0
     for i, mixer in enumerate(config.pattern):
         found += [(i, at + j) for j in range(len(mixer.memories))]
+        at += len(mixer.learns) + len(mixer.starts)
+    return found
+
+
+def _of_mixers(config):
+    """`state -> states of the mixers of the pattern`."""
+    several = len(config.pattern) > 1
+    return lambda s: s.blocks.mixer if several else (s.blocks.mixer,)
+
+
+def _starts(config):
+    """Of every start, its place in `slots.names` and its part."""
+    found, at = [], 0
+    for mixer in config.pattern:
         at += len(mixer.learns)
+        found += [(at + j, part) for j, part in enumerate(mixer.starts)]
+        at += len(mixer.starts)
     return found
 
 
@@ -211,6 +242,7 @@ class _Seen(NamedTuple):
     loss: Array
     levels: list[dict[str, Array]]
     memories: list[dict[str, Array]]
+    starts: list[dict[str, Array]]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -260,7 +292,19 @@ def _piece(config, recent, learn, params, text, state, start):
                 "before": ask(before),
             }
         )
-    return _Seen(jnp.mean(seen.losses), levels, memories), after
+    starts = []
+    for mixers in zip(*map(_of_mixers(config), (start, state, after)), strict=True):
+        nodes = list(zip(*map(with_own_starts, mixers), strict=True))
+        for i in range(len(nodes[0][0].starts) if nodes else 0):
+            norms = collections.defaultdict(list)
+            for at, before, now in nodes:
+                faster = (now.weights, *before.starts)[i]
+                a, b, c = (memory.starts[i] for memory in (at, before, now))
+                norms["gradient"].append(_minus(faster, b))
+                norms["move"].append(_minus(c, b))
+                norms["distance"].append(_minus(c, a))
+            starts.append({name: _norms(of) for name, of in norms.items()})
+    return _Seen(jnp.mean(seen.losses), levels, memories, starts), after
 
 
 def _recall(kind, recent, tokens, weights):
@@ -296,15 +340,17 @@ def _of_layers(weights, config):
     """Norms of a level in each layer, leaves `[1, L, ...]`; of a pattern, a tuple of
     its mixers' blocks, whose layers take turns."""
 
-    def norms(weights):
-        square = lambda w: jnp.sum(  # noqa: E731
-            jnp.square(w[0].astype(jnp.float32)), axis=tuple(range(1, w.ndim - 1))
-        )
-        return jnp.sqrt(sum(map(square, jax.tree.leaves(weights))))
-
     if len(config.pattern) == 1:
-        return norms(weights)
-    return jnp.stack([norms(part) for part in weights], axis=1).reshape(-1)
+        return _norms(weights)
+    return jnp.stack([_norms(part) for part in weights], axis=1).reshape(-1)
+
+
+def _norms(weights):
+    """Of leaves `[1, L, ...]`."""
+    square = lambda w: jnp.sum(  # noqa: E731
+        jnp.square(w[0].astype(jnp.float32)), axis=tuple(range(1, w.ndim - 1))
+    )
+    return jnp.sqrt(sum(map(square, jax.tree.leaves(weights))))
 
 
 def _moved(clock, position, learns):

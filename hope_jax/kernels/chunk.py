@@ -51,10 +51,11 @@ def piece(
 
     The caller commits when the chunk is complete. With `reads` False only the state
     is computed and None stands for the reads. A memory that `returns` needs the `start`
-    the level above gave it; no copy of it is in the state. What follows the first
-    `count` tokens is padding, from which nothing is learned and whose reads mean
-    nothing; None is all of them.
+    the level above gave it; no copy of it is in the state, unless it has `starts`. What
+    follows the first `count` tokens is padding, from which nothing is learned and whose
+    reads mean nothing; None is all of them.
     """
+    start = _nearest(state, start)
     if config.returns and start is None:
         raise ValueError(
             f"toward={config.toward!r} and erases={config.erases!r} need the start of "
@@ -67,6 +68,11 @@ def piece(
             return _several_steps(config, state, tokens, reads, start, count)
         chunk = _FORMS[_form_of(config, tokens)]
         return chunk(config, state, tokens, reads, start, count)
+
+
+def _nearest(state, start):
+    """The start to which a memory returns."""
+    return state.starts[0] if state.starts else start
 
 
 def _prepared(config, state, tokens, count):
@@ -168,7 +174,8 @@ def write(
     """
     with jax.default_matmul_precision("float32"):
         tokens, state = _prepared(config, state, tokens, count)
-        return _write(config, state, tokens, start if config.returns else None, count)
+        start = _nearest(state, start) if config.returns else None
+        return _write(config, state, tokens, start, count)
 
 
 def read(

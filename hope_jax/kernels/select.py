@@ -213,6 +213,7 @@ def scan_padded(
 def _reference(config, state, tokens, start):
     width = tokens.v.shape[-1]
     level = memory_level(config, width)
+    start = state.starts[0] if state.starts else start
     opt: PyTree = state.rule
     if opt is None:
         opt = level.flow.init(start if config.returns else state.weights)
@@ -243,5 +244,6 @@ def _reference(config, state, tokens, start):
         rule=None if state.rule is None else after.opt,
         recent=recent,
         left=left,
+        starts=state.starts,
     )
     return after, y[config.steps - 1 :: config.steps]

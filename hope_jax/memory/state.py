@@ -38,6 +38,8 @@ class MemoryState(NamedTuple):
       recent: what an Omega window still sees; None without one.
       left: what the chunk's tokens left of its budget (`memory.rates.ration`), one at
         its start; None without one.
+      starts: where it returns to, from fast to slow, before the start that all rows
+        share (`memory.consolidation`); none without such levels.
     """
 
     weights: Weights
@@ -46,6 +48,7 @@ class MemoryState(NamedTuple):
     rule: FlowState | None = None
     recent: Recent | None = None
     left: Float[Array, ""] | None = None
+    starts: tuple[Weights, ...] = ()
 
     _repr_html_ = show.state
 

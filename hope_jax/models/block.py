@@ -214,9 +214,9 @@ class Block(nnx.Module):
             x = level(x, fast.get(i))
         return x
 
-    def end(self, mixer: PyTree) -> PyTree:
+    def end(self, mixer: PyTree, learn: bool | Learning = True) -> PyTree:
         """The state of the mixer once what is over has ended."""
-        return self.mixer.end(mixer)
+        return self.mixer.end(mixer, learn)
 
     def over(self, mixer: PyTree) -> Bool[Array, " B"]:
         """Of which rows something has ended."""
@@ -277,9 +277,9 @@ class Group(nnx.Module):
             for i in range(len(self.parts))
         ]
 
-    def end(self, mixer: PyTree) -> PyTree:
+    def end(self, mixer: PyTree, learn: bool | Learning = True) -> PyTree:
         """As `Block`."""
-        return tuple(p.end(m) for p, m in zip(self.parts, mixer, strict=True))
+        return tuple(p.end(m, learn) for p, m in zip(self.parts, mixer, strict=True))
 
     def over(self, mixer: PyTree) -> Bool[Array, " B"]:
         """As `Block`."""

@@ -53,12 +53,15 @@ class Learning:
     Attributes:
       main: main memories; of a mixer that modifies nothing of itself, its memories.
       projections: memories that make keys, values, gates and queries.
+      consolidation: slower starts of memories (`memory.consolidation`), which move only
+        where memories learn.
       levels: one switch a CMS level, fast first; None is all of them.
       controls: of a sceptic.
     """
 
     main: bool = True
     projections: bool = True
+    consolidation: bool = True
     levels: tuple[bool, ...] | None = None
     controls: Controls = Controls()
 
@@ -72,7 +75,7 @@ def of(learn: bool | Learning) -> Learning:
     """`learn` as switches of a mixer's parts."""
     if isinstance(learn, Learning):
         return learn
-    return Learning(main=learn, projections=learn)
+    return Learning(main=learn, projections=learn, consolidation=learn)
 
 
 def still(tokens: Any) -> Any:
@@ -119,6 +122,11 @@ def resolve(config: Any, learn: bool | Learning) -> Learning:
             f"learn.projections is False, but {config.name!r} (mixer {config.kinds!r}) "
             "has no projections that learn; leave it True."
         )
+    if not learn.consolidation and not consolidates(config):
+        raise ValueError(
+            f"learn.consolidation is False, but {config.name!r} (mixer "
+            f"{config.kinds!r}) has no slower starts; leave it True."
+        )
     for name, value in dataclasses.asdict(learn.controls).items():
         reason = missing_control(config, name)
         if value != getattr(Controls, name) and reason:
@@ -127,6 +135,7 @@ def resolve(config: Any, learn: bool | Learning) -> Learning:
         learn,
         main=learn.main and has_memories(config),
         projections=learn.projections and modifies_itself(config),
+        consolidation=learn.consolidation and consolidates(config),
         levels=tuple(on and i in config.fast for i, on in enumerate(wanted)),
     )
 
@@ -136,6 +145,7 @@ def off(config: Any) -> Learning:
     return Learning(
         main=not has_memories(config),
         projections=not modifies_itself(config),
+        consolidation=not consolidates(config),
         levels=tuple(i not in config.fast for i in range(len(config.cms.levels))),
     )
 
@@ -148,6 +158,11 @@ def has_memories(config: Any) -> bool:
 def modifies_itself(config: Any) -> bool:
     """Whether its projections are memories."""
     return any(mixer.modifies_itself for mixer in config.pattern)
+
+
+def consolidates(config: Any) -> bool:
+    """Whether its memories return to starts that move."""
+    return any(mixer.starts for mixer in config.pattern)
 
 
 def missing_control(config: Any, name: str) -> str:

@@ -31,6 +31,7 @@ from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
 from hope_jax.kernels.select import scan_chunks, scan_padded
 from hope_jax.memory.compose import Tokens
+from hope_jax.memory.consolidation import starts_of
 from hope_jax.models import cms, learning
 from hope_jax.models.block import BlockState, repeated
 from hope_jax.models.config import ModelConfig
@@ -385,14 +386,18 @@ def state_bytes(config: ModelConfig) -> dict[str, int]:
     A row that reads has its mixers' states, and of every level that moves meanwhile its
     own weights, what has been learned since the last move, and what its rule carries;
     and the mixers' states at the start of the base chunk whose loss is not yet known.
-    At rest (`fold`) it has these alone of the mixers: all but `mixers`.
+    At rest (`fold`) it has these alone of the mixers: all but `mixers` and their
+    `starts`.
     """
     graphdef, params = abstract_model(config)
     state = jax.eval_shape(lambda params: initial_state(graphdef, params, 1), params)
     size = lambda tree: sum(  # noqa: E731
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
-    made = {"mixers": size(state.blocks.mixer)}
+    starts = size(starts_of(state.blocks.mixer))
+    made = {"mixers": size(state.blocks.mixer) - starts}
+    if starts:
+        made["starts"] = starts
     for place, weights, level in zip(
         config.fast, state.blocks.fast, state.levels, strict=True
     ):
@@ -1620,7 +1625,7 @@ def _layer_by_layer(model, fast, learn):
             *mixers,
         )
         row = jax.lax.map(
-            lambda both: nnx.merge(graphdef, both[0]).end(both[1]), (params, row)
+            lambda both: nnx.merge(graphdef, both[0]).end(both[1], learn), (params, row)
         )
         return tuple(
             jax.tree.map(

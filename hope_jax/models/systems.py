@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -46,18 +47,24 @@ def system(config: ModelConfig, row: int) -> System:
     seen = collections.Counter()
     for mixer in dict.fromkeys(config.pattern):
         called = {}  # two mixers of one kind differ in a number
-        for part in mixer.parts:
+        own = (*mixer.parts, *mixer.starts)
+        for part in own:
             seen[part.name] += 1
             again = f" {seen[part.name]}" if seen[part.name] > 1 else ""
             called[part.name] = f"{part.name}{again}"
-        for part in mixer.parts:
+        chained = _nested(mixer)
+        for part in own:
             name = called[part.name]
             size = sizes[mixer, part.start] // part.share
             clock = Clock(period=part.period)
             boxes.append(Box(name, clock, size, part.objective, part.rule))
             starts = 0 < part.period < row
             kind = "initialise" if starts else "generate"
-            edges.append(Edge(slow.name, name, kind))
+            owner = chained.get(part.name)
+            if owner is None:
+                edges.append(Edge(slow.name, name, kind))
+            else:
+                edges.append(Edge(called[owner], name, "initialise"))
             if part.name in mixer.ends:
                 ends[name] = "backprop" if part.period else "attend"
         edges += [
@@ -86,6 +93,14 @@ def system(config: ModelConfig, row: int) -> System:
         if config.cms.order != "independent":  # then all read what the mixer leaves
             ends = {name: "backprop"}
     return System(tuple(boxes), tuple(edges))
+
+
+def _nested(mixer: MixerConfig) -> dict[str, str]:
+    """The part that owns the start of each that another part does."""
+    if not mixer.starts:
+        return {}
+    first, *_ = names = [part.name for part in mixer.starts]
+    return {part.name: first for part in mixer.learns} | dict(itertools.pairwise(names))
 
 
 def _called(i: int) -> str:

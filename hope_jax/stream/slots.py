@@ -17,8 +17,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
+from hope_jax.memory.consolidation import restarted, starts_of
 from hope_jax.memory.state import MemoryState
-from hope_jax.models import cms, lm
+from hope_jax.models import cms, learning, lm
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.in_place_ttt import InPlaceTTTState
@@ -211,35 +212,47 @@ def reset(
     Without the mixers its text goes on. With them a new text begins, so levels that
     are kept have their weights and what their rule carries, and lose what they had
     learned since their last move. Where levels nest, a start belongs to the slower
-    level that owns it: if that is kept, the faster one begins again there.
+    level that owns it: if that is kept, the faster one begins again there. So do
+    memories whose `starts` are kept, the levels of `memory.consolidation`.
     """
     fresh, state = begin(config, params, 1), one.state
-    again = [f"CMS {place + 1}" in levels for place in config.fast]
+    put_back = [f"CMS {place + 1}" in levels for place in config.fast]
     new_text = "mixers" in levels
 
     def level(i):
         """Weights and the rest of a fast level."""
         new, old = fresh.state.levels[i], state.levels[i]
         weights, owned = fresh.state.blocks.fast[i], new.owned
-        if owned is not None and not again[i + 1]:
-            if again[i]:  # what it has read is no longer what has moved it
+        if owned is not None and not put_back[i + 1]:
+            if put_back[i]:  # what it has read is no longer what has moved it
                 old = cms.spoiled(old, jnp.ones((1,), bool))
             owned = old.owned
             assert owned is not None and new.owned is not None
             weights = owned.start
             if new_text:
                 owned = owned._replace(learned=new.owned.learned)
-        if again[i]:
+        if put_back[i]:
             return weights, new._replace(owned=owned)
         kept = new._replace(opt=old.opt) if new_text else old
         return state.blocks.fast[i], kept._replace(owned=owned)
 
-    made = [level(i) for i in range(len(again))]
+    made = [level(i) for i in range(len(put_back))]
     base = fresh if new_text else one
+    mixers, held = base.state.blocks.mixer, base.state.held
+    if new_text != ("starts" in levels):
+        again = functools.partial(restarted, learned_again=not new_text)
+        mixers = again(fresh.state.blocks.mixer, state.blocks.mixer)
+        if held is not None:
+            there = again(fresh.state.held.mixers, held.mixers)
+            there = config.bare(mixers) if new_text else there
+            held = held._replace(mixers=there)
     return Slots(
         base.state._replace(
-            blocks=base.state.blocks._replace(fast=tuple(w for w, _ in made)),
+            blocks=base.state.blocks._replace(
+                mixer=mixers, fast=tuple(w for w, _ in made)
+            ),
             levels=tuple(rest for _, rest in made),
+            held=held,
         ),
         base.logits,
         one.ledger,
@@ -247,8 +260,10 @@ def reset(
 
 
 def parts(config: ModelConfig) -> tuple[str, ...]:
-    """What `reset` can put back: the mixers of all layers together, and each level."""
-    return ("mixers", *(f"CMS {place + 1}" for place in config.fast))
+    """What `reset` can put back: the mixers of all layers together, the starts to which
+    their memories return, if these are levels, and each level of the chain."""
+    starts = ("starts",) * learning.consolidates(config)
+    return ("mixers", *starts, *(f"CMS {place + 1}" for place in config.fast))
 
 
 def merged(
@@ -300,9 +315,12 @@ def _merged(config, params, slots, shares):
         if not _is_memory(new):
             return new
         weights = jax.tree.map(mean, *(old.weights for old in olds))
-        if not isinstance(new, MemoryState) or new.anchor is None:
-            return new._replace(weights=weights)
-        return new._replace(weights=weights, anchor=weights)
+        new = new._replace(weights=weights)
+        if not isinstance(new, MemoryState):
+            return new
+        starts = jax.tree.map(mean, *(old.starts for old in olds))
+        anchor = None if new.anchor is None else weights
+        return new._replace(anchor=anchor, starts=starts)
 
     blocks = [one.state.blocks for one in slots]
     mixer = jax.tree.map(
@@ -345,12 +363,13 @@ def changed(
 
 def names(config: ModelConfig) -> tuple[str, ...]:
     """The levels that learn while the model reads: its memories by the names of their
-    parts, after their mixers' where there are several, and `CMS 1`, ... of the chain.
+    parts and the starts that consolidate them, after their mixers' where there are
+    several, and `CMS 1`, ... of the chain.
     """
     found = []
     for i, mixer in enumerate(config.pattern):
         before = f"{mixer.kind} {i + 1}: " if len(config.pattern) > 1 else ""
-        found += [before + part.name for part in mixer.learns]
+        found += [before + part.name for part in (*mixer.learns, *mixer.starts)]
     return (*found, *(f"CMS {place + 1}" for place in config.fast))
 
 
@@ -370,6 +389,7 @@ def memories(
             own = [{n: w[..., i, :, :] for n, w in batch.items()} for i in range(count)]
             own.append(main)
         found += own
+        found += zip(*starts_of(where), strict=True)  # of a level in all memories
     return (*found, *state.blocks.fast)
 
 

@@ -16,6 +16,8 @@ from flax import nnx
 
 from hope_jax.kernels.select import memory_scan
 from hope_jax.memory import named
+from hope_jax.memory.compose import with_choices
+from hope_jax.memory.consolidation import Consolidation
 from hope_jax.memory.state import MemoryState
 from hope_jax.models import lm
 from hope_jax.models.config import ModelConfig
@@ -54,16 +56,32 @@ SMALL = {
         memory=_MEMORY, conv=3, segment=4, context=16, aggregate="sparse", top=2
     ),
 }
-each = pytest.mark.parametrize("kind", MIXERS)
+STARTS = (
+    Consolidation(period=4, rate=0.5, half_life=16.0),
+    Consolidation(period=8, rate=0.3, half_life=64.0),
+)
+_RETURNS = _MEMORY | dict(toward="start")
+# The same with slower starts, under names of their own.
+CONSOLIDATING = {
+    "self_modifying, consolidated": SMALL["self_modifying"],
+    "memory, consolidated": dict(
+        memory=_RETURNS | dict(architecture="linear", rule="gd", gradient="exact")
+    ),
+    "titans_mac, consolidated": SMALL["titans_mac"] | dict(memory=_RETURNS),
+}
+KINDS = (*MIXERS, *CONSOLIDATING)
+each = pytest.mark.parametrize("kind", KINDS)
 
 
 def configured(kind):
-    config = MIXERS.get(kind)
+    config = MIXERS.get(kind.partition(",")[0])
     changes = dict(SMALL.get(kind, {}))
+    if kind in CONSOLIDATING:
+        changes = CONSOLIDATING[kind] | dict(consolidate=STARTS)
     if isinstance(config, NamedConfig):
         changes["chunk"] = min(4, config.layer.memory.chunk)
     if "memory" in changes:
-        changes["memory"] = dataclasses.replace(config.memory, **changes["memory"])
+        changes["memory"] = with_choices(config.memory, **changes["memory"])
     return dataclasses.replace(config, **changes)
 
 
@@ -207,7 +225,7 @@ def test_memories_stay_in_float32(kind):
         assert jnp.dtype("float32") in {leaf.dtype for leaf in jax.tree.leaves(after)}
 
 
-KEPT = ("weights", "momentum", "anchor", "values", "keys")  # of a `MemoryState`
+KEPT = ("weights", "momentum", "anchor", "values", "keys", "starts")  # of a memory
 
 
 @each
@@ -221,7 +239,7 @@ def test_new_values_do_not_compile_again(kind):
 
 
 def test_memories_are_those_of_the_parts_that_learn():
-    for kind in MIXERS:
+    for kind in KINDS:
         config = configured(kind)
         if config.memories:
             assert len(config.memories) == len(config.learns), kind

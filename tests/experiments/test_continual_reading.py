@@ -36,7 +36,7 @@ def test_rows_have_as_many_parameters():
     for config in rows.values():
         check_rows(config)
     periods = [len(config.model.fast) for config in rows.values()]
-    assert periods == [1, 2, 3, 4, 0, 4, 0]
+    assert periods == [1, 2, 3, 4, 0, 4, 0, 4, 4]
 
 
 def test_every_question_has_its_answer(tmp_path, monkeypatch, capsys):

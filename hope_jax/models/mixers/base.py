@@ -1,6 +1,7 @@
 """What the config of a mixer is, and what it says of the mixer."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
@@ -9,6 +10,7 @@ from hope_jax.core import show
 from hope_jax.core.system import Edge
 from hope_jax.memory import named
 from hope_jax.memory.compose import MemoryConfig
+from hope_jax.memory.consolidation import Consolidation, moving
 
 
 class Part(NamedTuple):
@@ -78,9 +80,9 @@ class MixerConfig(abc.ABC):
     @property
     def stride(self) -> int:
         """Tokens between two places at which a chunk of its state may end. Its module
-        then takes `ends=False`, which leaves that to `end(state)`: a loop over tokens
-        need not look for it at each, and asks `over(state)` for the rows it is due for.
-        0 where the module always sees to it itself."""
+        then takes `ends=False`, which leaves that to `end(state, learn)`: a loop over
+        tokens need not look for it at each, and asks `over(state)` for the rows it is
+        due for. 0 where the module always sees to it itself."""
         return 0
 
     @property
@@ -118,6 +120,12 @@ class MixerConfig(abc.ABC):
         return tuple(p for p in self.parts if p.period > 0) if self.memories else ()
 
     @property
+    def starts(self) -> tuple[Part, ...]:
+        """The levels that own the starts of its memories (`memory.consolidation`), from
+        fast to slow; a session finds them in the `starts` of a memory's state."""
+        return ()
+
+    @property
     def ends(self) -> tuple[str, ...]:
         """Names of the parts whose answers leave it."""
         return tuple(part.name for part in self.parts)
@@ -146,6 +154,20 @@ def recalling(name: str, memory: MemoryConfig, start: str) -> Part:
     _, bias, _, rule = named.choices(memory)
     period = 1 if memory.gradient == "exact" else memory.chunk
     return Part(name, period, f"{bias} with values", rule, start)
+
+
+def consolidating(levels: Sequence[Consolidation]) -> tuple[Part, ...]:
+    """Slower starts as levels."""
+    there = moving(levels)
+    return tuple(
+        Part(
+            "consolidated start" + (f" {i}" if len(there) > 1 else ""),
+            level.period,
+            "L2 to the faster level",
+            "GD",
+        )
+        for i, level in enumerate(there, 1)
+    )
 
 
 def scaled(chunk: int, factor: float) -> int:

@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core.config import at_least, one_of
 from hope_jax.kernels.chunk import piece
-from hope_jax.kernels.select import Implementation, memory_scan
-from hope_jax.memory import features, named
+from hope_jax.kernels.select import Implementation, memory_scan, scan_padded
+from hope_jax.memory import consolidation, features, named
 from hope_jax.memory import rates as rates_lib
 from hope_jax.memory.bias import BIASES
 from hope_jax.memory.compose import (
@@ -34,6 +34,7 @@ from hope_jax.memory.compose import (
     half_life_to_retention,
     key_width,
 )
+from hope_jax.memory.consolidation import Consolidation, with_starts
 from hope_jax.memory.gates import GateConfig
 from hope_jax.memory.state import MemoryState, bare, begin_memory, full
 from hope_jax.models import learning
@@ -47,7 +48,13 @@ from hope_jax.models.layers import (
     where_rows,
 )
 from hope_jax.models.learning import Learning
-from hope_jax.models.mixers.base import MixerConfig, Part, recalling, scaled
+from hope_jax.models.mixers.base import (
+    MixerConfig,
+    Part,
+    consolidating,
+    recalling,
+    scaled,
+)
 from hope_jax.optim.leaves import wide
 
 _STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
@@ -67,6 +74,9 @@ class MemoryMixerConfig(MixerConfig):
         parallel; `auto` chooses.
       truncate: tokens after which the outer gradient goes no further back through the
         memory, a multiple of its chunk; None goes back to the start.
+      consolidate: slower levels, from fast to slow, to which every row's memories
+        return, in place of the start of all rows; none by default. Each has a clock of
+        its own, a multiple of `memory.chunk`.
     """
 
     kind: Literal["memory"] = "memory"
@@ -76,9 +86,18 @@ class MemoryMixerConfig(MixerConfig):
     rank: int = 32
     impl: Implementation = "auto"
     truncate: int | None = None
+    consolidate: tuple[Consolidation, ...] = ()
 
     def __post_init__(self):
         at_least(self, conv=1, rank=1)
+        consolidation.check(
+            self.consolidate, self.memory, self.memory.chunk, "memory.chunk"
+        )
+        if self.consolidate and self.truncate is not None:
+            raise ValueError(
+                f"truncate ({self.truncate}) is about memories that go on from one "
+                "start, and consolidate gives them others: leave truncate None."
+            )
         one_of(self, impl=get_args(Implementation))
         if self.truncate is not None and (
             self.truncate < 1 or self.truncate % self.memory.chunk
@@ -116,11 +135,15 @@ class MemoryMixerConfig(MixerConfig):
 
     @property
     def span(self) -> int:
-        return self.parts[0].period
+        return self.memory.chunk if self.starts else self.parts[0].period
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return (recalling("memory", self.memory, "start"),)
+
+    @property
+    def starts(self) -> tuple[Part, ...]:
+        return consolidating(self.consolidate)
 
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:
@@ -386,8 +409,9 @@ class MemoryMixer(nnx.Module):
             n: jnp.broadcast_to(w[...][None], (rows, *w.shape))
             for n, w in self.start.items()
         }
+        memory = _every(lambda w: begin_memory(self.config.memory, w))(spread)
         return MemoryMixerState(
-            memory=_every(lambda w: begin_memory(self.config.memory, w))(spread),
+            memory=with_starts(self.config.consolidate, memory),
             tails=Tails(
                 *(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q))
             ),
@@ -437,6 +461,10 @@ class MemoryMixer(nnx.Module):
         position = state.position + (x.shape[1] if count is None else count)
         if not learn.main:
             memory, y = self._only_read(state.memory, tokens.q, state.position, count)
+        elif aligned and state.memory.starts and learn.consolidation:
+            memory, y = self._live_by_chunks(
+                state.memory, tokens, state.position, count
+            )
         elif aligned or self._chunk_is_free:
             run = lambda s, t, start: memory_scan(  # noqa: E731
                 self.config.memory,
@@ -449,7 +477,9 @@ class MemoryMixer(nnx.Module):
             )
             memory, y = _every(run, self._start())(state.memory, tokens)
         else:
-            memory, y = self._live(state.memory, tokens, state.position, self._start())
+            memory, y = self._live(
+                state.memory, tokens, state.position, self._start(), learn.consolidation
+            )
         return tokens, y, MemoryMixerState(memory, tails, position)
 
     def said(
@@ -479,7 +509,7 @@ class MemoryMixer(nnx.Module):
     @property
     def _chunk_is_free(self) -> bool:
         """Whether a chunk may begin anywhere: nothing happens at its end."""
-        return self.config.memory.gradient == "exact"
+        return self.config.memory.gradient == "exact" and not self.config.starts
 
     def tokens(
         self,
@@ -593,7 +623,39 @@ class MemoryMixer(nnx.Module):
             return k, q, {"erase_rate": rate}
         return k, q, {}
 
-    def _live(self, memory, tokens, position, start):
+    def _live_by_chunks(self, memory, tokens, position, count):
+        """Chunk by chunk, at whose ends starts may move."""
+        config, learned = self.config, self._start()
+        size = config.memory.chunk
+
+        def chunk(carry, tokens, here):
+            memory, position = carry
+            length = tokens.k.shape[0]
+            tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), tokens)
+            live = _every(
+                lambda s, t: memory_scan(
+                    config.memory, s, t, impl=config.impl, count=here
+                )
+            )
+            memory, y = live(memory, tokens)
+            position = position + (length if here is None else here)
+            if length == size:  # the chunk may be over
+                moved = consolidation.consolidate(
+                    config.consolidate, memory, learned, position
+                )
+                over = jnp.ones((), bool) if here is None else here == size
+                memory = jax.tree.map(
+                    lambda new, old: jnp.where(over, new, old), moved, memory
+                )
+            return (memory, position), jnp.moveaxis(y, 2, 0)
+
+        time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), tokens)
+        (memory, _), y = scan_padded(
+            chunk, size, (memory, position), time_first, True, count
+        )
+        return memory, jnp.moveaxis(y, 0, 2)
+
+    def _live(self, memory, tokens, position, start, consolidates):
         """Token by token, wherever each row stands in its chunk."""
         config = self.config.memory
         live = _every(lambda s, t, start: piece(config, s, t, start=start), start)
@@ -604,6 +666,10 @@ class MemoryMixer(nnx.Module):
             memory, y = live(memory, token)
             position = position + 1
             memory = commit_where(position % config.chunk == 0, memory)
+            if memory.starts and consolidates:
+                memory = consolidation.consolidate(
+                    self.config.consolidate, memory, start, position
+                )
             return (memory, position), y[:, :, 0]
 
         time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), tokens)
@@ -659,6 +725,8 @@ def _spread(x: Float[Array, " H"], shape: tuple[int, ...]) -> Array:
 
 def commit_where(due: Bool[Array, " B"], memory: MemoryState) -> MemoryState:
     """Ends the chunk of the rows that have read all of it; leaves lead with rows."""
+    if memory.anchor is None:  # nothing happens at the end of an exact one's chunk
+        return memory
     if memory.left is not None:
         fresh = jnp.ones_like(memory.left)
         memory = memory._replace(left=where_rows(due, fresh, memory.left))

@@ -37,7 +37,7 @@ from hope_jax.core.system import Edge
 from hope_jax.kernels import chunk as kernel
 from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import scan_chunks, scan_padded
-from hope_jax.memory import rates
+from hope_jax.memory import consolidation, rates
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import (
     MemoryConfig,
@@ -45,6 +45,7 @@ from hope_jax.memory.compose import (
     build_architecture,
     half_life_to_retention,
 )
+from hope_jax.memory.consolidation import Consolidation, with_starts
 from hope_jax.memory.retention import RETENTIONS
 from hope_jax.memory.rule import RULES
 from hope_jax.memory.state import (
@@ -66,7 +67,7 @@ from hope_jax.models.layers import (
     where_rows,
 )
 from hope_jax.models.learning import Learning
-from hope_jax.models.mixers.base import MixerConfig, Part, scaled
+from hope_jax.models.mixers.base import MixerConfig, Part, consolidating, scaled
 from hope_jax.models.mixers.memory import commit_where
 from hope_jax.optim.leaves import wide
 
@@ -119,6 +120,9 @@ class SelfModifyingConfig(MixerConfig):
         projections learn it as if that value had unit norm, as their inputs do.
         To the letter of the equations, without either, targets that a memory reads
         from itself grow over long texts until they overflow.
+      consolidate: slower levels, from fast to slow, to which every row's memories
+        return, in place of the start of all rows; none by default. Each has a clock of
+        its own, a multiple of `projection_chunk`.
     """
 
     kind: Literal["self_modifying"] = "self_modifying"
@@ -136,6 +140,7 @@ class SelfModifyingConfig(MixerConfig):
     momentum_start: float = 0.5
     unit_values: bool = False
     scale_free: bool = True
+    consolidate: tuple[Consolidation, ...] = ()
 
     def __post_init__(self):
         memory = self.memory
@@ -159,6 +164,9 @@ class SelfModifyingConfig(MixerConfig):
                 f"memory.chunk ({memory.chunk})."
             )
         at_least(self, conv=1)
+        consolidation.check(
+            self.consolidate, memory, self.projection_chunk, "projection_chunk"
+        )
         exact = memory.gradient == "exact" and memory.rate_law == "token"
         most = 2 / max(1, memory.erasures) if exact else 1
         if self.rate is not None and not 0 < self.rate <= most:
@@ -232,7 +240,8 @@ class SelfModifyingConfig(MixerConfig):
         momentum = None
         if main.momentum is not None:
             momentum = _joined(projection.momentum, main.momentum)
-        memories = MemoryState(weights, momentum, None)
+        starts = tuple(map(_joined, projection.starts, main.starts))
+        memories = MemoryState(weights, momentum, None, starts=starts)
         return Boundary(memories, state.tails, state.position)
 
     def full(self, state: "Boundary") -> "SelfModifyingState":
@@ -281,6 +290,10 @@ class SelfModifyingConfig(MixerConfig):
         ]
         main = Part("main memory", self.memory.chunk, stored, rule, "main_start")
         return (*made, main)
+
+    @property
+    def starts(self) -> tuple[Part, ...]:
+        return consolidating(self.consolidate)
 
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:
@@ -386,7 +399,12 @@ _OWN = slice(-1)  # of the memories, those of the projections
 
 def _some(memories: MemoryState, which: int | slice) -> MemoryState:
     matrices = lambda tree: tree and {n: w[..., which, :, :] for n, w in tree.items()}  # noqa: E731
-    return MemoryState(matrices(memories.weights), matrices(memories.momentum), None)
+    return MemoryState(
+        matrices(memories.weights),
+        matrices(memories.momentum),
+        None,
+        starts=tuple(map(matrices, memories.starts)),
+    )
 
 
 def _begun(config: MemoryConfig, memories: MemoryState) -> MemoryState:
@@ -522,6 +540,7 @@ class SelfModifyingTitans(nnx.Module):
             for n, w in self._start().items()
         }
         memories = bare(begin_memory(self.config.memory, spread))._replace(left=None)
+        memories = with_starts(self.config.consolidate, memories)
         tails = Tails(*(c.tail(rows) for c in (self.conv_k, self.conv_v, self.conv_q)))
         state = Boundary(memories, tails, jnp.zeros((rows,), jnp.int32))
         return self.config.full(state)
@@ -560,13 +579,13 @@ class SelfModifyingTitans(nnx.Module):
 
             def step(state, x_t):
                 state, y = self._step(x_t[:, None], state, learn, given)
-                return self.end(state), y
+                return self.end(state, learn), y
 
             state, y = jax.lax.scan(step, state, jnp.moveaxis(x, 1, 0))
             return jnp.moveaxis(y[:, :, 0], 0, 1), state
         if x.shape[1] == 1 and not aligned:
             state, y = self._step(x, state, learn, given)
-            return y, self.end(state) if ends else state
+            return y, self.end(state, learn) if ends else state
 
         seen, gate, tail = self._static(x, state.tails.q)
         by_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), seen)
@@ -626,7 +645,9 @@ class SelfModifyingTitans(nnx.Module):
         made = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), made)
         return jnp.moveaxis(y, 0, 1), after, made
 
-    def end(self, state: SelfModifyingState) -> SelfModifyingState:
+    def end(
+        self, state: SelfModifyingState, learn: bool | Learning = True
+    ) -> SelfModifyingState:
         """Ends the chunks that rows have read to their end: the next token finds what
         the memories have become."""
         config, position = self.config, state.position
@@ -640,7 +661,12 @@ class SelfModifyingTitans(nnx.Module):
             return where_rows(over, ended, own)
 
         projection, waiting = jax.lax.cond(jnp.any(over), end, lambda: own)
-        return state._replace(projection=projection, main=main, waiting=waiting)
+        learn = learning.of(learn)
+        return state._replace(
+            projection=self._consolidated(projection, position, learn, _OWN),
+            main=self._consolidated(main, position, learn, -1),
+            waiting=waiting,
+        )
 
     def over(self, state: SelfModifyingState) -> Bool[Array, " B"]:
         """Rows of which a chunk ends where they stand, which `end` is for."""
@@ -666,6 +692,16 @@ class SelfModifyingTitans(nnx.Module):
         )
         # Bit for bit the same where nothing is to be learned.
         return where_rows(waiting.count > 0, projection, state.projection)
+
+    def _consolidated(self, memories, position, learn, which=slice(None)):
+        """Some of the memories where their starts have moved that are due."""
+        if not (memories.starts and learn.consolidation):
+            return memories
+        if not (learn.main or learn.projections):
+            return memories
+        learned = {n: w[:, which] for n, w in self._start().items()}
+        levels = self.config.consolidate
+        return consolidation.consolidate(levels, memories, learned, position)
 
     def _static(self, x, tail):
         """What does not depend on the memories; `Seen`, and the output's gate."""
@@ -733,9 +769,11 @@ class SelfModifyingTitans(nnx.Module):
         y, read = jnp.moveaxis(y, 2, 0), length if count is None else count
         position = there.position + read
         if count is None and length == size:
+            after = self._consolidated(after, position, learn)
             return (Boundary(after, tails, position), None), y
         # The chunk is not over, or may not be.
         over = jnp.zeros((), bool) if count is None else count == size
+        after = self._consolidated(after, position, learn)
         memories = jax.tree.map(
             lambda new, old: jnp.where(over, new, old), after, there.memories
         )
@@ -814,7 +852,8 @@ class SelfModifyingTitans(nnx.Module):
         momentum = None
         if main.momentum is not None:
             momentum = _joined(projection.momentum, main.momentum)
-        return MemoryState(weights, momentum, None), main, y
+        after = MemoryState(weights, momentum, None, starts=memories.starts)
+        return after, main, y
 
     def _generate(self, state, seen):
         return self._generate_from(state.projection.weights, state.tails, seen)

@@ -31,6 +31,7 @@ from hope_jax.core.system import Edge
 from hope_jax.kernels.select import scan_chunks, scan_padded
 from hope_jax.memory.architecture import Weights
 from hope_jax.memory.compose import MemoryConfig, Tokens
+from hope_jax.memory.consolidation import Consolidation
 from hope_jax.memory.gates import GateConfig
 from hope_jax.memory.state import commit
 from hope_jax.models.layers import (
@@ -61,6 +62,7 @@ class TitansConfig(MixerConfig):
         equations leave free: else long monotonous texts drive the weights far out.
       persistent: learned vectors before the text; 0 is none.
       conv: width of the memory's causal convolutions.
+      consolidate: slower levels to which the memory returns, as of the mixer `memory`.
     """
 
     kind: str
@@ -70,6 +72,7 @@ class TitansConfig(MixerConfig):
     gates: GateConfig = GateConfig(unit_values=True)
     persistent: int = 4
     conv: int = 4
+    consolidate: tuple[Consolidation, ...] = ()
 
     even: ClassVar[bool] = True
 
@@ -79,7 +82,12 @@ class TitansConfig(MixerConfig):
 
     def layer(self) -> MemoryMixerConfig:
         """The neural memory as a layer."""
-        return MemoryMixerConfig(memory=self.memory, gates=self.gates, conv=self.conv)
+        return MemoryMixerConfig(
+            memory=self.memory,
+            gates=self.gates,
+            conv=self.conv,
+            consolidate=self.consolidate,
+        )
 
     def bare(self, state: "_State") -> "_State":
         return state._replace(memory=self.layer().bare(state.memory))
@@ -95,6 +103,10 @@ class TitansConfig(MixerConfig):
     def parts(self) -> tuple[Part, ...]:
         memory = recalling(f"{self._short} memory", self.memory, "memory.start")
         return (memory, softmax(f"{self._short} attention"))
+
+    @property
+    def starts(self) -> tuple[Part, ...]:
+        return self.layer().starts
 
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:
@@ -167,7 +179,7 @@ class TitansWindowConfig(TitansConfig):
 
     @property
     def span(self) -> int:
-        return self.parts[0].period
+        return self.layer().span
 
     @property
     def ends(self) -> tuple[str, ...]:
