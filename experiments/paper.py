@@ -32,7 +32,7 @@ class Size(NamedTuple):
 
 
 SIZES = {"760m": Size(1.25e-3, 30e9), "1b3": Size(7e-4, 100e9)}
-FAMILIES = ("hope", "hope_attention", "transformer", "gated_delta_net", "titans")
+FAMILIES = ("hope", "hope_attention", "transformer")
 # How devices share the work, and in how many parts each reads its rows.
 MESHES = {
     "v5e-64": ("data:8,fsdp:8", 2),

@@ -33,7 +33,7 @@ from rich.table import Table
 from experiments import quickstart as experiment
 from hope_jax import plot
 from hope_jax.core import config as config_lib
-from hope_jax.data import text
+from hope_jax.data import prepared, text
 from hope_jax.evaluate import language_model
 from hope_jax.models import lm, systems
 from hope_jax.stream.reader import open_checkpoint
@@ -115,7 +115,7 @@ def _run(
     folder: Path,
     rows: Mapping[str, RunConfig],
     scale: str,
-    corpus: text.Corpus,
+    corpus: text.Corpus | prepared.Corpus,
     console: Console,
 ) -> dict[str, Any]:
     if all((folder / row / EVALUATION).exists() for row in rows):
@@ -173,7 +173,10 @@ def check(workdir: str, rows: Mapping[str, RunConfig]) -> Path:
 
 
 def score_row(
-    folder: Path, config: RunConfig, corpus: text.Corpus, console: Console
+    folder: Path,
+    config: RunConfig,
+    corpus: text.Corpus | prepared.Corpus,
+    console: Console,
 ) -> dict[str, float]:
     """Trains and evaluates one row, unless `folder` has both."""
     # What an evaluation belongs to; any difference makes it stale.
@@ -234,7 +237,7 @@ def draw(
     folder: Path,
     rows: Mapping[str, RunConfig],
     results: Mapping[str, Any],
-    corpus: text.Corpus,
+    corpus: text.Corpus | prepared.Corpus,
 ) -> None:
     curves = {}
     for row in rows:

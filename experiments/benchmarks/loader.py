@@ -18,7 +18,7 @@ each alone; `batch` is made in this process, by threads, as with `train.workers=
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,8 @@ def run(sizes: Sizes) -> list[dict[str, Any]]:
     config = dataclasses.replace(zoo.get("transformer_tiny"), **dict(sizes.model))
     config = with_context(config, sizes.seq_len)
     with tempfile.TemporaryDirectory() as root:
-        programs = loaders(sizes, Path(root)) | {"step": trained(config, sizes)}
+        programs: dict[Hashable, Any] = {**loaders(sizes, Path(root))}
+        programs["step"] = trained(config, sizes)
         times = timing.interleave(programs, sizes.rounds)
     tokens = sizes.batch * sizes.seq_len
     consumed = [tokens / seconds for seconds in times.pop("step").wall]

@@ -267,7 +267,8 @@ def unroll(
       The state after the last item, and the T reads stacked.
 
     Raises:
-      ValueError: `state` is none; as of `tick`.
+      ValueError: `state` is none; an item of the context makes a number of it one of
+        another type; as of `tick`.
 
     A scalar running mean of its context, read before each move:
 
@@ -291,7 +292,34 @@ def unroll(
         return state._replace(count=state.count + length), reads
     if level.gradient == "none":
         state = jax.lax.stop_gradient(state)
-    return jax.lax.scan(lambda s, x_t: tick(level, s, x_t), state, context)
+
+    def step(state, context_t):
+        return tick(level, state, context_t)
+
+    try:
+        return jax.lax.scan(step, state, context)
+    except TypeError:
+        _check_types(step, state, context)
+        raise
+
+
+def _check_types(step, state: LevelState, context: PyTree) -> None:
+    """Says which number of a state an item of the context makes one of another type."""
+    first = jax.tree.map(lambda leaf: leaf[0], context)
+    after, _ = jax.eval_shape(step, state, first)
+    if jax.tree.structure(after) != jax.tree.structure(state):
+        return
+    given = sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(context)})
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(after), strict=True
+    )
+    for (path, was), now in pairs:
+        if jnp.result_type(was) != now.dtype:
+            raise ValueError(
+                f"state{jax.tree_util.keystr(path)} is {jnp.result_type(was)}, but an "
+                f"item of this context, which is {', '.join(given)}, makes it "
+                f"{now.dtype}: give both in one type."
+            )
 
 
 def receive(

@@ -24,6 +24,7 @@ import filelock
 import numpy as np
 
 from hope_jax.data import prepared, sources, text, tokenizer, workers
+from hope_jax.data.sources import Reading
 
 PLAN = "plan.json"
 SHARDS = "shards"
@@ -51,7 +52,7 @@ class Plan:
     """
 
     sources: tuple[str, ...]
-    how: sources.Reading
+    how: Reading
     held_out: float
     shard_bytes: int
     tokenizer: str
@@ -249,7 +250,8 @@ def _alone(path: str) -> None:
 
 
 def _shard_of_worker(job: tuple) -> None:
-    _shard(*job, _TOKENIZER[0])
+    folder, plan, units, name = job
+    _shard(folder, plan, units, name, _TOKENIZER[0])
 
 
 def _shard(
@@ -318,10 +320,8 @@ class _Writer:
             self._beside.unlink(missing_ok=True)
 
     def write(self, ids: np.ndarray, size: int) -> None:
-        from array_record.python import array_record_module
-
         if self._writer is None:
-            self._writer = array_record_module.ArrayRecordWriter(
+            self._writer = prepared.library().ArrayRecordWriter(
                 str(self._beside), "group_size:1,zstd:1"
             )
         whole = np.concatenate([np.array([self._bos]), ids]).astype(self._dtype)

@@ -16,13 +16,14 @@ import bisect
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -40,6 +41,7 @@ SPLITS = get_args(Split)
 _BLOCK = 1024  # documents
 _PASS = 1 << 20  # documents, a multiple of `_BLOCK`, of which lengths are read at once
 _OPEN = 256  # record files open at a time
+_KEPT = 256  # blocks whose layout is kept
 
 
 class Unprepared(ValueError):
@@ -183,6 +185,11 @@ def dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+def library() -> Any:
+    """ArrayRecord's, which is loaded when it is needed."""
+    return importlib.import_module("array_record.python.array_record_module")
+
+
 def digest(data: Any) -> str:
     """SHA-256 of JSON."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -233,10 +240,11 @@ class _Records:
 
     def _renew(self):
         self._lock, self._readers, self._maps = threading.Lock(), {}, {}
+        self._kept: dict[int, tuple[np.ndarray, ...]] = {}
 
     def __getstate__(self):  # grain sends it to its workers
         state = dict(self.__dict__)
-        for name in ("_lock", "_readers", "_maps"):
+        for name in ("_lock", "_readers", "_maps", "_kept"):
             del state[name]
         return state
 
@@ -261,12 +269,7 @@ class _Records:
         owners = np.full(stop - start, -1, np.int32)
         block = int(np.searchsorted(self._places, start, "right")) - 1
         while block < len(self._shard) and self._places[block] < stop:
-            lengths = self._block(block)
-            widths = self._widths(lengths)
-            places = int(self._places[block]) + np.concatenate([[0], widths.cumsum()])
-            records = int(self._record[block]) + np.concatenate(
-                [[0], self._records(lengths).cumsum()]
-            )
+            lengths, widths, places, records = self._laid(block)
             at = max(0, int(np.searchsorted(places, start, "right")) - 1)
             while at < len(lengths) and places[at] < stop:
                 low = max(start, int(places[at]))
@@ -300,7 +303,13 @@ class _Records:
         first, last = low // self._piece, -(-high // self._piece)
         name = self._names[self._shard[block]]
         wanted = list(range(record + first, record + last))
-        data = b"".join(self._reader(name).read(wanted))
+        try:
+            data = b"".join(self._reader(name).read(wanted))
+        except Exception as error:  # whatever the bytes made of the library
+            raise Unprepared(
+                f"{name}.array_record is damaged ({str(error)[:200]}): remove it, and "
+                "give the command that prepared it again."
+            ) from error
         most = min(length, last * self._piece) - first * self._piece
         if len(data) != most * self._dtype.itemsize:
             raise Unprepared(
@@ -325,6 +334,25 @@ class _Records:
     def _records(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths.astype(np.int64) // self._piece)
 
+    def _laid(self, block: int) -> tuple[np.ndarray, ...]:
+        """Of each document of a block its ids, those it is laid out in, where it begins
+        and its first record; the last used blocks are kept."""
+        with self._lock:
+            found = self._kept.pop(block, None)
+            if found is not None:
+                self._kept[block] = found
+                return found
+        lengths = self._block(block)
+        widths = self._widths(lengths)
+        places = int(self._places[block]) + np.concatenate([[0], widths.cumsum()])
+        records = self._records(lengths).cumsum()
+        records = int(self._record[block]) + np.concatenate([[0], records])
+        with self._lock:
+            self._kept[block] = lengths, widths, places, records
+            while len(self._kept) > _KEPT:
+                del self._kept[next(iter(self._kept))]
+        return lengths, widths, places, records
+
     def _block(self, block: int) -> np.ndarray:
         shard = int(self._shard[block])
         start = int(self._first[block])
@@ -340,12 +368,10 @@ class _Records:
         return np.memmap(f"{self._names[shard]}.lengths", "<u4", mode="r")
 
     def _reader(self, name: str):
-        from array_record.python import array_record_module
-
         with self._lock:
             reader = self._readers.pop(name, None)
             if reader is None:
-                reader = array_record_module.ArrayRecordReader(
+                reader = library().ArrayRecordReader(
                     f"{name}.array_record",
                     "readahead_buffer_size:0",
                     file_reader_buffer_size=32768,
@@ -367,7 +393,7 @@ class PreparedRows:
         `stretch`.
     """
 
-    threads: ClassVar[int] = 16  # that wait for the disk at a time
+    threads: int = 2  # read ahead; four are four times slower than two
 
     def __init__(
         self, of: Prepared, split: Split, *, seq_len: int, stretch: int, least: int
@@ -430,7 +456,10 @@ class Texts(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self.read(i) for i in range(*index.indices(len(self)))]
+        return self.read(index)
+
+    def read(self, index: int) -> Document:
         ids = self._documents[index]
         name = f"{self._of.folder.name}/{self._split}/{index}"
         return Document(name, self._of.tokenizer.decode(ids))
@@ -580,7 +609,7 @@ def some(texts: Texts, most: int | None) -> list[Document]:
         return list(texts)
     kept, used = {}, 0
     for index in np.random.default_rng(0).permutation(len(texts)).tolist():
-        document = texts[index]
+        document = texts.read(index)
         if not kept or used + len(document.data) <= most:
             kept[index] = document
             used += len(document.data)

@@ -8,7 +8,7 @@ call `check_fingerprint` before it is restored.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -90,7 +90,9 @@ class Mixture:
         return sum(len(source) for source, _ in self.parts)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self._mixed[index]
+        row = self._mixed[index]
+        assert row is not None
+        return row
 
 
 def _mixed(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
@@ -129,7 +131,7 @@ class Rows:
         below 1.
     """
 
-    threads: ClassVar[int] = 0  # in memory they would only wait for one another
+    threads: int = 0  # in memory they would only wait for one another
 
     def __init__(
         self, documents: Sequence[np.ndarray], *, seq_len: int, vocab_size: int

@@ -22,8 +22,9 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 def memory() -> int:
     """Bytes of memory of all devices together; of CPU devices that of this machine."""
     limits = [(d.memory_stats() or {}).get("bytes_limit") for d in jax.local_devices()]
-    if all(limits):
-        return sum(limits) * jax.process_count()
+    known = [limit for limit in limits if limit]
+    if len(known) == len(limits):
+        return sum(known) * jax.process_count()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         total = min(total, int(_CGROUP.read_text()))

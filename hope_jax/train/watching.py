@@ -52,7 +52,7 @@ def flops_per_token(model: ModelConfig) -> float:
     return 6.0 * (count - (0 if model.tied_embedding else table))
 
 
-def peak(device: jax.Device) -> float | None:
+def peak(device: Any) -> float | None:
     """The most operations a second of a device; None of one that is not known."""
     kind = device.device_kind.lower()
     return next((most for name, most in PEAKS.items() if name in kind), None)

@@ -323,3 +323,18 @@ def test_parameters_and_states_are_told_apart():
     for live, items in ((unroll, x), (tick, x[0])):
         with pytest.raises(ValueError, match="state must be a LevelState, got dict"):
             live(level, {"m": jnp.zeros(2)}, items)
+
+
+def test_a_context_of_another_type_is_named(float64):
+    level = Level(
+        init=lambda key: jnp.zeros((), jnp.float32),
+        read=lambda m, x: m,
+        objective=lambda m, x: 0.5 * (m - x) ** 2,
+        flow=optax.GradientTransformation(
+            lambda m: jnp.zeros((), jnp.float32),
+            lambda g, s, p: (-g, s.astype(jnp.float64)),
+        ),
+    )
+    start = begin(level, jnp.zeros((), jnp.float32))
+    with pytest.raises(ValueError, match=r"state.opt is float32, but .* float64: give"):
+        unroll(level, start, jnp.ones(3, jnp.float32))
