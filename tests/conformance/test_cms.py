@@ -341,6 +341,7 @@ def test_a_start_moves_by_the_gradient_through_its_levels_moves():
     assert far(got, want) < 1e-6 < 1e-3 < far(got, start)
 
 
+@pytest.mark.slow
 def test_the_gradient_through_two_levels_moves_is_that_of_finite_differences():
     """The start of the second of three levels, moved by a third: by what the loss of
     its window says of it, through its own moves, those of the first level and those of
