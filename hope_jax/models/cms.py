@@ -46,11 +46,12 @@ def _check_nested(config: "CMSConfig") -> None:
                 f"{_rule(config.whole[i]).kind!r} of levels.{i} takes more than these: "
                 "use another, or variant='sequential'."
             )
-    fast, *slower = (config.levels[i].period for i in config.fast)
-    if config.inner == "exact" and (len(slower) > 1 or slower[0] % fast):
+    periods = [config.levels[i].period for i in config.fast]
+    nest = all(slow % fast == 0 for fast, slow in itertools.pairwise(periods))
+    if config.inner == "exact" and not nest:
         raise ValueError(
-            "inner='exact' is for two levels that move while reading, the slower "
-            f"period a multiple of the faster, got {[fast, *slower]}: use "
+            "inner='exact' is for levels that move while reading each period of which "
+            f"is a multiple of the next faster one's, got {periods}: use "
             "inner='first_order'."
         )
 
@@ -184,12 +185,16 @@ class CMSConfig:
         one, which moves with the slower level, by its rule, on the gradients of all
         that the faster one read meanwhile.
       inner: where levels nest, which gradients: `first_order` takes them where the
-        faster level stood; `exact`, equation 72, in where it began, through its moves.
-        That is for two levels, the slower period a multiple of the faster. A row then
-        keeps the tokens since the slower level's last move, and the mixers' states
-        there, and reads them again at the next; where not all of them were learned from
-        as they came (learning switched off or limited, a level reset), the move is
-        first order.
+        faster level stood; `exact`, equation 72, in where it began, through its moves
+        and those of all that is faster still. That is for levels each period of which
+        is a multiple of the next faster one's. A row then keeps, for each but the
+        slowest, the tokens since the slower level's last move, the mixers' states and
+        the faster levels' starts there, and lives through them again at the next; where
+        not all of them were learned from as they came (learning switched off or
+        limited, a level reset), the move is first order. Each level more lives the
+        windows of all below it once more. That is for `gradient` other than `exact`
+        where there are more than two: gradients of gradients of gradients took more
+        than eight minutes to compile for three levels of a tiny model.
       rule: inner optimizer, one of `hope_jax.optim.RULES`; `sgd` is equation 71.
       reduction: `mean` of the gradients over a level's period, so that its step does
         not grow with its period, or `sum` (equation 71 to the letter).
@@ -317,6 +322,9 @@ class Window(NamedTuple):
 
     Attributes:
       mixers: the mixers' states then, bare; leaves as of the blocks.
+      starts: of all levels that are faster than the one that begins again, where they
+        began then; rows as in their weights.
+      opts: the states of the rules that move these starts; rows lead.
       tokens, labels: what was read, and what followed each, `[B, W]`, W the owner's
         period; what is not there yet is left from before.
       chunks: `[B]`, how many base chunks of it were learned from, all as they came; far
@@ -324,6 +332,8 @@ class Window(NamedTuple):
     """
 
     mixers: PyTree
+    starts: tuple[PyTree, ...]
+    opts: tuple[PyTree, ...]
     tokens: Int[Array, "B W"]
     labels: Int[Array, "B W"]
     chunks: Int[Array, " B"]

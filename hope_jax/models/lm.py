@@ -25,7 +25,6 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from hope_jax.core import level as level_lib
 from hope_jax.core import show
 from hope_jax.core.clock import Clock
 from hope_jax.core.level import collect
@@ -827,7 +826,10 @@ def _rows_first(state: LMState) -> LMState:
                 start=_swap(v.owned.start),
                 learned=_swap(v.owned.learned),
                 window=v.owned.window
-                and v.owned.window._replace(mixers=_swap(v.owned.window.mixers)),
+                and v.owned.window._replace(
+                    mixers=_swap(v.owned.window.mixers),
+                    starts=_swap(v.owned.window.starts),
+                ),
             ),
         )
         for v in state.levels
@@ -871,17 +873,8 @@ def _begin(model, rows, horizon=None):
         cms.begin_level(level, weights, 1, owner)._replace(opened=_closed(config, rows))
         for (level, weights), owner in itertools.zip_longest(moving, owners)
     )
-    if owners and config.cms.inner == "exact":
-        first, slow = levels
-        size = rows, config.fast_periods[1]
-        window = cms.Window(
-            mixers=config.bare(blocks.mixer),
-            tokens=jnp.zeros(size, jnp.int32),
-            labels=jnp.zeros(size, jnp.int32),
-            chunks=jnp.zeros((rows,), jnp.int32),
-        )
-        assert first.owned is not None
-        levels = first._replace(owned=first.owned._replace(window=window)), slow
+    if config.cms.inner == "exact":
+        levels = _with_windows(config, levels, config.bare(blocks.mixer))
     held = None
     if levels:
         held = Held(
@@ -890,6 +883,30 @@ def _begin(model, rows, horizon=None):
             count=jnp.zeros((rows,), jnp.int32),
         )
     return LMState(blocks, levels, held, jnp.zeros((rows,), jnp.int32))
+
+
+def _with_windows(config, levels, mixers):
+    """Levels at a place where all that is owned begins, each with its window."""
+    made = []
+    for level, period in zip(levels, config.fast_periods[1:], strict=False):
+        if level.owned is not None:
+            rows = jax.tree.leaves(level.owned.start)[0].shape[1]
+            window = cms.Window(
+                mixers,
+                *_owned(made),
+                tokens=jnp.zeros((rows, period), jnp.int32),
+                labels=jnp.zeros((rows, period), jnp.int32),
+                chunks=jnp.zeros((rows,), jnp.int32),
+            )
+            level = level._replace(owned=level.owned._replace(window=window))
+        made.append(level)
+    return (*made, *levels[len(made) :])
+
+
+def _owned(levels):
+    """The starts of levels, and the states of the rules that move these."""
+    owned = [level.owned for level in levels]
+    return tuple(one.start for one in owned), tuple(one.opt for one in owned)
 
 
 def _closed(config, rows):
@@ -1081,13 +1098,18 @@ def _accumulate(model, levels, learned, read, chunk):
     has taught them."""
 
     def gathered(which, level):
-        if not model.learning.levels[model.config.fast[which]]:
+        learns = [model.learning.levels[i] for i in model.config.fast[: which + 1]]
+        if not all(learns):  # then it is not lived as it will be lived again
+            level = cms.spoiled(level, jnp.ones_like(chunk[0][:, 0], bool))
+        if not learns[-1]:
             return level
         opened = jax.tree.map(lambda a: jnp.sum(a[..., which], axis=2), read.opened)
         owned = level.owned
         if owned is not None:
             sums = collect(owned.learned, learned[which].gradient)
-            window = owned.window and _kept_in(owned.window, *chunk)
+            window = owned.window
+            if window is not None and all(learns):
+                window = _kept_in(window, *chunk, *_owned(levels[:which]))
             owned = owned._replace(learned=sums, window=window)
         return level._replace(
             learned=collect(level.learned, learned[which]),
@@ -1098,7 +1120,7 @@ def _accumulate(model, levels, learned, read, chunk):
     return tuple(gathered(which, level) for which, level in enumerate(levels))
 
 
-def _kept_in(window, tokens, labels, mixers, position):
+def _kept_in(window, tokens, labels, mixers, position, starts, opts):
     """A window with one more base chunk, which begins it where its owner has moved."""
     rows, size = window.tokens.shape
     slot = jnp.broadcast_to(position % size, (rows,))
@@ -1112,60 +1134,62 @@ def _kept_in(window, tokens, labels, mixers, position):
     begins = slot == 0
     return cms.Window(
         _where(begins, mixers, window.mixers),
+        _where(begins, starts, window.starts),
+        _where(begins, opts, window.opts, axis=0),
         put(window.tokens, tokens),
         put(window.labels, labels),
         jnp.where(begins, 0, window.chunks) + 1,
     )
 
 
-def _through_moves(model, own, slow):
-    """What a whole window says of where the faster of two levels began, through its
-    moves (equation 72): reads the window once more. `slow` are the weights of the
-    slower level, which stood still meanwhile. As ever, the states at the start of each
-    base chunk are constants."""
+def _through_moves(model, place, own, slower):
+    """What a whole window says of where fast level `place` began, through its moves and
+    those of all that is faster (equation 72): lives the window once more. `slower` are
+    the weights of the slower levels, which stood still meanwhile. As ever, the states
+    at the start of each base chunk are constants."""
     config, window = model.config, own.owned.window
-    level, chunk = config.cms.whole[config.fast[0]], config.base_chunk
-    exact = dataclasses.replace(config.cms, gradient="exact")
     graphdef, params = nnx.split(model, nnx.Param)
-    given = params, window.mixers, own.owned.start, slow
+    given = params, window.mixers, window.starts, window.opts, own.owned.start, slower
     if config.cms.gradient != "exact":  # to the level above it is a constant
         given = jax.lax.stop_gradient(given)
-    params, mixers, start, slow = given
+    params, mixers, starts, opts, start, slower = given
     model = nnx.merge(graphdef, params)
-    rate, learned_start = model.inner_rates()[0], _starts(model)[0]
-    blame = jax.checkpoint(_blame, static_argnums=0)
-    closed = level_lib.nothing(own.opened)
+    chain = dataclasses.replace(config.cms, gradient="exact")
+    model.config = dataclasses.replace(config, cms=chain)
+    whole, rows = [chain.whole[i] for i in config.fast], len(window.tokens)
+
+    def begun(weights):
+        """All levels up to this one where they began."""
+        levels = []
+        for i, (level, w) in enumerate(zip(whole, weights, strict=False)):
+            owner = whole[i + 1] if i < place else None
+            state = cms.begin_level(level, w, 1, owner)
+            if state.owned is not None:
+                state = state._replace(owned=state.owned._replace(opt=opts[i]))
+            levels.append(state._replace(opened=_closed(config, rows)))
+        return _with_windows(config, tuple(levels), mixers)
 
     def loss(start):
         def step(life, xs):
-            weights, state, mixers = life
             tokens, labels = xs
-            mixers = jax.lax.stop_gradient(mixers)
-            here = _Chunk(tokens, labels, mixers, (weights, slow))
-            (learned, _), read = blame(graphdef, params, here)
+            life = life._replace(mixers=jax.lax.stop_gradient(life.mixers))
+            life, read = _learn(model, life, tokens, labels)
             losses = read.said if model.losses else next_token_loss(read.said, labels)
-            opened = jax.tree.map(lambda a: jnp.sum(a[..., 0], axis=2), read.opened)
-            state = state._replace(
-                learned=collect(state.learned, learned), opened=opened
-            )
-            weights, state = cms.move(
-                exact, level, rate, learned_start, weights, state, axis=1
-            )
-            life = weights, state._replace(opened=closed), config.bare(read.mixers)
-            return life, jnp.sum(losses)
+            return _move_due(model, life), jnp.sum(losses)
 
+        chunk = config.base_chunk
         cut = lambda a: jnp.moveaxis(a.reshape(len(a), -1, chunk), 1, 0)  # noqa: E731
-        state = cms.begin_level(level, start, 1)._replace(opened=closed)
-        life = start, state, mixers
+        weights, origin = (*starts, start), jnp.zeros((), jnp.int32)
+        life = _Life(mixers, (*weights, *slower), begun(weights), origin)
         _, losses = jax.lax.scan(step, life, (cut(window.tokens), cut(window.labels)))
         return jnp.sum(losses)
 
     through = jax.grad(loss)(start)
-    whole = window.chunks == window.tokens.shape[1] // chunk
+    there = window.chunks == window.tokens.shape[1] // config.base_chunk
     sums = jax.tree.map(
         lambda new, old: new.astype(old.dtype), through, own.owned.learned
     )
-    sums = _where(whole, sums, own.owned.learned)
+    sums = _where(there, sums, own.owned.learned)
     return own._replace(owned=own.owned._replace(learned=sums))
 
 
@@ -1289,11 +1313,13 @@ def _move_due(model, life, rows=None):
     """Moves every level whose period ends where a row stands; of `rows`, or of all."""
     config, ledger = model.config, life.ledger
     fast, levels = list(life.fast), list(life.levels)
-    for which, period in enumerate(config.fast_periods[: len(fast)]):
+    # A window is lived with all slower weights; theirs is not where one was limited.
+    last = None if config.cms.inner == "exact" else 1
+    for which, period in enumerate(config.fast_periods[: len(levels)]):
         if not model.learning.levels[config.fast[which]]:
             continue
         # With the next faster level, which may begin again.
-        those = slice(max(0, which - 1), which + 1)
+        those = slice(max(0, which - 1), last and which + last)
         old = tuple(fast[those]), tuple(levels[those]), ledger
         moves = life.position // period - 1  # before this one
         if rows is None and period == config.base_chunk:
@@ -1315,12 +1341,14 @@ def _move_due(model, life, rows=None):
 
 
 def _move(model, which, moves, fast, states, ledger, rows=None):
-    """Moves one fast level of the rows that are chosen, by default of all: the last of
-    those that are given, the next faster of which begins again where levels nest.
-    `moves` is how many it has made."""
-    config = model.config
+    """Moves one fast level of the rows that are chosen, by default of all. The next
+    faster, which begins again where levels nest, comes before it in those that are
+    given; slower ones may follow. `moves` is how many it has made."""
+    config, place = model.config, min(which, 1)
     rate, start = model.inner_rates()[which], _starts(model)
-    (*faster, weights), (*faster_states, state) = fast, states
+    faster, weights, slower = list(fast[:place]), fast[place], fast[place + 1 :]
+    faster_states, state = list(states[:place]), states[place]
+    slower_states = states[place + 1 :]
     if config.cms.gradient == "none":
         rate, start, state, faster_states = jax.lax.stop_gradient(
             (rate, start, state, faster_states)
@@ -1338,7 +1366,8 @@ def _move(model, which, moves, fast, states, ledger, rows=None):
         moved, may, ledger = _keep_account(ledger, which, rows, weights, moved)
         opt = _where(may, after.opt, state.opt, axis=0)
         shortened = (ledger.shortened > before.shortened)[:, which]
-        after = cms.spoiled(after._replace(opt=opt), ~may | shortened)
+        limited = ~may | shortened
+        after = cms.spoiled(after._replace(opt=opt), limited)
     if rows is not None:
         moved = _where(rows, moved, weights)
         after = _where_level(rows, after, state)
@@ -1347,7 +1376,7 @@ def _move(model, which, moves, fast, states, ledger, rows=None):
             continue
         taught = own
         if own.owned.window is not None:
-            taught = _through_moves(model, own, weights)
+            taught = _through_moves(model, which - 1, own, (weights, *slower))
         at, begun = cms.begin_again(
             config.cms,
             config.cms.whole[config.fast[which - 1]],
@@ -1359,14 +1388,22 @@ def _move(model, which, moves, fast, states, ledger, rows=None):
             axis=1,
         )
         if ledger is not None:
-            at, *_ = _shortened(ledger, own.owned.start, at)
+            at, long, _ = _shortened(ledger, own.owned.start, at)
+            limited = limited | long
             owned = begun.owned
             assert owned is not None
             begun = begun._replace(owned=owned._replace(start=at))
         if may is not None:
             at, begun = _where(may, at, old), _where_level(may, begun, own)
         faster[i], faster_states[i] = at, begun
-    return (*faster, moved), (*faster_states, after), ledger
+    if ledger is not None:
+        limited = limited if rows is None else limited & rows
+        slower_states = tuple(cms.spoiled(one, limited) for one in slower_states)
+    return (
+        (*faster, moved, *slower),
+        (*faster_states, after, *slower_states),
+        ledger,
+    )
 
 
 def _keep_account(ledger, which, due, weights, moved):
@@ -1756,6 +1793,6 @@ def _where_window(rows, new, old):
     if old is None:
         return None
     return cms.Window(
-        _where(rows, new.mixers, old.mixers),
-        *_where(rows, new[1:], old[1:], axis=0),
+        *_where(rows, new[:2], old[:2]),
+        *_where(rows, new[2:], old[2:], axis=0),
     )

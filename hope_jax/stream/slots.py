@@ -224,7 +224,8 @@ def reset(
         new, old = fresh.state.levels[i], state.levels[i]
         weights, owned = fresh.state.blocks.fast[i], new.owned
         if owned is not None and not put_back[i + 1]:
-            if put_back[i]:  # what it has read is no longer what has moved it
+            # What they have read is no longer what has moved them.
+            if any(put_back[: i + 1]):
                 old = cms.spoiled(old, jnp.ones((1,), bool))
             owned = old.owned
             assert owned is not None and new.owned is not None

@@ -7,6 +7,7 @@ two programs.
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -125,9 +126,11 @@ def test_pieces_make_the_whole(member):
     """Of 1, 3 and 7 tokens, and every level has moved as often as its period says; one
     that is nested since it last began."""
     _, expected, end, _ = whole(member)(started(member), TOKENS)
-    counts = [(LENGTH - 1) // p for p in PERIODS]
+    periods = configured(member).fast_periods
+    counts = [(LENGTH - 1) // p for p in periods]
     if configured(member).cms.variant == "nested":
-        counts[0] = (LENGTH - 1) % PERIODS[1] // PERIODS[0]
+        for i, (fast, slow) in enumerate(itertools.pairwise(periods)):
+            counts[i] = (LENGTH - 1) % slow // fast
     assert moves(end) == [[count] * 2 for count in counts]
     run, begin = piecewise(member)
     tolerance = 1e-2 if member in ROUNDED else 1e-5
@@ -336,6 +339,46 @@ def test_a_start_moves_by_the_gradient_through_its_levels_moves():
     read = jax.jit(lambda p, t: lm.apply(small.graph(config), p, t)[1])
     got = lm._layers_first(read(params, TOKENS[:, :5])).levels[0].owned.start
     assert far(got, want) < 1e-6 < 1e-3 < far(got, start)
+
+
+@pytest.mark.slow
+def test_the_gradient_through_two_levels_moves_is_that_of_finite_differences():
+    """The start of the second of three levels, moved by a third: by what the loss of
+    its window says of it, through its own moves, those of the first level and those of
+    the start of the first, themselves through moves."""
+    levels = (*LEVELS[:2], CMSLevel(period=8, rate=0.5, clip=1e9, pull=0.0))
+    fields = dict(MEMBERS["through moves"], gradient="first_order", hidden=4)
+    chain = CMSConfig(levels=levels, pull=0.1, **fields)
+    config = dataclasses.replace(configured("through moves"), cms=chain)
+    with jax.enable_x64(False):
+        params = jax.tree.map(np.float64, small.built(config)[1])
+    graphdef, _ = lm.abstract_model(config)
+    tokens, labels = TOKENS[:, :8], TOKENS[:, 1:9]
+    begun = jax.jit(lambda p: lm.initial_state(graphdef, p, 2))(params)
+    apply = functools.partial(lm.apply, graphdef, labels=labels, aligned=True)
+
+    @jax.jit
+    def window(start):
+        """Its losses where the second level began there, and where that begins then."""
+        first, second, third = begun.levels
+        second = second._replace(owned=second.owned._replace(start=start))
+        fast = begun.blocks.fast[0], start, begun.blocks.fast[2]
+        blocks = begun.blocks._replace(fast=fast)
+        state = begun._replace(blocks=blocks, levels=(first, second, third))
+        logits, after = apply(params, tokens, state)
+        losses = lm.next_token_loss(logits, jnp.asarray(labels))
+        return losses.sum(), after.levels[1].owned.start
+
+    start = begun.levels[1].owned.start
+    rate = nnx.merge(graphdef, params).inner_rates()[2]
+    slope = jax.tree.map(lambda a, b: (a - b) * 8 / rate, start, window(start)[1])
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda w: rng.normal(size=w.shape), start)
+    at = lambda e: window(jax.tree.map(lambda w, d: w + e * d, start, direction))[0]  # noqa: E731
+    numeric = (at(1e-5) - at(-1e-5)) / 2e-5
+    exact = sum(jax.tree.leaves(jax.tree.map(np.vdot, slope, direction)))
+    assert abs(exact) > 1e-3
+    np.testing.assert_allclose(exact, numeric, rtol=1e-5)
 
 
 def far(a, b):
