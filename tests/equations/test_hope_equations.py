@@ -392,8 +392,6 @@ def hope():
     block = Block(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(block, nnx.Param)
     step = jax.jit(lambda x, state: nnx.merge(graphdef, params)(x, state))
-    # What a chunk has taught so far waits for its end.
-    ended = jax.jit(lambda state: nnx.merge(graphdef, params).ended(state))
     x = jax.random.normal(jax.random.key(9), (T, D))
     state, states, reads = block.initial_state(1), [], []
     for x_t in x:
