@@ -996,8 +996,6 @@ def _and_one_more(waiting: Waiting, tokens: Tokens, targets: Array) -> Waiting:
     """What waits with one more token a row."""
 
     def put(old, new, axis):
-        if old is None:
-            return None
         put = jax.lax.dynamic_update_slice_in_dim
         if old.shape[0] == 1:  # a scatter to one place is slower
             return put(old, new, waiting.count[0], axis)
@@ -1005,12 +1003,13 @@ def _and_one_more(waiting: Waiting, tokens: Tokens, targets: Array) -> Waiting:
             old, new, waiting.count
         )
 
+    theta = waiting.theta
     return Waiting(
         k=put(waiting.k, tokens.k, 2),
         targets=put(waiting.targets, targets, 3),
         eta=put(waiting.eta, tokens.eta, 2),
         alpha=put(waiting.alpha, tokens.alpha, 2),
-        theta=put(waiting.theta, tokens.theta, 2),
+        theta=None if theta is None else put(theta, tokens.theta, 2),
         count=waiting.count + 1,
     )
 

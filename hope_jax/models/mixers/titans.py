@@ -441,9 +441,9 @@ class MemoryAsContext(nnx.Module):
 
         def put(old, *new):
             new = jnp.stack(new, axis=1)
-            if aligned and count is None:
+            if count is None and aligned:
                 return jnp.concatenate([new, old[:, :, length:]], axis=2)
-            if aligned:
+            if count is not None:
                 there = (place < count)[None, None, :, None, None]
                 return jnp.where(there, new, old)
             here = place[None] == slot[:, None]
