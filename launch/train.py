@@ -215,7 +215,8 @@ def _config(given: Any):
     known = _names_config(given) or given.init_from
     if known and given.workdir is None and not given.describe:
         raise ValueError("Give --workdir, a folder for this run alone.")
-    return config_of(given, given.init_from or (given.workdir if given.resume else ""))
+    resumed = given.workdir if given.resume else ""
+    return config_of(given, given.init_from or resumed or "")
 
 
 def _names_config(given: Any) -> bool:

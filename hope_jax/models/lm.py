@@ -1109,7 +1109,8 @@ def _accumulate(model, levels, learned, read, chunk):
             sums = collect(owned.learned, learned[which].gradient)
             window = owned.window
             if window is not None and all(learns):
-                window = _kept_in(window, *chunk, *_owned(levels[:which]))
+                starts, opts = _owned(levels[:which])
+                window = _kept_in(window, chunk, starts, opts)
             owned = owned._replace(learned=sums, window=window)
         return level._replace(
             learned=collect(level.learned, learned[which]),
@@ -1120,8 +1121,9 @@ def _accumulate(model, levels, learned, read, chunk):
     return tuple(gathered(which, level) for which, level in enumerate(levels))
 
 
-def _kept_in(window, tokens, labels, mixers, position, starts, opts):
+def _kept_in(window, chunk, starts, opts):
     """A window with one more base chunk, which begins it where its owner has moved."""
+    tokens, labels, mixers, position = chunk
     rows, size = window.tokens.shape
     slot = jnp.broadcast_to(position % size, (rows,))
     place = jnp.arange(size, dtype=jnp.int32)[None] - slot[:, None]

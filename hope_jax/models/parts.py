@@ -1,7 +1,6 @@
 """Parameters of which each device holds a part, made whole where they are read."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -36,7 +35,7 @@ class Parts:
         pairs = zip(names, jax.tree.leaves(dims), strict=True)
         return cls(axis, tuple((name, dim) for name, dim in pairs if dim >= 0))
 
-    def outside(self, params: Mapping) -> Mapping:
+    def outside(self, params: PyTree) -> PyTree:
         """Parameters whose layers alone are still cut."""
         whole = {
             name: part if name == _BLOCKS else self._gathered(part, f"{name}.", 0)

@@ -209,7 +209,7 @@ def _state(config, shapes, tx):
 
 def _batch(config):
     shape = config.train.batch, config.train.seq_len + 1
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     return Packed(tokens, tokens) if config.train.stretch else tokens
 
 

@@ -16,12 +16,20 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 from jaxtyping import PyTree
 
 from hope_jax.core.level import Differentiate
 from hope_jax.models.parts import Parts
 from hope_jax.optim.leaves import path_names
+
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 
@@ -103,19 +111,19 @@ def mesh_shape(devices: int, sizes: Mapping[str, int] | None = None) -> dict[str
     return {DATA: data} | {n: sizes[n] for n in AXES[1:] if n in sizes}
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: AnyMesh) -> str:
     """The axes of a mesh that has several: `: data 2 x fsdp 4`."""
     if len(mesh.axis_names) == 1:
         return ""
     return ": " + " x ".join(f"{name} {mesh.shape[name]}" for name in mesh.axis_names)
 
 
-def row_axes(mesh: Mesh) -> tuple[str, ...]:
+def row_axes(mesh: AnyMesh) -> tuple[str, ...]:
     """The axes that cut rows."""
     return tuple(name for name in TABLE["rows"] if name in mesh.axis_names)
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: AnyMesh) -> int:
     """In how many parts rows are cut."""
     return math.prod(mesh.shape[name] for name in row_axes(mesh))
 
@@ -128,17 +136,17 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _rows(mesh))
 
 
-def _rows(mesh: Mesh) -> PartitionSpec:
-    axes = row_axes(mesh)
-    return PartitionSpec(axes if len(axes) > 1 else axes[0])
+def _rows(mesh: AnyMesh) -> PartitionSpec:
+    first, *others = row_axes(mesh)
+    return PartitionSpec((first, *others) if others else first)
 
 
-def cuts(mesh: Mesh) -> bool:
+def cuts(mesh: AnyMesh) -> bool:
     """Whether parameters are cut over `mesh`."""
     return any(name in mesh.axis_names for name in (FSDP, TENSOR))
 
 
-def spec_of(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec_of(name: str, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """How a parameter is cut: an axis that its size does not divide leaves it whole.
 
     Args:
@@ -157,21 +165,21 @@ def spec_of(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec()
 
 
-def _axis(mesh: Mesh, means: str | None, size: int) -> str | None:
+def _axis(mesh: AnyMesh, means: str | None, size: int) -> str | None:
     name = None if means is None else TABLE[means]
     if not isinstance(name, str) or name not in mesh.axis_names:
         return None
     return None if size % mesh.shape[name] else name
 
 
-def param_specs(params: PyTree, mesh: Mesh) -> PyTree[PartitionSpec]:
+def param_specs(params: PyTree, mesh: AnyMesh) -> PyTree[PartitionSpec]:
     """`spec_of` every parameter; arrays or shapes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: spec_of(".".join(path_names(path)), leaf.shape, mesh), params
     )
 
 
-def state_shardings(state: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+def state_shardings(state: PyTree, params: PyTree, mesh: AnyMesh) -> PyTree:
     """Of a state that holds trees like the parameters, as those of optimizers do: an
     array with the name and the shape of a parameter lies as that does, others whole.
 
@@ -196,7 +204,7 @@ def state_shardings(state: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def check_batch(batch: int, mesh: Mesh, parts: int = 1) -> None:
+def check_batch(batch: int, mesh: AnyMesh, parts: int = 1) -> None:
     """Refuses a batch that the devices cannot share equally, each in equal `parts`.
 
     Raises:
@@ -220,7 +228,7 @@ def check_batch(batch: int, mesh: Mesh, parts: int = 1) -> None:
         raise ValueError(f"batch ({batch}) must be a multiple of {each}; {near}.")
 
 
-def check_heads(heads: int, mesh: Mesh) -> None:
+def check_heads(heads: int, mesh: AnyMesh) -> None:
     """Refuses heads that the tensor axis cannot share equally.
 
     Raises:
@@ -363,7 +371,7 @@ def of_replicas(differentiate: Differentiate | None, axis: str) -> Differentiate
     return differentiate_rows
 
 
-def _fsdp_dims(params: PyTree, mesh: Mesh) -> PyTree[int]:
+def _fsdp_dims(params: PyTree, mesh: AnyMesh) -> PyTree[int]:
     """The axis of each parameter that `fsdp` cuts; -1 for none."""
 
     def dim(spec):

@@ -693,7 +693,7 @@ class SelfModifyingTitans(nnx.Module):
         # Bit for bit the same where nothing is to be learned.
         return where_rows(waiting.count > 0, projection, state.projection)
 
-    def _consolidated(self, memories, position, learn, which=slice(None)):
+    def _consolidated(self, memories, position, learn, which: int | slice):
         """Some of the memories where their starts have moved that are due."""
         if not (memories.starts and learn.consolidation):
             return memories
@@ -769,11 +769,11 @@ class SelfModifyingTitans(nnx.Module):
         y, read = jnp.moveaxis(y, 2, 0), length if count is None else count
         position = there.position + read
         if count is None and length == size:
-            after = self._consolidated(after, position, learn)
+            after = self._consolidated(after, position, learn, slice(None))
             return (Boundary(after, tails, position), None), y
         # The chunk is not over, or may not be.
         over = jnp.zeros((), bool) if count is None else count == size
-        after = self._consolidated(after, position, learn)
+        after = self._consolidated(after, position, learn, slice(None))
         memories = jax.tree.map(
             lambda new, old: jnp.where(over, new, old), after, there.memories
         )
@@ -995,7 +995,7 @@ class SelfModifyingTitans(nnx.Module):
 def _and_one_more(waiting: Waiting, tokens: Tokens, targets: Array) -> Waiting:
     """What waits with one more token a row."""
 
-    def put(old, new, axis):
+    def put(old: Array, new: Array, axis: int) -> Array:
         put = jax.lax.dynamic_update_slice_in_dim
         if old.shape[0] == 1:  # a scatter to one place is slower
             return put(old, new, waiting.count[0], axis)
@@ -1003,13 +1003,12 @@ def _and_one_more(waiting: Waiting, tokens: Tokens, targets: Array) -> Waiting:
             old, new, waiting.count
         )
 
-    theta = waiting.theta
     return Waiting(
         k=put(waiting.k, tokens.k, 2),
         targets=put(waiting.targets, targets, 3),
         eta=put(waiting.eta, tokens.eta, 2),
         alpha=put(waiting.alpha, tokens.alpha, 2),
-        theta=None if theta is None else put(theta, tokens.theta, 2),
+        theta=None if waiting.theta is None else put(waiting.theta, tokens.theta, 2),
         count=waiting.count + 1,
     )
 
