@@ -21,6 +21,7 @@ from hope_jax.train import guard, loop, sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train.config import RunConfig
 from hope_jax.train.step import Packed
+from hope_jax.train.watching import PEAKS
 
 
 class Machine(NamedTuple):
@@ -40,9 +41,10 @@ class Machine(NamedTuple):
 
 
 MACHINES = {
-    "v5e-64": Machine(64, int(15.75 * 2**30), 197e12, "v5e:8x8"),
-    "v5p-128": Machine(64, int(95.74 * 2**30), 459e12, "v5p:4x4x4"),  # two cores each
-    "8xH100": Machine(8, 80 * 10**9, 989e12),
+    "v5e-64": Machine(64, int(15.75 * 2**30), PEAKS["tpu v5e"], "v5e:8x8"),
+    # Two cores a chip, which JAX sees as one device.
+    "v5p-128": Machine(64, int(95.74 * 2**30), PEAKS["tpu v5p"], "v5p:4x4x4"),
+    "8xH100": Machine(8, 80 * 10**9, PEAKS["h100"]),
 }
 
 
