@@ -123,13 +123,13 @@ def _table(title, columns, rows):
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with what steers a terminal, or is no text, as backslash escapes.
+    r"""`text` with what steers a terminal, or is no text, as backslash escapes.
 
     Args:
       text: may hold what `os.fsdecode` makes of bytes that are no UTF-8.
       keep: characters that stay.
 
-    >>> print(printable("a\x1b[31mb\\udcff"))
+    >>> print(printable("a\x1b[31mb\udcff"))
     a\x1b[31mb\udcff
     """
     return "".join(
