@@ -321,7 +321,7 @@ class _Writer:
 
     def write(self, ids: np.ndarray, size: int) -> None:
         if self._writer is None:
-            self._writer = prepared.library().ArrayRecordWriter(
+            self._writer = prepared.array_record().ArrayRecordWriter(
                 str(self._beside), "group_size:1,zstd:1"
             )
         whole = np.concatenate([np.array([self._bos]), ids]).astype(self._dtype)

@@ -185,7 +185,7 @@ def dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def library() -> Any:
+def array_record() -> Any:
     """ArrayRecord's, which is loaded when it is needed."""
     return importlib.import_module("array_record.python.array_record_module")
 
@@ -371,7 +371,7 @@ class _Records:
         with self._lock:
             reader = self._readers.pop(name, None)
             if reader is None:
-                reader = library().ArrayRecordReader(
+                reader = array_record().ArrayRecordReader(
                     f"{name}.array_record",
                     "readahead_buffer_size:0",
                     file_reader_buffer_size=32768,
