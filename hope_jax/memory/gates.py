@@ -14,7 +14,8 @@ class GateConfig:
       rate_bound: bound on η; None is 1 for exact memories (½ where both the gradient
         and a delta term recall), 1 under a `rate_law` and `1 / (chunk · window)` for
         other anchored ones, whose sums of a chunk's gradients diverge beyond 2; times
-        `1 − θ` with inner momentum.
+        `1 − θ` with inner momentum. Above what None is, η falls with the token's
+        retention (`memory.rates.within`).
       retention: α: `one`, a `constant` of each head (RetNet's 1 − 2^(−5−h)), or a
         sigmoid of the `token`, per channel where the memory's retention is.
       erase: what the delta term recalls: the write `key`; RWKV-7's own removal key with

@@ -55,7 +55,7 @@ def test_rows_of_chunks_differ_in_one_thing_each():
 
 @pytest.mark.parametrize(
     ("module", "chosen"),
-    [(FORMAL, "parity_lstm"), (WORDS, "s5_delta_product_to_2")],
+    [(FORMAL, "parity_lstm"), (WORDS, "s3_lstm")],
 )
 def test_a_smoke_run_writes_results_and_a_table(module, chosen, tmp_path, capsys):
     flags = ["--scale=smoke", "--seeds=1", f"--rows={chosen}", f"--out={tmp_path}"]

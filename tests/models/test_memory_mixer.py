@@ -387,6 +387,18 @@ def test_rates_shrink_where_a_step_erases_along_a_long_vector(gates, memory, met
     close(tokens.eta, eta / np.maximum(1.0, square))
 
 
+@pytest.mark.parametrize("retention", ["constant", "token"])
+def test_a_rate_that_may_turn_falls_with_what_is_retained(retention):
+    gates = dict(rate_bound=2.0, retention=retention)
+    layer = MemoryMixer(
+        D, HEADS, exact(gates, dgd="both"), jnp.float32, rngs=nnx.Rngs(0)
+    )
+    make = jax.jit(lambda x: layer.tokens(x, layer.initial_state(ROWS))[0])
+    tokens = jax.device_get(make(texts()))
+    assert 0 < tokens.alpha.min() and tokens.alpha.max() < 1
+    close(tokens.eta, sigmoid(made(layer.eta, texts())) * (1.0 + tokens.alpha))
+
+
 @pytest.mark.parametrize(
     "bound, config",
     [
@@ -441,6 +453,10 @@ def test_at_the_start_a_memory_outlives_its_chunk(gates, memory):
         (
             lambda: exact(dict(rate="one", rate_bound=0.5)),
             r"rate_bound \(0.5\) bounds gates.rate='token', got 'one'",
+        ),
+        (
+            lambda: exact(dict(rate_bound=1.5), bias="l2", dgd="both"),
+            r"rate_bound \(1.5\) must be at most 1: this memory erases 2 times",
         ),
         (
             lambda: exact(dict(retention="constant"), retention="channel"),

@@ -243,6 +243,13 @@ def _conflicts(memory: MemoryConfig, gates: GateConfig):
         f"gates.rate_bound ({gates.rate_bound}) bounds gates.rate='token', got "
         f"{gates.rate!r}: leave it None.",
     )
+    most = 2.0 / max(1, memory.erasures)
+    yield (
+        memory.gradient == "exact" and (gates.rate_bound or 0.0) > most,
+        f"gates.rate_bound ({gates.rate_bound}) must be at most {most:g}: this memory "
+        f"erases {memory.erasures} times its rate along a key, and more would write "
+        "over it.",
+    )
     yield (
         kept.channels and gates.rate != "step" and gates.retention != "token",
         "memory.retention='channel' needs gates.retention='token' or "
@@ -565,6 +572,9 @@ class MemoryMixer(nnx.Module):
             return otherwise if gate is None else bound(gate(x))
 
         alpha = made(self.alpha, jax.nn.sigmoid, one)
+        if gates.retention == "constant" and self.log_decay is None:
+            head = jnp.arange(self.heads, dtype=jnp.float32)
+            alpha = one * (1.0 - jnp.exp2(-5.0 - head))[None, None]
         theta = made(self.theta, jax.nn.sigmoid, jnp.zeros_like(one))
         if gates.rate == "one":
             eta = one
@@ -587,9 +597,6 @@ class MemoryMixer(nnx.Module):
             met = self._met(k, v)
             if met is not None:
                 eta = eta / jnp.maximum(1.0, jnp.sum(met * met, axis=-1))
-        if gates.retention == "constant" and self.log_decay is None:
-            head = jnp.arange(self.heads, dtype=jnp.float32)
-            alpha = one * (1.0 - jnp.exp2(-5.0 - head))[None, None]
         return {
             "eta": eta,
             "alpha": alpha,
