@@ -198,7 +198,7 @@ class ModelConfig:
         periods = [self.cms.levels[i].period for i in self.within(tokens)]
         if periods:
             raise ValueError(
-                f"{asked} model.cms.levels of periods {', '.join(map(str, periods))} "
+                f"{asked} model.cms.levels of periods {', '.join(f'{p:g}' for p in periods)} "
                 "move inside a row, which is read chunk after chunk for that: use a "
                 "mesh without sequence, or levels of rate 0."
             )
