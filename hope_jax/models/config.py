@@ -195,10 +195,10 @@ class ModelConfig:
             raise ValueError(
                 f"{asked} {devices} must divide them: set train.seq_len={near}."
             )
-        periods = [self.cms.levels[i].period for i in self.within(tokens)]
+        periods = [f"{self.cms.levels[i].period:g}" for i in self.within(tokens)]
         if periods:
             raise ValueError(
-                f"{asked} model.cms.levels of periods {', '.join(f'{p:g}' for p in periods)} "
+                f"{asked} model.cms.levels of periods {', '.join(periods)} "
                 "move inside a row, which is read chunk after chunk for that: use a "
                 "mesh without sequence, or levels of rate 0."
             )
