@@ -9,7 +9,6 @@ from hope_jax.kernels.select import memory_end
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.state import begin_memory, next_recent
 from tests.kernels.test_named import (
-    MEMORIES,
     POINTS,
     is_float,
     small,
@@ -34,7 +33,7 @@ FORMS = {
 
 
 def test_which_memories_move_by_an_affine_map():
-    assert {name for name in POINTS if summary.affine(MEMORIES[name])} == {*AFFINE}
+    assert {name for name in POINTS if summary.affine(small(name))} == {*AFFINE}
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -22,6 +22,7 @@ from hope_jax.models.mixers.attention import AttentionConfig, SlidingWindowConfi
 from hope_jax.models.mixers.memory import MemoryMixerConfig, NamedConfig
 from hope_jax.models.mixers.tnt import TNTConfig
 from hope_jax.optim.leaves import path_names
+from hope_jax.optim.rules import RULES
 from hope_jax.train import checkpoint, loop, sharding
 from hope_jax.train import step as step_lib
 from hope_jax.train.config import OptimizerConfig, RunConfig, TrainConfig
@@ -56,7 +57,11 @@ def run_of(mixers, stretch=0):
     )
     # A step then moves every parameter by its gradient.
     optimizer = OptimizerConfig(
-        rule="sgd", learning_rate=1.0, warmup_steps=0, clip_norm=None, weight_decay=0.0
+        rule=RULES.get("sgd"),
+        learning_rate=1.0,
+        warmup_steps=0,
+        clip_norm=None,
+        weight_decay=0.0,
     )
     train = TrainConfig(steps=2, batch=2, seq_len=LENGTH, stretch=stretch)
     return RunConfig(
