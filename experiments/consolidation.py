@@ -49,8 +49,7 @@ SETTINGS = {
     )
     for period, rate, half_life in (
         *((p, r, math.inf) for p in (64, 256, 1024) for r in (0.1, 0.5, 1.0)),
-        (256, 0.5, 4096.0),
-        (256, 0.5, 16384.0),
+        *((p, 0.5, h) for p in (64, 256) for h in (4096.0, 16384.0)),
         (64, 0.1, 16384.0),
     )
 }
