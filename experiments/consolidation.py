@@ -3,7 +3,7 @@
 Run:     python -m experiments.consolidation
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table.
-Cost:    a minute and a half a seed on one CPU core.
+Cost:    two minutes a seed on one CPU core.
 
 No model and no training: the main memory of Hope's layer, as an MLP and as a matrix,
 reads a stream of random pairs of unit vectors at a low inner rate and forgets by a half
