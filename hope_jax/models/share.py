@@ -101,9 +101,9 @@ class Share(NamedTuple):
         starts = range(0, self.stretches * size, size)
         near = jnp.stack([known[:, i : i + count] for i in starts], axis=1)
         age = jnp.arange(count, 0, -1, dtype=jnp.int32)
-        own = age[None, None] <= self.position[:, :, None]
-        own = own.reshape(*own.shape, *[1] * (x.ndim - 2))
-        near = jnp.where(own, near, jnp.zeros_like(near))
+        there = age[None, None] <= self.position[:, :, None]
+        there = there.reshape(*there.shape, *[1] * (x.ndim - 2))
+        near = jnp.where(there, near, jnp.zeros_like(near))
         return near.reshape(-1, *near.shape[2:])
 
     def enter(
