@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -114,6 +113,8 @@ def keep_programs(folder: str = "") -> Path | None:
     """
     import jax  # after --help
 
+    from hope_jax.train.folder import make_folder
+
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
         return None
@@ -122,8 +123,7 @@ def keep_programs(folder: str = "") -> Path | None:
         return Path(kept)
     chosen = Path(folder).expanduser() if folder else _user_cache()
     try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=chosen).close()
+        make_folder(chosen)
     except OSError:
         if folder:
             raise

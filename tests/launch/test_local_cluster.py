@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,18 +214,91 @@ def test_all_end_when_one_does(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+# Writes down the signals that come, and so does what it has started.
+NOTES = """
+note() { echo "$1" >>"$2"; }
+for n in TERM INT HUP; do trap "note $n $0${*: -1}" $n; done
+(
+  for n in TERM INT HUP; do trap "note $n $0child" $n; done
+  while :; do sleep 0.02; done
+) &
+touch "$0${*: -1}"
+while :; do sleep 0.02; done
+"""
+
+
+def clustered(script, folder, *flags, **more):
+    """A cluster of two shells, which know where to write."""
+    cluster = [sys.executable, "-m", "launch.local_cluster", "--processes=2", *flags]
+    return subprocess.Popen(
+        [*cluster, "--", shutil.which("bash"), "-c", script, f"{folder}/"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def noted(folder):
+    """What each of the two has written; None of one that has not begun."""
+    files = [folder / f"--process_id={i}" for i in range(2)]
+    return [f.read_text().split() if f.exists() else None for f in files]
+
+
+def wait_until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("ignored", [[], ["HUP"]], ids=["", "nohup"])
+def test_each_process_is_sent_a_signal_once(tmp_path, ignored):
+    """And not what it has started, which is its own to end. Those that do not end are
+    killed, with that; what the cluster is to ignore, none is sent."""
+    numbers = [signal.Signals[f"SIG{name}"] for name in ignored]
+    ignore = lambda: [signal.signal(n, signal.SIG_IGN) for n in numbers]  # noqa: E731
+    process = clustered(NOTES, tmp_path, "--grace=1", preexec_fn=ignore)
+    wait_until(lambda: None not in noted(tmp_path))
+    for name in ("HUP", "INT", "TERM"):
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        if name not in ignored:
+            wait_until(lambda name=name: all(name in each for each in noted(tmp_path)))
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGKILL, err
+    assert out == "processes [0, 1] did not end in 1 s: killed\n"
+    sent = [name for name in ("HUP", "INT", "TERM") if name not in ignored]
+    assert noted(tmp_path) == [sent, sent] and not (tmp_path / "child").exists()
+
+
+def test_a_signal_while_they_start_reaches_all(tmp_path):
+    """The first sends it, as soon as it is there, to what starts the others."""
+    script = (
+        'case "${*: -1}" in *=0) kill -TERM $PPID ;; esac\nwhile :; do sleep 0.02; done'
+    )
+    process = clustered(script, tmp_path, "--processes=8", "--grace=60")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, err
+
+
+def test_it_ends_with_the_status_of_what_was_signalled(tmp_path):
+    script = "trap 'exit 143' INT; touch \"$0${*: -1}\"; while :; do sleep 0.02; done"
+    process = clustered(script, tmp_path)
+    wait_until(lambda: None not in noted(tmp_path))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_none_outlives_the_cluster():
     program = [sys.executable, "-c", "import time; time.sleep(100)"]
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.local_cluster", "--", *program], cwd=ROOT
     )
-    while len(each := children(process)) < 2:
-        time.sleep(0.01)
-    time.sleep(0.2)  # past what a child does before it is the program
+    wait_until(lambda: len(children(process)) == 2)
+    each = children(process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, each)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(map(is_alive, each)))

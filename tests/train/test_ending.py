@@ -1,7 +1,7 @@
 """How runs end: by signals, by calls that hang, by another run in their folder."""
 
+import ctypes
 import gc
-import hashlib
 import multiprocessing
 import os
 import resource
@@ -55,12 +55,23 @@ def test_what_nohup_ignores_is_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def long_call(seconds):
-    """One that Python cannot interrupt, as a compilation is."""
-    start = time.perf_counter()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000)
-    took = time.perf_counter() - start
-    hashlib.pbkdf2_hmac("sha256", b"", b"", int(20_000 * seconds / took))
+def long_call(until, most=20.0):
+    """One that Python cannot interrupt, as a compilation is, until `until()`; it waits
+    for a lock of the system, which no signal ends."""
+    system, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+    system.pthread_mutex_init(mutex, None)
+    system.pthread_mutex_lock(mutex)
+
+    def release():
+        end = time.monotonic() + most
+        while not until() and time.monotonic() < end:
+            time.sleep(0.02)
+        system.pthread_mutex_unlock(mutex)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    system.pthread_mutex_lock(mutex)
+    thread.join()
 
 
 def test_threads_see_a_signal_during_a_long_call():
@@ -68,14 +79,15 @@ def test_threads_see_a_signal_during_a_long_call():
         noted = []
 
         def look():
-            time.sleep(0.2)
+            time.sleep(0.1)  # by then the call has begun
             send(signal.SIGTERM)
-            time.sleep(0.1)
+            while stop.arrived() is None:
+                time.sleep(0.01)
             noted.append((stop.signal, stop.arrived()))
 
         thread = threading.Thread(target=look)
         thread.start()
-        long_call(1.5)
+        long_call(lambda: noted)
         thread.join()
     ((by_handler, by_pipe),) = noted
     assert by_handler is None and by_pipe[0] == signal.SIGTERM
@@ -112,10 +124,10 @@ def test_calls_in_time_are_left_alone(watch):
     with watch() as dog:
         for _ in range(3):
             with dog("a batch"):
-                time.sleep(0.2)
-        with dog("a save"):
-            time.sleep(0.8)
-        time.sleep(0.8)
+                time.sleep(0.1)
+        with dog("a save"):  # without a limit
+            time.sleep(0.6)
+        time.sleep(0.6)
     assert not watch.ended and not watch.file.exists()
 
 
@@ -127,7 +139,7 @@ def test_what_cannot_be_interrupted_is_saved_and_ends(watch, asked, capfd):
             with dog("a batch" if asked is None else "a save"):
                 if asked:
                     send(asked)
-                long_call(2.5)
+                long_call(lambda: watch.ended)
     assert saved == [True]
     assert watch.ended == [watchdog.STATUS if asked is None else 128 + asked]
     assert "--resume goes on" in capfd.readouterr().err
@@ -137,9 +149,11 @@ def test_a_rescue_that_hangs_or_fails_ends_as_well(watch, capfd):
     def fails():
         raise OSError("no room")
 
-    for rescue in (lambda: time.sleep(3), fails):
+    given_up = threading.Event()
+    for n, rescue in enumerate((given_up.wait, fails), start=1):
         with watch(rescue) as dog, dog("a batch"):
-            long_call(2.0)
+            long_call(lambda n=n: len(watch.ended) == n)
+    given_up.set()
     assert watch.ended == [watchdog.STATUS] * 2
     said = capfd.readouterr().err
     assert "could not be saved in 0.3 s" in said and "is lost: no room" in said
@@ -176,6 +190,39 @@ def test_workers_are_known_and_ended(monkeypatch):
     other.join()
 
 
+READ = f"""
+import runpy, time
+runpy.run_path({workers.__file__!r})["begin"]()
+print("reads", flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_go_on_when_all_are_asked_to_end():
+    """As by a terminal; the run stops by itself, and its workers with it."""
+    reader = subprocess.Popen([sys.executable, "-c", READ], stdout=subprocess.PIPE)
+    with reader:
+        assert reader.stdout.readline() == b"reads\n"
+        for number in signals.ENDING:
+            reader.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            reader.wait(0.2)
+        reader.kill()
+
+
+def test_a_stop_that_ends_workers_too_is_a_stop(tmp_path, monkeypatch):
+    """Those that a signal reaches before they ignore it."""
+
+    def fails(item):
+        send(signal.SIGTERM)
+        raise RuntimeError("Worker process was terminated unexpectedly")
+
+    monkeypatch.setattr(loop, "_batch", fails)
+    monkeypatch.setattr(workers.Workers, "dead", lambda *_, **__: "a worker has ended")
+    outcome = loop.train(RUN, tmp_path)
+    assert (outcome.step, outcome.stopped_by) == (0, signal.SIGTERM)
+
+
 HOLD = f"""
 import runpy, sys, time
 hold = runpy.run_path({lock.__file__!r})["hold"]
@@ -205,7 +252,7 @@ def test_a_folder_is_one_program_s(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_saves_what_was_done(tmp_path, monkeypatch):
+def test_an_error_saves_what_was_done(trained, tmp_path, monkeypatch):
     """And the run goes on from there to the same end."""
 
     numbers = iter(range(100))
@@ -215,8 +262,6 @@ def test_an_error_saves_what_was_done(tmp_path, monkeypatch):
             raise OSError(5, "the data is gone")
         return item["tokens"]
 
-    whole = tmp_path / "whole"
-    loop.train(RUN, whole)
     with monkeypatch.context() as patched:
         patched.setattr(loop, "_batch", fails)
         with pytest.raises(OSError, match="the data is gone"):
@@ -224,7 +269,7 @@ def test_an_error_saves_what_was_done(tmp_path, monkeypatch):
     assert loop.checkpoint.latest_verified_step(tmp_path / "run") == 5
     assert loop.train(RUN, tmp_path / "run", resume=True).finished
     for name in ("metrics.jsonl", "config.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

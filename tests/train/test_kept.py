@@ -32,13 +32,6 @@ def meta(workdir):
         return saved._meta(saved.steps()[-1])
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert train.main([*TINY, f"--workdir={workdir}"]) == 0
-    return workdir
-
-
 @pytest.fixture
 def copied(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "copy"))
