@@ -149,7 +149,7 @@ keep() {
     fi
     # What fails now, there being no such machine free, is tried again.
     if [[ "$state" == absent ]]; then
-      if create; then state=READY; fi
+      if create; then state=READY filled=''; fi
       [[ -e "$kept" ]] || delete_pod || true # deleted while it was made
     fi
     if [[ "$state" != READY ]]; then

@@ -191,23 +191,33 @@ def test_workers_are_known_and_ended(monkeypatch):
 
 
 READ = f"""
-import runpy, time
-runpy.run_path({workers.__file__!r})["begin"]()
-print("reads", flush=True)
+import multiprocessing, os, runpy, time
+begin = runpy.run_path({workers.__file__!r})["begin"]
+def read():
+    begin()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+multiprocessing.get_context("fork").Process(target=read).start()
 time.sleep(60)
 """
 
 
-def test_workers_go_on_when_all_are_asked_to_end():
-    """As by a terminal; the run stops by itself, and its workers with it."""
-    reader = subprocess.Popen([sys.executable, "-c", READ], stdout=subprocess.PIPE)
-    with reader:
-        assert reader.stdout.readline() == b"reads\n"
+def test_workers_end_with_their_parent_alone():
+    """Not when all are asked to end, as by a terminal: the run finishes its step."""
+    parent = subprocess.Popen([sys.executable, "-c", READ], stdout=subprocess.PIPE)
+    with parent:
+        worker = int(parent.stdout.readline())
         for number in signals.ENDING:
-            reader.send_signal(number)
-        with pytest.raises(subprocess.TimeoutExpired):
-            reader.wait(0.2)
-        reader.kill()
+            os.kill(worker, number)
+        time.sleep(0.2)
+        os.kill(worker, 0)
+        parent.kill()
+        assert not parent.stdout.read()  # which ends when both have
+    end = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:
+            os.kill(worker, 0)
+            time.sleep(0.01)
 
 
 def test_a_stop_that_ends_workers_too_is_a_stop(tmp_path, monkeypatch):
@@ -217,8 +227,11 @@ def test_a_stop_that_ends_workers_too_is_a_stop(tmp_path, monkeypatch):
         send(signal.SIGTERM)
         raise RuntimeError("Worker process was terminated unexpectedly")
 
+    def dead(self, wait=None):
+        return None if wait is None else "a worker has ended"
+
     monkeypatch.setattr(loop, "_batch", fails)
-    monkeypatch.setattr(workers.Workers, "dead", lambda *_, **__: "a worker has ended")
+    monkeypatch.setattr(workers.Workers, "dead", dead)
     outcome = loop.train(RUN, tmp_path)
     assert (outcome.step, outcome.stopped_by) == (0, signal.SIGTERM)
 

@@ -185,7 +185,7 @@ def told(step, in_a_row):
 
 @pytest.mark.parametrize(
     ("before", "unread", "expected"),
-    [(1, [], False), (2, [], True), (0, [1, 2], True), (1, [2, 0], False)],
+    [(1, [], False), (2, [], True), (1, [2, 3], True), (1, [2, 0], False)],
     ids=str,
 )
 def test_a_run_gives_up_by_what_its_last_steps_were(tmp_path, before, unread, expected):
