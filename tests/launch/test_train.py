@@ -25,11 +25,8 @@ ROOT = Path(__file__).parents[2]
 TINY = ["--experiment=tests.train.tiny", "--row=tiny"]
 
 
-def start(*arguments, programs=None):
+def start(*arguments):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    if programs is not None:
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "true"
-        arguments = (*arguments, f"--compile_cache={programs}")
     return subprocess.Popen(
         [sys.executable, "-m", "launch.train", *arguments],
         cwd=ROOT,
@@ -64,7 +61,7 @@ def mesh_of(count, devices, sizes):
 
 
 @pytest.mark.slow
-def test_killed_three_times_equals_unbroken(tmp_path, monkeypatch, programs):
+def test_killed_three_times_equals_unbroken(tmp_path, monkeypatch):
     """Before the first step and later, asked to stop and not asked: no byte differs
     from a run in this process."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
@@ -72,7 +69,7 @@ def test_killed_three_times_equals_unbroken(tmp_path, monkeypatch, programs):
         patched.setattr(loop.sharding, "make_mesh", functools.partial(mesh_of, 1))
         loop.train(tiny.rows("full")["tiny"], unbroken)
 
-    launch = functools.partial(start, *TINY, f"--workdir={broken}", programs=programs)
+    launch = functools.partial(start, *TINY, f"--workdir={broken}")
     moments = [
         (lambda: (broken / "config.json").exists(), signal.SIGTERM, signal.SIGTERM),
         (lambda: lines(broken) >= 20, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM),
@@ -120,9 +117,8 @@ def gone(number):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look in")
-def test_a_stopped_worker_hangs_nothing(tmp_path, programs):
-    flags = [*TINY, f"--workdir={tmp_path}", "--set=train.workers=1"]
-    process = start(*flags, programs=programs)
+def test_a_stopped_worker_hangs_nothing(tmp_path):
+    process = start(*TINY, f"--workdir={tmp_path}", "--set=train.workers=1")
     ready = lambda: lines(tmp_path) >= 3 and workers_of(process)  # noqa: E731
     while not ready():
         assert process.poll() is None, finish(process, code=None)
