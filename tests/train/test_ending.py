@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.reliability import end, lines
+from hope_jax.core import config as config_lib
 from hope_jax.data import workers
 from hope_jax.train import lock, loop, signals, watchdog
 from tests.train import tiny
@@ -63,8 +65,8 @@ def long_call(until, most=20.0):
     system.pthread_mutex_lock(mutex)
 
     def release():
-        end = time.monotonic() + most
-        while not until() and time.monotonic() < end:
+        last = time.monotonic() + most
+        while not until() and time.monotonic() < last:
             time.sleep(0.02)
         system.pthread_mutex_unlock(mutex)
 
@@ -213,9 +215,9 @@ def test_workers_end_with_their_parent_alone():
         os.kill(worker, 0)
         parent.kill()
         assert not parent.stdout.read()  # which ends when both have
-    end = time.monotonic() + 20
+    last = time.monotonic() + 20
     with pytest.raises(ProcessLookupError):
-        while time.monotonic() < end:
+        while time.monotonic() < last:
             os.kill(worker, 0)
             time.sleep(0.01)
 
@@ -281,8 +283,51 @@ def test_an_error_saves_what_was_done(trained, tmp_path, monkeypatch):
             loop.train(RUN, tmp_path / "run")
     assert loop.checkpoint.latest_verified_step(tmp_path / "run") == 5
     assert loop.train(RUN, tmp_path / "run", resume=True).finished
-    for name in ("metrics.jsonl", "config.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
+    assert end(tmp_path / "run") == end(trained)
+
+
+def test_a_run_that_is_asked_to_stop_saves_the_step_at_hand(
+    trained, tmp_path, monkeypatch
+):
+    """Also by several at once; and it goes on to the same bytes."""
+    numbers = iter(range(100))
+
+    def asked(item):
+        if next(numbers) == 4:
+            send(signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
+        return item["tokens"]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_batch", asked)
+        outcome = loop.train(RUN, tmp_path)
+    assert (outcome.step, outcome.stopped_by) == (5, signal.SIGHUP)
+    assert loop.checkpoint.latest_verified_step(tmp_path) == lines(tmp_path) == 5
+    assert loop.train(RUN, tmp_path, resume=True).finished
+    assert end(tmp_path) == end(trained)
+
+
+def test_a_stopped_worker_hangs_nothing(tmp_path, monkeypatch):
+    """A run that waits for it in vain saves and ends when it is asked to."""
+    monkeypatch.setattr(watchdog, "GRACE", 0.5)
+    numbers, found = iter(range(100)), []
+
+    def stopped(item):
+        if next(numbers) == 3:
+            found.extend(multiprocessing.active_children())
+            for worker in found:
+                os.kill(worker.pid, signal.SIGSTOP)
+            threading.Timer(1.0, send, [signal.SIGTERM]).start()  # all is used up then
+        return item["tokens"]
+
+    monkeypatch.setattr(loop, "_batch", stopped)
+    run = config_lib.override(tiny.rows("full")["tiny"], ["train.workers=1"])
+    outcome = loop.train(run, tmp_path)
+    assert outcome.stopped_by == signal.SIGTERM and 4 <= outcome.step < 90
+    assert loop.checkpoint.latest_verified_step(tmp_path) == lines(tmp_path)
+    assert "a batch has not ended" in (tmp_path / watchdog.FILE).read_text()
+    (worker,) = found
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
