@@ -111,24 +111,23 @@ def run(
         # Their parent is this thread: it lives as long as the program does.
         stack.callback(_end, started)
         came = stack.enter_context(_noted())
-        with _held():  # what comes while they start waits until all can be told
-            for i, arguments in enumerate(each):
-                out: Any = None
-                if logs is not None:
-                    Path(logs).mkdir(parents=True, exist_ok=True)
-                    path = Path(logs) / f"process-{i}.log"
-                    out = stack.enter_context(path.open("ab"))
-                started.append(
-                    subprocess.Popen(
-                        arguments,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=out,
-                        start_new_session=True,
-                        preexec_fn=functools.partial(_begin, os.getpid()),
-                    )
+        for i, arguments in enumerate(each):
+            out: Any = None
+            if logs is not None:
+                Path(logs).mkdir(parents=True, exist_ok=True)
+                path = Path(logs) / f"process-{i}.log"
+                out = stack.enter_context(path.open("ab"))
+            started.append(
+                subprocess.Popen(
+                    arguments,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    preexec_fn=functools.partial(_die_with_parent, os.getpid()),
                 )
+            )
         return _wait(started, grace, came)
 
 
@@ -175,8 +174,8 @@ def _end(started: Sequence[subprocess.Popen]) -> None:
 
 @contextlib.contextmanager
 def _noted() -> Iterator[deque[int]]:
-    """The signals that come from now on, but for those that are ignored, as SIGHUP is
-    under `nohup`."""
+    """The signals that come from now on, to be passed on when all have started; not
+    those that are ignored, as SIGHUP is under `nohup`."""
     came: deque[int] = deque()
     before = {}
     try:
@@ -189,22 +188,9 @@ def _noted() -> Iterator[deque[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _held() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin(parent: int) -> None:
-    """Runs in the child, before it is the program: signals are its own again, and the
-    kernel kills it when its parent is gone."""
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+def _die_with_parent(parent: int) -> None:
+    """Runs in the child, before it is the program: the kernel kills it when its parent
+    is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was gone before
