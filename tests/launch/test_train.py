@@ -67,7 +67,7 @@ def test_killed_twice_equals_unbroken(tmp_path, monkeypatch):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     with monkeypatch.context() as patched:
         patched.setattr(loop.sharding, "make_mesh", functools.partial(mesh_of, 1))
-        loop.train(tiny.rows("full")["tiny"], unbroken)
+        loop.train(override(tiny.rows("full")["tiny"], []), unbroken)  # as read
 
     launch = functools.partial(start, *TINY, f"--workdir={broken}")
     moments = [

@@ -94,7 +94,8 @@ def test_meshes_equal_one_device(model, sizes, gather):
     some, said, done = stepped(model, mesh, gather)
     np.testing.assert_allclose(said, loss, rtol=1e-5)
     assert_same(one.params, some.params)
-    kernel = some.params["blocks"]["mixer"]["q"]["kernel"]
+    mixer = some.params["blocks"]["mixer"]
+    kernel = mixer["q" if "q" in mixer else "qkv"]["kernel"]
     share = kernel.addressable_shards[0].data.size / kernel.size
     assert share == mesh.shape["data"] / 4  # the other axes cut it
     by_layer = gather == "layer"
