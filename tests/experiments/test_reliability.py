@@ -1,9 +1,23 @@
 """What is left out of a restore is missed, a flipped bit is noticed, a kill is not."""
 
+import gc
+
 import pytest
 
 from experiments import reliability
 from hope_jax.train.metrics import read_result
+
+# Orbax leaves coroutines behind when a file is damaged.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def leftovers():
+    """Finalises them here, not in the middle of something else."""
+    yield
+    gc.collect()
 
 
 @pytest.mark.parametrize(
