@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,7 +248,7 @@ with hold(sys.argv[1]):
 """
 
 
-def test_a_folder_is_one_program_s(tmp_path):
+def test_a_folder_is_one_program_s(trained, tmp_path, monkeypatch):
     held = subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
     )
@@ -260,6 +261,19 @@ def test_a_folder_is_one_program_s(tmp_path):
             loop.train(RUN, tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {lock.FILE}
         held.kill()
+    shutil.copytree(trained, tmp_path / "run")
+    with lock.hold(tmp_path / "run"):  # said before that it has checkpoints
+        with pytest.raises(lock.InUse):
+            loop.train(RUN, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space"), lock.hold(tmp_path):
+            pass
     with lock.hold(tmp_path, "--out"):  # what a killed one leaves is no hindrance
         with pytest.raises(lock.InUse, match=f"--out=.* by process {os.getpid()} on"):
             with lock.hold(tmp_path, "--out"):

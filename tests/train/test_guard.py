@@ -1,6 +1,7 @@
 """The guard: harmful steps move nothing, are counted, and end in another start."""
 
 import math
+import signal
 import types
 from typing import Any
 
@@ -138,8 +139,9 @@ def returning(monkeypatch):
     return config_lib.override(RUN, [*settings, "train.keep=20"]), seen, taken
 
 
-def test_a_run_goes_back_and_on_with_other_data(tmp_path, returning):
-    """Killed right after that it does not see again what it skipped."""
+def test_a_run_goes_back_and_on_with_other_data(tmp_path, returning, monkeypatch):
+    """Killed right after that, or asked to stop, it does not see again what it
+    skipped."""
     run, seen, taken = returning
     outcome = loop.train(run, tmp_path / "whole")
     assert outcome.finished and outcome.step == 24
@@ -165,6 +167,17 @@ def test_a_run_goes_back_and_on_with_other_data(tmp_path, returning):
         killed = kept._meta(24)
     for what in ("params", "state", "data", "lineage"):
         assert killed[what] == whole[what]
+
+    back = Kept.go_back
+
+    def asked(self, like):
+        back(self, like)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Kept, "go_back", asked)
+        outcome = loop.train(run, tmp_path / "asked")
+    assert (outcome.step, outcome.stopped_by) == (7, signal.SIGTERM)  # not 6
 
     never = config_lib.override(run, ["guard.returns=0"])
     with pytest.raises(loop.NonFinite, match="as were 3 steps in a row.*--init_from"):
