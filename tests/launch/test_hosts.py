@@ -148,7 +148,7 @@ echo sleep >>log
 """
 PROGRAM = """#!/bin/bash
 echo "began $*"
-until [[ -e ../go ]]; do /bin/sleep 0.05; done
+for ((i = 0; i < 400; i++)); do [[ -e ../go ]] && break; /bin/sleep 0.05; done
 echo ended
 """
 
