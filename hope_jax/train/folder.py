@@ -87,7 +87,7 @@ def _place(flag: str, path: str | os.PathLike) -> tuple[Path, Path]:
         raise ForeignFolder(f"{given} is no path: it holds a zero byte.")
     folder = Path(path)
     try:
-        above = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+        above = next(p for p in (folder, *folder.parents) if _is_there(p))
         if not above.is_dir():
             what = "no folder"
             if above.is_symlink() and not above.exists():
@@ -96,6 +96,15 @@ def _place(flag: str, path: str | os.PathLike) -> tuple[Path, Path]:
     except OSError as error:  # a name that is too long, for example
         raise _refused(given, error) from None
     return folder, above
+
+
+def _is_there(path: Path) -> bool:
+    """A link too, wherever it leads."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _try(given: str, above: Path) -> None:

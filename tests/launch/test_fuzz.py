@@ -40,7 +40,7 @@ values = st.recursive(
     max_leaves=4,
 )
 few = hypothesis.settings(
-    max_examples=150,
+    max_examples=500,
     derandomize=True,
     deadline=None,
     database=None,
