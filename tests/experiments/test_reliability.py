@@ -6,6 +6,7 @@ import pytest
 
 from experiments import reliability
 from hope_jax.train.metrics import read_result
+from tests.train import programs
 
 # Orbax leaves coroutines behind when a file is damaged.
 pytestmark = pytest.mark.filterwarnings(
@@ -27,7 +28,8 @@ def leftovers():
         ("bit_flips", {"flips": 12.0, "silent": 0.0}),
     ],
 )
-def test_a_smoke_run_finds_what_is_expected(tmp_path, row, expected):
+def test_a_smoke_run_finds_what_is_expected(tmp_path, monkeypatch, row, expected):
+    programs.share(monkeypatch)
     flags = ["--scale=smoke", f"--out={tmp_path}", f"--rows={row}", "--seeds=1"]
     made = reliability.main(flags)
     found = read_result(tmp_path / "reliability" / f"{row}-s1.json")["metrics"]

@@ -26,7 +26,8 @@ FLAGS += ["start_timeout", "heartbeat_timeout", "set", "none_such", ""]
 ODD = ["", " ", "none", "null", "true", "-1", "0", "1", "2.5", "-0.0", "nan", "inf"]
 ODD += ["-inf", "1e999", "1e-999", "9" * 40, "9" * 5000, "0x10", "1_000", "x" * 300]
 ODD += ["[", "[]", "{}", "(1,", ",", '{"kind": "x"}', '{"kind": 3}', "[" * 5000]
-ODD += ["a\nb", "\x1b[31m", "\u202e", "é" * 200, "\udcff", "%s%n", "${HOME}", "~", "."]
+STEERING = ["a\nb", "\x1b[31m", "\u202e", "\udcff"]  # what no terminal should see
+ODD += [*STEERING, "é" * 200, "%s%n", "${HOME}", "~", "."]
 ODD += ["data:2,fsdp:2", "tensor:99", "adamw", "attention", "memory", "hope", "bpe"]
 ODD += ["words.json", "1:2", "h:80", "auto"]
 texts = st.sampled_from(ODD) | st.integers().map(str) | st.floats().map(str)
@@ -40,7 +41,7 @@ values = st.recursive(
     max_leaves=4,
 )
 few = hypothesis.settings(
-    max_examples=500,
+    max_examples=200,
     derandomize=True,
     deadline=None,
     database=None,
@@ -81,7 +82,7 @@ def judge(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         said = status if isinstance(status, str) else err.removesuffix("\n")
         assert status != 0 and said, (status, out)
-        assert said.isprintable() and len(said) < 3000, said
+        assert said.isprintable(), said
         assert not os.listdir(tmp_path)
         return False
 
@@ -128,6 +129,19 @@ def test_any_config(judge, beside, path, value, data):
     file = beside / "fuzzed.json"
     file.write_bytes(text)
     judge(f"--config={file}", "--workdir=run")
+
+
+def test_every_flag_and_field_with_what_steers_a_terminal(judge, beside):
+    file = beside / "config.json"
+    file.write_text(json.dumps(config(beside)))
+    known = [*TINY, "--workdir=run", f"--data={beside / 'text.txt'}"]
+    for text in STEERING:
+        for name in FLAGS:
+            judge(*known, f"--{name}={text}")
+        for path in FIELDS:
+            judge(f"--config={file}", "--workdir=run", f"--set={path}={text}")
+        judge(f"--config={file}", "--workdir=run", f"--set={text}=1")
+        judge(*known, f"--{text}", text)
 
 
 def test_what_is_right_is_accepted(judge, beside):

@@ -3,7 +3,12 @@
 import pytest
 
 from hope_jax.train import loop
-from tests.train import tiny
+from tests.train import programs, tiny
+
+
+@pytest.fixture(autouse=True)
+def shared_programs(monkeypatch):
+    programs.share(monkeypatch)
 
 
 @pytest.fixture(scope="session")
