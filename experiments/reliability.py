@@ -220,7 +220,9 @@ def leaving_out(what: str) -> Callable:
     def restore(self, like, *, iterator, **more):
         if what == "the place in the data":
             iterator = None
-        state, step = whole(self, like, iterator=iterator, **more)
+        found = whole(self, like, iterator=iterator, **more)
+        assert found is not None
+        state, step = found
         level, key = state.level, state.key
         if what == "the key":
             key = jax.random.fold_in(key, 1)
@@ -297,9 +299,11 @@ def _restorer(config: RunConfig, saved: Path) -> Callable[[], tuple[Any, ...]]:
     def restored():
         iterator, fingerprint = loop._data(config, source, mesh)
         with checkpoint.Checkpoints(saved, read_only=True) as checkpoints:
-            state, step = checkpoints.restore(
+            found = checkpoints.restore(
                 like, iterator=iterator, config=config, fingerprint=fingerprint
             )
+        assert found is not None
+        state, step = found
         arrays = checkpoint._arrays(state.params, "params")
         arrays |= checkpoint._arrays(checkpoint._rest(state), "state")
         said = {name: np.asarray(a).tobytes() for name, a in arrays.items()}
