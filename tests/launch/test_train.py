@@ -131,8 +131,9 @@ def test_describe_prints_and_exits(capsys):
         ([*TINY, "--set=row=../.."], "row must be letters, .* got '../..'"),
         (
             ["--experiment=tests.train.tiny", "--row=tinny"],
-            "its rows are tiny. Did",
+            "--row='tinny' is none: the rows of tests.train.tiny are tiny. Did",
         ),
+        (["--experiment=quickstart"], "Give --row: the rows of quickstart are hope, "),
         ([*TINY, "--set=model.d_modle=3"], "no field 'd_modle'. Did you mean 'd_mod"),
         ([*TINY, "--set=train.steps=many"], "train.steps must be a whole number"),
         ([*TINY, "--set=optimizer.rule.b1=2"], "^ValueError: b1 must be at least 0"),
