@@ -79,8 +79,11 @@ def parse(
         if rest:
             raise flags.Error(f"not a flag: {' '.join(rest)}")
     except flags.Error as error:
+        from hope_jax.core import show
+
         said = re.sub(r"flag (--\w+)=None: Flag .*", r"\1 is needed.", str(error))
-        fail(f"{' '.join(said.split())} (--helpshort lists the flags.)")
+        said = show.printable(" ".join(said.split()))
+        fail(f"{said} (--helpshort lists the flags.)")
     if not values["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all at INFO
     if compiles:
