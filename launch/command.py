@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -80,8 +79,11 @@ def parse(
         if rest:
             raise flags.Error(f"not a flag: {' '.join(rest)}")
     except flags.Error as error:
+        from hope_jax.core import show
+
         said = re.sub(r"flag (--\w+)=None: Flag .*", r"\1 is needed.", str(error))
-        fail(f"{' '.join(said.split())} (--helpshort lists the flags.)")
+        said = show.printable(" ".join(said.split()))
+        fail(f"{said} (--helpshort lists the flags.)")
     if not values["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all at INFO
     if compiles:
@@ -114,6 +116,8 @@ def keep_programs(folder: str = "") -> Path | None:
     """
     import jax  # after --help
 
+    from hope_jax.train.folder import make_folder
+
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
         return None
@@ -122,8 +126,7 @@ def keep_programs(folder: str = "") -> Path | None:
         return Path(kept)
     chosen = Path(folder).expanduser() if folder else _user_cache()
     try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=chosen).close()
+        make_folder(chosen)
     except OSError:
         if folder:
             raise

@@ -4,13 +4,15 @@
         python -m launch.train --experiment=quickstart --row=hope --workdir=runs/hope
 
 Each is given --coordinator, --num_processes and --process_id, and writes what it says
-to a file of its own under --logs. When one ends, the others have --grace seconds to end
-as well, and are then killed with all that they have started. SIGTERM, SIGINT and SIGHUP
-go to all. They end with this program, even if it is killed (on Linux).
+to a file of its own under --logs. SIGTERM, SIGINT and SIGHUP go to each of them, once.
+When one ends, or was sent a signal, all have --grace seconds to end as well, and are
+then killed with all that they have started. They end with this program, even if it is
+killed (on Linux).
 """
 
 import contextlib
 import ctypes
+import functools
 import os
 import shlex
 import signal
@@ -18,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from typing import Any
 from launch import command
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_TICK = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
@@ -37,7 +41,7 @@ def _define(define) -> None:
     )
     define.string("logs", None, "folder of a file each; by default they write here")
     define.integer(
-        "grace", 60, "seconds that the others have to end when one has ended"
+        "grace", 60, "seconds that all have to end when one has, or after a signal"
     )
     define.bool("dry_run", False, "print the command of each and exit")
 
@@ -96,7 +100,7 @@ def run(
       each: argument lists.
       environment: of all of them.
       logs: folder of `process-<i>.log`; None lets them write where this one does.
-      grace: seconds from the end of the first to the end of the others.
+      grace: seconds from the end of the first, or from a signal, to that of all.
 
     Returns:
       0 if all ended well, else the status of the first that did not, 128 + signal if a
@@ -106,12 +110,13 @@ def run(
     with contextlib.ExitStack() as stack:
         # Their parent is this thread: it lives as long as the program does.
         stack.callback(_end, started)
-        stack.enter_context(_passed_on(started))
+        came = stack.enter_context(_noted())
         for i, arguments in enumerate(each):
             out: Any = None
             if logs is not None:
                 Path(logs).mkdir(parents=True, exist_ok=True)
-                out = stack.enter_context((Path(logs) / f"process-{i}.log").open("ab"))
+                path = Path(logs) / f"process-{i}.log"
+                out = stack.enter_context(path.open("ab"))
             started.append(
                 subprocess.Popen(
                     arguments,
@@ -120,62 +125,76 @@ def run(
                     stdout=out,
                     stderr=out,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=functools.partial(_die_with_parent, os.getpid()),
                 )
             )
-        return _wait(started, grace)
+        return _wait(started, grace, came)
 
 
-def _wait(started: Sequence[subprocess.Popen], grace: float) -> int:
-    worst, over = 0, None
+def _wait(started: Sequence[subprocess.Popen], grace: float, came: deque[int]) -> int:
+    worst, over, killed, signalled = 0, None, False, False
     while True:
+        while came:
+            signalled = True
+            _send(started, came.popleft())
         codes = [process.poll() for process in started]
         worst = worst or next((code for code in codes if code), 0)
         if None not in codes:
             return 128 - worst if worst < 0 else worst
-        if over is None and any(code is not None for code in codes):
+        if over is None and (signalled or any(code is not None for code in codes)):
             over = time.monotonic() + grace
-        if over is not None and time.monotonic() > over:
+        if over is not None and time.monotonic() > over and not killed:
             slow = [i for i, code in enumerate(codes) if code is None]
             print(f"processes {slow} did not end in {grace} s: killed", flush=True)
-            _send(started, signal.SIGKILL)
-            worst, over = worst or -signal.SIGKILL, None
-            for process in started:
-                process.wait()
-        time.sleep(0.05)
+            _kill(started)
+            worst, killed = worst or -signal.SIGKILL, True
+        time.sleep(_TICK)
 
 
 def _send(started: Sequence[subprocess.Popen], number: int) -> None:
-    """To those that run, and to what they have started."""
+    """To those that run; what they have started is theirs to end."""
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _kill(started: Sequence[subprocess.Popen]) -> None:
+    """Those that run, with what they have started."""
     for process in started:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _end(started: Sequence[subprocess.Popen]) -> None:
-    _send(started, signal.SIGKILL)
+    _kill(started)
     for process in started:
         process.wait()
 
 
 @contextlib.contextmanager
-def _passed_on(started: Sequence[subprocess.Popen]) -> Iterator[None]:
-    """Signals of this process go to all of them."""
+def _noted() -> Iterator[deque[int]]:
+    """The signals that come from now on, to be passed on when all have started; not
+    those that are ignored, as SIGHUP is under `nohup`."""
+    came: deque[int] = deque()
     before = {}
     try:
         for number in _SIGNALS:
-            before[number] = signal.signal(number, lambda n, _: _send(started, n))
-        yield
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, lambda n, _: came.append(n))
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _die_with_parent() -> None:
-    """Runs in the child: the kernel kills it when its parent is gone."""
+def _die_with_parent(parent: int) -> None:
+    """Runs in the child, before it is the program: the kernel kills it when its parent
+    is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before
+            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 #
 # One task a GPU. The arguments go to launch.train with --coordinator=auto and --resume;
 # the workdir must be on storage that all nodes share. Two minutes before its time is
-# over, or when it is preempted, the job saves, and SLURM starts it again.
+# over, or when it is preempted, the job saves and is queued again; `scancel` ends it.
 #
 #SBATCH --job-name=hope_jax
 #SBATCH --requeue
@@ -32,4 +32,11 @@ if [[ -n "$dry" ]]; then
   echo
   exit 0
 fi
-exec "${command[@]}"
+status=0
+"${command[@]}" || status=$?
+# Stopped by SIGTERM, which the tasks alone were sent: SLURM itself queues again what was
+# preempted, but not what has used up its time.
+if ((status == 143)) && [[ -n "${SLURM_JOB_ID:-}" ]]; then
+  scontrol requeue "$SLURM_JOB_ID" || true
+fi
+exit "$status"

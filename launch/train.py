@@ -74,11 +74,11 @@ def load_row(experiment: str, row: str | None, scale: str):
     config = _rows(experiment, scale)
     if row is None and len(config) == 1:
         (row,) = config
+    known = f"the rows of {experiment} are {', '.join(config)}."
+    if row is None:
+        raise ValueError(f"Give --row: {known}")
     if row not in config:
-        raise ValueError(
-            f"--row={row} is no row of {experiment}; its rows are {', '.join(config)}."
-            + did_you_mean(row, config)
-        )
+        raise ValueError(f"--row={row!r} is none: {known}" + did_you_mean(row, config))
     return config[row]
 
 
@@ -96,7 +96,7 @@ def _rows(experiment: str, scale: str):
 
     if not all(part.isidentifier() for part in experiment.split(".")):
         raise ValueError(
-            f"--experiment={experiment} is no name of a module; there are "
+            f"--experiment={experiment!r} is no name of a module; there are "
             f"{', '.join(experiments())}."
         )
     for name in (f"experiments.{experiment}", experiment):
@@ -109,13 +109,13 @@ def _rows(experiment: str, scale: str):
         found = _made(module, scale)
         if found is None:
             raise ValueError(
-                f"--experiment={experiment} has no function rows(scale) of configs to "
-                f"train; those that have are {', '.join(experiments())}. Run it by "
+                f"--experiment={experiment!r} has no function rows(scale) of configs "
+                f"to train; those that have are {', '.join(experiments())}. Run it by "
                 f"itself: python -m {name}."
             )
         return found
     raise ValueError(
-        f"--experiment={experiment} is neither a module under experiments/ nor "
+        f"--experiment={experiment!r} is neither a module under experiments/ nor "
         f"importable; there are {', '.join(experiments())}."
         + did_you_mean(experiment, experiments())
     )
@@ -134,7 +134,9 @@ def _made(module: Any, scale: str) -> dict[str, Any] | None:
     except KeyError as error:
         if error.args != (scale,):
             raise
-        raise ValueError(f"--scale={scale} is no scale of {module.__name__}.") from None
+        raise ValueError(
+            f"--scale={scale!r} is no scale of {module.__name__}."
+        ) from None
     of = found.values() if isinstance(found, dict) else [found]
     return found if all(isinstance(config, RunConfig) for config in of) else None
 

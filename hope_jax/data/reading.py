@@ -58,7 +58,7 @@ def batched(
             grain.MultiprocessingOptions(
                 num_workers=config.workers, per_worker_buffer_size=config.batch
             ),
-            worker_init_fn=workers.end_with_parent,
+            worker_init_fn=workers.begin,
         )
     # After the workers: before them the order would depend on their number.
     return items.batch(config.batch // process_count, drop_remainder=True)

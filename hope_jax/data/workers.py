@@ -2,10 +2,16 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from multiprocessing import connection
 
+ENDING = tuple(  # signals that ask a run to end
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+)
 WAIT = 4.0  # seconds in which the library may raise what it knows of a dead worker
 
 
@@ -13,8 +19,19 @@ class Died(RuntimeError):
     """A process that reads data ended before it was asked to. Says how."""
 
 
-def end_with_parent(*_) -> None:
-    """Called in a worker as it starts: once its parent is gone, it ends.
+def begin(*_) -> None:
+    """Called in a worker of a run as it starts: it ends with its parent alone.
+
+    Terminals and schedulers send a signal to all processes at once. The run finishes
+    its step and saves, and needs its workers until then.
+    """
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Called in a process as it starts: once its parent is gone, it ends.
 
     Otherwise it would wait for ever for somebody to take what it has read.
     """

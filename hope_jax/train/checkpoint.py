@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -42,6 +41,7 @@ from hope_jax.optim.groups import path_names
 from hope_jax.train import guard as guard_lib
 from hope_jax.train import limits, metrics, processes
 from hope_jax.train.config import RunConfig
+from hope_jax.train.folder import try_folder
 from hope_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
@@ -192,7 +192,7 @@ class Checkpoints:
         self.wait()
         try:  # Orbax would wait for minutes for a folder that cannot be made
             if processes.writes():
-                os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=self.directory))
+                try_folder(self.directory)
         except OSError as error:
             raise _save_failed(step, self.directory, error.strerror) from None
         params, rest = _arrays(state.params, "params"), _arrays(_rest(state), "state")

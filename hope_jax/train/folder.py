@@ -1,7 +1,9 @@
 """Folders to write in: new, empty, or of this program; any other is left as it is."""
 
+import contextlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,14 +60,15 @@ folder of this machine.
 def check_place(flag: str, path: str | os.PathLike) -> Path:
     """`path`, if a folder is or can be made there and files in it.
 
-    Tries it with an empty folder in what is there already, which is removed again.
+    Tries it with a folder and a file in what is there already, which are removed again.
 
     Args:
       flag: what the path was given as, for messages.
       path: the folder.
 
     Raises:
-      ForeignFolder: an empty path, a URL, a file, or what the system refuses.
+      ForeignFolder: an empty path, a URL, a file, a link to nothing, or what the system
+        refuses.
     """
     folder, above = _place(flag, path)
     _try(f"{flag}={os.fspath(path)!r}", above)
@@ -80,19 +83,68 @@ def _place(flag: str, path: str | os.PathLike) -> tuple[Path, Path]:
         raise ForeignFolder(f"{given} is empty; give a folder for this alone.")
     if _URL.match(text):
         raise ForeignFolder(f"{given} is a URL; give a folder of this machine.")
-    folder = above = Path(path)
-    for above in (folder, *folder.parents):
-        if above.exists() or above.is_symlink():
-            if not above.is_dir():
-                raise ForeignFolder(f"{given}: {str(above)!r} is no folder.")
-            break
+    if "\0" in text:
+        raise ForeignFolder(f"{given} is no path: it holds a zero byte.")
+    folder = Path(path)
+    try:
+        above = next(p for p in (folder, *folder.parents) if _is_there(p))
+        if not above.is_dir():
+            what = "no folder"
+            if above.is_symlink() and not above.exists():
+                what = f"a link to {os.readlink(above)!r}, where nothing is"
+            raise ForeignFolder(f"{given}: {str(above)!r} is {what}.")
+    except OSError as error:  # a name that is too long, for example
+        raise _refused(given, error) from None
     return folder, above
+
+
+def _is_there(path: Path) -> bool:
+    """A link too, wherever it leads."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _try(given: str, above: Path) -> None:
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=above))
+        try_folder(above)
     except OSError as error:
-        raise ForeignFolder(
-            f"{given} cannot be written to: {error.strerror}. Give another folder."
-        ) from None
+        raise _refused(given, error) from None
+
+
+def _refused(given: str, error: OSError) -> ForeignFolder:
+    return ForeignFolder(
+        f"{given} cannot be written to: {error.strerror}. Give another folder."
+    )
+
+
+def try_folder(folder: Path) -> None:
+    """Makes a folder in `folder`, with a file; removes both, also where that fails.
+
+    Raises:
+      OSError: what the system refuses.
+    """
+    made = tempfile.mkdtemp(prefix=".try-", dir=folder)
+    try:
+        (Path(made) / "file").write_bytes(b".")
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes `folder`, with those above it, and tries it.
+
+    Raises:
+      OSError: what the system refuses; nothing that was made is left.
+    """
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try_folder(folder)
+    except OSError:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise

@@ -68,6 +68,7 @@ class Kept:
       saved: the step of its last checkpoint, or None.
       latest: the metrics of the last step read that was finite.
       in_a_row: steps up to the last one read that were skipped.
+      returned: whether the run went back, and no checkpoint says so yet.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class Kept:
     ):
         self.now, self.saved = now, saved
         self.latest: dict[str, float] = {}
-        self.in_a_row = 0
+        known = now.state.guard
+        self.in_a_row = 0 if known is None else int(known.in_a_row)
+        self.returned = False
         self._config, self._workdir = config, workdir
         self._checkpoints, self._fingerprint = checkpoints, fingerprint
         self._bytes_per_token = bytes_per_token
@@ -140,15 +143,20 @@ class Kept:
             fingerprint=self._fingerprint,
         )
         self._checkpoints.wait()
-        self.saved = self.now.done
+        self.saved, self.returned = self.now.done, False
 
     def gave_up(self) -> bool:
-        """Whether too many steps in a row were skipped."""
+        """Whether too many steps in a row were skipped, the last one among them."""
         most = min(self._config.guard.give_up, max(1, self._config.train.steps // 10))
+        if self.in_a_row >= most:
+            self.read()  # the step at hand may be a good one
         return self.in_a_row >= most
 
     def go_back(self, like: TrainState) -> None:
         """Goes on from an earlier checkpoint, with the data that comes next.
+
+        That checkpoint knows nothing of it: the next step is to be saved (`returned`),
+        lest a kill has the run read the same data again.
 
         Args:
           like: shapes, types and shardings of the state.
@@ -165,13 +173,14 @@ class Kept:
             self.save()
             raise self._given_up()
         far = [step for step in steps if step <= now.done - config.back]
-        self.read()
+        happened = list(self._checkpoints.lineage)  # an earlier return, for example
         self._checkpoints.forget_after(far[-1] if far else steps[0])
         found = self._checkpoints.restore(
             like, iterator=None, config=self._config, fingerprint=self._fingerprint
         )
         assert found is not None
         state, step = found
+        self._checkpoints.lineage = happened
         self._checkpoints.tell("returned", now.done, to=step)
         known = state.guard
         assert known is not None
@@ -181,7 +190,7 @@ class Kept:
             f"{self._bad} {self.in_a_row} steps in a row were skipped: back to step "
             f"{step}, and on with other data ({returns + 1} of {config.returns})"
         )
-        self.in_a_row, self.saved = 0, step
+        self.in_a_row, self.saved, self.returned = 0, step, True
         self.now = Moment(state, step, now.place)
         self._log.close()
         self._log = _log(self._workdir, step)

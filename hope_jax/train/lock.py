@@ -40,9 +40,9 @@ def hold(folder: str | os.PathLike, flag: str = "--workdir") -> Iterator[None]:
             f"{flag}={os.fspath(folder)!r} is in use by {_owner(path)}: wait until it "
             "ends, or give another folder."
         )
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
     try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -64,8 +64,9 @@ def _locked(path: Path) -> int | None:
                 raise
             logging.warning("%s cannot be locked here: %s.", path, error.strerror)
             return file
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
         os.close(file)  # its holder has just removed it
 
 

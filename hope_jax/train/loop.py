@@ -162,15 +162,15 @@ def train(
     if params is not None and init_from is not None:
         raise ValueError("params and init_from both say where to start; give one.")
     mesh = make_mesh(config)
-    begun = _has_checkpoints(workdir)
-    processes.check_same(checkpoints=f"{workdir}: {begun}")
-    if not resume:
-        _check_new(workdir)
 
     with contextlib.ExitStack() as stack:
         held = not processes.writes() or workdir.is_dir()
         if held and processes.writes():
             stack.enter_context(lock.hold(workdir))
+        begun = _has_checkpoints(workdir)  # by none that may still write some
+        processes.check_same(checkpoints=f"{workdir}: {begun}")
+        if not resume:
+            _check_new(workdir)
         if begun:
             with checkpoint.Checkpoints(
                 workdir / checkpoint.FOLDER, read_only=True
@@ -265,7 +265,9 @@ def train(
         except Exception as error:
             died = readers.dead(wait=0.0)
             readers.kill()  # one of them may hang
-            if not isinstance(error, watchdog.Stalled) or stop.signal is None:
+            ended = isinstance(error, watchdog.Stalled)
+            ended |= died is not None and processes.alone()
+            if not ended or stop.signal is None:
                 _save_in_spite(error, kept, dog)
                 if died is not None:
                     raise workers.Died(
@@ -296,7 +298,7 @@ def _take_steps(
     """Takes steps until the last, or a signal; saves on the way."""
     train, last = config.train, config.train.steps
     compiled = False
-    while kept.now.done < last and stop.signal is None:
+    while kept.now.done < last and (stop.signal is None or kept.returned):
         with dog("a batch"):
             item = next(iterator)
         batch = sharding.shard_batch(_batch(item), mesh)
@@ -311,10 +313,12 @@ def _take_steps(
         if validate and (done % train.validate_every == 0 or done == last):
             with dog("a validation"):
                 kept.found(validate(state.params))
-        if done % train.checkpoint_every == 0 or done == last:
+        if done % train.checkpoint_every == 0 or done == last or kept.returned:
             with dog("a save"):
                 kept.save()
-        if kept.gave_up():
+        with dog("a step"):
+            too_many = kept.gave_up()
+        if too_many:
             with dog("a restore"):
                 kept.go_back(like)
 

@@ -6,11 +6,8 @@ import signal
 import time
 from collections.abc import Iterator
 
-ENDING = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-    if hasattr(signal, name)
-)
+from hope_jax.data.workers import ENDING
+
 AGAIN = 1.0  # seconds; wrappers pass a signal on that the run was sent itself
 
 

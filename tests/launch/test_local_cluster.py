@@ -1,7 +1,10 @@
 """Several real processes on this machine: one run, stopped, killed and resumed."""
 
+import contextlib
+import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.reliability import lines
 from hope_jax.core.config import override
 from hope_jax.train import checkpoint, loop, metrics
 from launch import distributed, local_cluster
-from tests.launch.test_train import final_state, finish, lines, stop_when
+from tests.launch.test_train import finish, mesh_of, stop_when
 from tests.train import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +51,12 @@ def children(process) -> list[int]:
     return [int(pid) for pid in found.read_text().split()]
 
 
+def meta(workdir: Path, step: int):
+    """Digests of all that a checkpoint holds, among other things."""
+    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
+        return saved._meta(saved.verify(step))
+
+
 def is_alive(pid: int) -> bool:
     try:
         return (
@@ -59,23 +69,11 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_two_processes_are_one_run(tmp_path, monkeypatch):
-    """As one process with two devices, but for the order of sums; and byte for byte as
-    two that were asked to stop once and killed once."""
-    finish(start(tmp_path, "unbroken"))
-    unbroken = tmp_path / "unbroken"
-    said = [(tmp_path / f"logs-unbroken/process-{i}.log").read_text() for i in range(2)]
-    assert "on 2 x cpu" in said[0] and "step 60/60" in said[0]
-    assert "loss" not in said[1] and "Traceback" not in said[1]
-
-    broken = tmp_path / "broken"
-    process = start(tmp_path, "broken")
-    stop_when(process, lambda: lines(broken) >= 3, 0)
-    os.kill(children(process)[1], signal.SIGTERM)  # one of them: both stop
-    finish(process, code=128 + signal.SIGTERM)
-    stopped = checkpoint.latest_verified_step(broken)
-    assert stopped == lines(broken) and 3 <= stopped < 60
-    process = start(tmp_path, "broken", "--resume")
-    stop_when(process, lambda: lines(broken) >= 45, 0)
+    """As one process with two devices, but for the order of sums; killed once and asked
+    to stop once. What is computed again is so byte for byte."""
+    shared = tmp_path / "shared"
+    process = start(tmp_path, "shared")
+    stop_when(process, lambda: lines(shared) >= 45, 0)
     each = children(process)
     assert len(each) == 2
     os.kill(each[1], signal.SIGKILL)
@@ -83,27 +81,44 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch):
     finish(process, code=128 + signal.SIGKILL)
     assert time.monotonic() - began < 5 + 10
     assert not any(map(is_alive, each))
-    assert checkpoint.latest_verified_step(broken) in (20, 40)
-    finish(start(tmp_path, "broken", "--resume"))
-    assert final_state(broken) == final_state(unbroken)
-    for name in ("metrics.jsonl", "config.json", "tokenizer.json"):
-        assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
+    said = [(tmp_path / f"logs-shared/process-{i}.log").read_text() for i in range(2)]
+    assert "on 2 x cpu" in said[0] and "step 40/60" in said[0]
+    assert "loss" not in said[1] and "Traceback" not in said[1]
+    assert checkpoint.latest_verified_step(shared) == 40
+    saved = meta(shared, 40)
+    shutil.rmtree(shared / "checkpoints" / "40")  # as if it had been killed before
+    before = (shared / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    before = [line for line in before if line.endswith(b"\n")]
+    assert len(before) > 40
 
-    made = loop.sharding.make_mesh
-    two = lambda devices, sizes: made(jax.devices()[:2], sizes)  # noqa: E731
-    monkeypatch.setattr(loop.sharding, "make_mesh", two)
+    process = start(tmp_path, "shared", "--resume")
+    log = tmp_path / "logs-shared" / "process-0.log"
+    again = lambda: log.read_text().partition("resumed at step")[2]  # noqa: E731
+    stop_when(process, lambda: "step 43/60" in again(), 0)
+    os.kill(children(process)[1], signal.SIGTERM)  # one of them: both stop
+    finish(process, code=128 + signal.SIGTERM)
+    stopped = checkpoint.latest_verified_step(shared)
+    assert stopped == lines(shared) and 43 <= stopped < 60
+    assert again().startswith(" 20 of 60")
+    finish(start(tmp_path, "shared", "--resume"))
+    after = (shared / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(after) == 60 and after[: len(before)] == before
+    for what in ("params", "state", "data"):
+        assert meta(shared, 40)[what] == saved[what]
+
+    monkeypatch.setattr(loop.sharding, "make_mesh", functools.partial(mesh_of, 2))
     config = override(tiny.rows("full")["tiny"], SETTINGS)
     loop.train(config, tmp_path / "alone")
-    one, two = (checkpoint.restore_params(tmp_path / n) for n in ("alone", "unbroken"))
+    one, two = (checkpoint.restore_params(tmp_path / n) for n in ("alone", "shared"))
     for a, b in zip(
         jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=2e-6)
-    alone, shared = (
+    alone, both = (
         metrics.read_log(tmp_path / name / "metrics.jsonl")
-        for name in ("alone", "unbroken")
+        for name in ("alone", "shared")
     )
-    for line, other in zip(alone, shared, strict=True):
+    for line, other in zip(alone, both, strict=True):
         assert line.keys() == other.keys()
         np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-5)
 
@@ -213,18 +228,96 @@ def test_all_end_when_one_does(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+# What a test leaves behind that fails ends by itself.
+WAIT = "for ((i = 0; i < 1000; i++)); do sleep 0.03; done"
+# Writes down the signals that come, and so does what it has started.
+NOTES = """
+note() { echo "$1" >>"$2"; }
+for n in TERM INT HUP; do trap "note $n $0${*: -1}" $n; done
+(
+  for n in TERM INT HUP; do trap "note $n $0child" $n; done
+  WAIT
+) &
+touch "$0${*: -1}"
+WAIT
+""".replace("WAIT", WAIT)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Starts clusters of two shells, which know where to write."""
+    with contextlib.ExitStack() as stack:
+
+        def start(script, *flags, by=()):
+            program = [sys.executable, "-m", "launch.local_cluster", "--processes=2"]
+            shell = [shutil.which("bash"), "-c", script, f"{tmp_path}/"]
+            process = subprocess.Popen(
+                [*by, *program, *flags, "--", *shell],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def noted(folder):
+    """What each of the two has written; None of one that has not begun."""
+    files = [folder / f"--process_id={i}" for i in range(2)]
+    return [f.read_text().split() if f.exists() else None for f in files]
+
+
+def wait_until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("by", [[], ["nohup"]], ids=str)
+def test_each_process_is_sent_a_signal_once(cluster, tmp_path, by):
+    """And not what it has started, which is its own to end. Those that do not end are
+    killed, with that; what the cluster is to ignore, none is sent."""
+    process = cluster(NOTES, "--grace=1", by=by)
+    wait_until(lambda: None not in noted(tmp_path))
+    sent = ["INT", "TERM"] if by else ["HUP", "INT", "TERM"]
+    for name in ("HUP", "INT", "TERM"):
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        if name in sent:
+            wait_until(lambda name=name: all(name in each for each in noted(tmp_path)))
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGKILL, err
+    assert out == "processes [0, 1] did not end in 1 s: killed\n"
+    assert noted(tmp_path) == [sent, sent] and not (tmp_path / "child").exists()
+
+
+def test_a_signal_while_they_start_reaches_all(cluster):
+    """The first sends it, as soon as it is there, to what starts the others."""
+    first = 'case "${*: -1}" in *=0) kill -TERM $PPID ;; esac'
+    process = cluster(f"{first}\n{WAIT}", "--processes=8", "--grace=60")
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM, err
+
+
+def test_it_ends_with_the_status_of_what_was_signalled(cluster, tmp_path):
+    process = cluster("trap 'exit 143' INT\ntouch \"$0${*: -1}\"\n" + WAIT)
+    wait_until(lambda: None not in noted(tmp_path))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 143
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_none_outlives_the_cluster():
     program = [sys.executable, "-c", "import time; time.sleep(100)"]
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.local_cluster", "--", *program], cwd=ROOT
     )
-    while len(each := children(process)) < 2:
-        time.sleep(0.01)
-    time.sleep(0.2)  # past what a child does before it is the program
+    wait_until(lambda: len(children(process)) == 2)
+    each = children(process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, each)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(map(is_alive, each)))

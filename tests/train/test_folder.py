@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from experiments import sweep
 from hope_jax.train import checkpoint, loop
-from hope_jax.train.folder import ForeignFolder
+from hope_jax.train.folder import ForeignFolder, check_place, make_folder
 from launch import evaluate, quickstart
 from tests.train import tiny
 
@@ -109,6 +110,48 @@ def test_refuses_a_file(tmp_path, start):
         with pytest.raises(ForeignFolder, match="is no folder"):
             start(path)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@programs
+def test_refuses_a_link_to_nothing(tmp_path, start):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    before = content(tmp_path)
+    for path in (tmp_path / "link", tmp_path / "link" / "below"):
+        with pytest.raises(
+            ForeignFolder, match="link' is a link to '.*gone', where no"
+        ):
+            start(path)
+    assert content(tmp_path) == before and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x" * 300, "cannot be written to: File name too long"), ("a\0b", "a zero byte")],
+)
+def test_refuses_what_is_no_name(tmp_path, name, said):
+    for path in (tmp_path / name, tmp_path / name / "below"):
+        with pytest.raises(ForeignFolder, match=f"^--out='.*{said}"):
+            check_place("--out", path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_try_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Where a folder can be made and no file in it, as on a full disk."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    check_place("--out", tmp_path / "new")
+    make_folder(tmp_path / "kept" / "a")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ForeignFolder, match="cannot be written to: No space left"):
+        check_place("--out", tmp_path / "new" / "below")
+    for path in (tmp_path / "new" / "below", tmp_path / "kept" / "a" / "b"):
+        with pytest.raises(OSError, match="No space left"):
+            make_folder(path)
+    with pytest.raises(OSError, match="too long"):
+        make_folder(tmp_path / "new" / ("x" * 300))
+    assert {p.name for p in tmp_path.rglob("*")} == {"kept", "a"}
 
 
 @pytest.mark.parametrize(

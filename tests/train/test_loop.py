@@ -25,9 +25,12 @@ def config(*settings):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     outcome = loop.train(
         config("train.validate_every=5", "train.validate_batches=2"), workdir
     )
+    after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    assert before == after  # they are given back
     return workdir, outcome
 
 
@@ -159,13 +162,6 @@ def test_what_does_not_fit_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         loop.train(config(*settings), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_signals_are_given_back(tmp_path):
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    loop.train(config("train.steps=2"), tmp_path)
-    after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    assert before == after
 
 
 def test_bpe_is_trained_once_and_kept(tmp_path):

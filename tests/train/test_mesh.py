@@ -32,9 +32,9 @@ def mesh_of(sizes: str, devices: int = 4):
     return sharding.make_mesh(jax.devices()[:devices], sharding.read_mesh(sizes))
 
 
-def stepped(mesh, gather="layer"):
-    """Hope after two steps, and what one does in its loops."""
-    graphdef, params = small.built(HOPE)
+def stepped(model, mesh, gather="layer"):
+    """A model after two steps, and what one does in its loops."""
+    graphdef, params = small.built(model)
     config = OptimizerConfig(rule="sgd", learning_rate=0.05, warmup_steps=0)
     tx = optim.build(config, total_steps=9, periods=optim.one_clock(params))
     apply = functools.partial(lm.apply, horizon=16)
@@ -45,7 +45,7 @@ def stepped(mesh, gather="layer"):
     state, program = sharding.place(start, params, mesh), None
     rng = np.random.default_rng(0)
     for _ in range(2):
-        tokens = rng.integers(0, HOPE.vocab, (4, 17)).astype(np.int32)
+        tokens = rng.integers(0, model.vocab, (4, 17)).astype(np.int32)
         batch = sharding.shard_batch(tokens, mesh)
         if program is None:
             traced = sharding.jit_step(step, mesh, state).trace(state, batch)
@@ -78,40 +78,39 @@ def assert_same(one, other, atol=1e-5):
         np.testing.assert_allclose(a, b, atol=atol, err_msg=where)
 
 
-@pytest.mark.slow
-def test_meshes_equal_one_device():
+@pytest.mark.parametrize(
+    ("model", "sizes", "gather"),
+    [
+        pytest.param(HOPE, "fsdp:2,tensor:2", "layer", marks=pytest.mark.slow),
+        (tiny.MODEL, "data:2,fsdp:2", "step"),
+    ],
+    ids=["hope", "attention"],
+)
+def test_meshes_equal_one_device(model, sizes, gather):
     """Hope with its levels moving: heads apart, weights apart and gathered whenever a
-    layer is read, or before the step."""
-    one, loss, _ = stepped(mesh_of("", 1))
-    for sizes, gather in (("fsdp:2,tensor:2", "layer"), ("data:2,fsdp:2", "step")):
-        mesh = mesh_of(sizes)
-        some, said, done = stepped(mesh, gather)
-        np.testing.assert_allclose(said, loss, rtol=1e-5)
-        assert_same(one.params, some.params)
-        kernel = some.params["blocks"]["mixer"]["q"]["kernel"]
-        share = kernel.addressable_shards[0].data.size / kernel.size
-        assert share == mesh.shape["data"] / 4  # the other axes cut it
-        by_layer = gather == "layer"
-        assert ("all_gather" in done) == ("reduce_scatter" in done) == by_layer
-        assert not {"psum", "psum_invariant"} & done  # the mean over rows comes after
+    layer is read. Before the step they are gathered without looking at the model."""
+    one, loss, _ = stepped(model, mesh_of("", 1))
+    mesh = mesh_of(sizes)
+    some, said, done = stepped(model, mesh, gather)
+    np.testing.assert_allclose(said, loss, rtol=1e-5)
+    assert_same(one.params, some.params)
+    mixer = some.params["blocks"]["mixer"]
+    kernel = mixer["q" if "q" in mixer else "qkv"]["kernel"]
+    share = kernel.addressable_shards[0].data.size / kernel.size
+    assert share == mesh.shape["data"] / 4  # the other axes cut it
+    by_layer = gather == "layer"
+    assert ("all_gather" in done) == ("reduce_scatter" in done) == by_layer
+    assert not {"psum", "psum_invariant"} & done  # the mean over rows comes after
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path):
+def test_a_run_goes_on_on_another_mesh(trained, tmp_path):
     """From parameters and moments in parts; what a run computes is the same."""
-    ends = {}
-    for name, mesh in (("data", ""), ("parts", "fsdp:2,tensor:2")):
+    whole = checkpoint.restore_params(trained).params
+    for mesh in ("fsdp:2,tensor:2", "fsdp:4"):
         config = override(SMOKE, [f"train.mesh={mesh}", "train.checkpoint_every=6"])
-        loop.train(config, tmp_path / name)
-        ends[name] = checkpoint.restore_params(tmp_path / name).params
-    assert_same(ends["data"], ends["parts"], 2e-5)
-    longer = [f"train.mesh={m}" for m in ("fsdp:4", "data:2,fsdp:2")]
-    half = override(SMOKE, [longer[0], "train.checkpoint_every=6"])
-    folder = tmp_path / "parts" / "checkpoints" / "12"
-    shutil.rmtree(folder)
-    assert loop.train(half, tmp_path / "parts", resume=True).finished
-    assert_same(
-        ends["data"], checkpoint.restore_params(tmp_path / "parts").params, 2e-5
-    )
+        assert loop.train(config, tmp_path, resume=True).finished
+        assert_same(whole, checkpoint.restore_params(tmp_path).params, 2e-5)
+        shutil.rmtree(tmp_path / "checkpoints" / "12")
 
 
 def test_pmap_equals_jit():

@@ -153,7 +153,8 @@ def test_where_documents_begin_and_what_is_predicted():
 
 
 def test_packed_rows_train_as_their_documents_do_one_by_one():
-    """On one device and on four, whose rows predict different numbers of tokens."""
+    """On one device, and in turn on two; their rows predict different numbers of
+    tokens."""
     config = dataclasses.replace(small.HOPE_ATTENTION, layers=1)
     graphdef, params = small.built(config)
     tx = optax.sgd(0.5)
@@ -171,7 +172,7 @@ def test_packed_rows_train_as_their_documents_do_one_by_one():
         return losses.mean(), losses.size
 
     (loss, count), gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
-    for devices, accumulate in ((1, 1), (4, 1), (1, 2)):
+    for devices, accumulate in ((1, 1), (2, 2)):
         mesh = sharding.make_mesh(jax.devices()[:devices])
         step = step_lib.make_step(
             graphdef, lm.apply, tx, mesh=mesh, stretch=4, accumulate=accumulate
@@ -225,7 +226,7 @@ def collectives(program: str) -> dict[str, list[str]]:
 
 def test_devices_wait_for_each_other_once_a_step():
     """And not at every chunk of tokens, in every layer."""
-    config = dataclasses.replace(small.HOPE, layers=2)
+    config = dataclasses.replace(small.HOPE, layers=1)
     graphdef, params = small.built(config)
     mesh, tx = sharding.make_mesh(), optax.sgd(0.1)
     tokens = jnp.zeros((4, 17), jnp.int32)
