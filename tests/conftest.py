@@ -6,6 +6,7 @@ is not marked `slow`.
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 from tests.versions import FORMER_EMITTERS
@@ -32,6 +33,12 @@ from tests import annotations
 from tests.chosen import quick
 
 annotations.install("hope_jax")  # before any of it is imported
+
+# What was started with `nohup` or `&` ignores these, and so would all that it starts.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

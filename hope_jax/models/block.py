@@ -279,7 +279,9 @@ class Group(nnx.Module):
         """That of each block."""
         return [
             state
-            and BlockState(state.mixer[i], tuple(level[i] for level in state.fast))
+            and BlockState(
+                state.mixer and state.mixer[i], tuple(level[i] for level in state.fast)
+            )
             for i in range(len(self.parts))
         ]
 

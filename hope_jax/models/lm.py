@@ -1277,8 +1277,9 @@ def _read_aligned(
     position = state.position + length
     if not state.levels or not learn.cms:
         mixers, fast, _ = state.blocks
+        given = None if fresh else mixers  # a mixer that begins looks back at nothing
         said, mixers, _ = _read(
-            model, tokens, mixers, fast, aligned=True, learn=learn, targets=targets
+            model, tokens, given, fast, aligned=True, learn=learn, targets=targets
         )
         blocks, held = BlockState(mixers, fast), _let_go(state.held)
         return said, LMState(blocks, state.levels, held, position)

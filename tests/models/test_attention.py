@@ -116,3 +116,22 @@ def test_layers_that_are_recomputed_say_the_same():
     expected, made = both(params)
     close(made, expected)
     assert "prevent_cse" in str(jax.make_jaxpr(lambda p: loss(graphdef, p))(params))
+
+
+def test_a_row_that_begins_looks_at_no_empty_window():
+    """A window of keys before the first token would be as many scores again."""
+    length = 24
+    config = dataclasses.replace(
+        small.TRANSFORMER, mixer=attention.AttentionConfig(context=length)
+    )
+    graphdef, params = small.built(config)
+    tokens = jnp.asarray(small.some_tokens(length=length))
+    scores = lambda keys: f",{length},{keys}]"  # noqa: E731
+
+    def program(state):
+        read = lambda p, t, s: lm.apply(graphdef, p, t, s, aligned=True)  # noqa: E731
+        return str(jax.make_jaxpr(read)(params, tokens, state))
+
+    assert scores(length) in program(None)
+    assert scores(2 * length) not in program(None)
+    assert scores(2 * length) in program(small.start(config, len(tokens)))

@@ -54,9 +54,8 @@ def test_bytes_of_the_states_of_rows(one):
 
 def test_products_of_a_step(one):
     """Forward each token meets every matrix and the embedding, as the head; scores and
-    means of values are of 16 tokens with 32, those of an empty state among them.
-    Backward makes two products of each."""
-    forward = 2 * 16 * (MATRICES + EMBEDDING) + 2 * 2 * 16 * 32 * 16
+    means of values are of 16 tokens with 16. Backward makes two products of each."""
+    forward = 2 * 16 * (MATRICES + EMBEDDING) + 2 * 2 * 16 * 16 * 16
     more = plan.plan(override(SMOKE, ["train.batch=8"]), 1)
     assert (one.tokens, more.tokens) == (4 * 16, 8 * 16)
     assert more.step_flops - one.step_flops == 4 * 3 * forward
