@@ -2,7 +2,7 @@
 
 Run:     pip install libtpu==0.0.42.1
          python -m experiments.fits  (one: --rows=hope_760m_v5e-64)
-Smoke:   --scale=smoke --out=DIR (a tiny model on the devices here); a test runs it.
+Smoke:   --scale=smoke --out=DIR (a tiny Transformer, on the devices that are here).
 Expect:  experiments/README.md has the table.
 Cost:    two to three minutes of one CPU core a row, and 4 GB.
 
@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from experiments import lab, paper
+from hope_jax.models import zoo
 from hope_jax.train import plan
 from hope_jax.train.config import RunConfig
 from launch import command
@@ -34,7 +35,8 @@ def rows(scale: str) -> dict[str, RunConfig]:
     if scale == "smoke":
         (tiny,) = paper.rows("smoke").values()
         train = dataclasses.replace(tiny.train, batch=2 * jax.device_count())
-        return {"hope_tiny_here": dataclasses.replace(tiny, train=train)}
+        model = zoo.get("transformer_tiny")
+        return {"transformer_tiny": dataclasses.replace(tiny, model=model, train=train)}
     return {
         f"{model}_{machine}": paper.rows(machine)[model]
         for model in MODELS
