@@ -4,7 +4,8 @@ Run:     python -m experiments.benchmarks.scaling
 Smoke:   add --quick --out=DIR (small sizes); a test does so.
 Goal:    a step with M3 or Muon on a mesh at most 1.25 times one with AdamW.
 Expect:  what was measured last is in experiments/results/benchmarks/, with its commit.
-Cost:    ten minutes on 2 CPU cores, most of them to compile.
+Cost:    five minutes of one CPU core, most of them to compile; of --only=transformer,
+         hope or optimizers a part.
 
 The devices are virtual ones of this machine, which share its cores: more of them make
 nothing faster. The work of a step is the same on every mesh, so what a step takes
@@ -13,11 +14,12 @@ copies, collectives, and products too small for a core. In CPU seconds of all th
 that is overhead alone; on the clock two devices may also use two cores better than one
 does. Real devices have memory and links of their own, of which this says nothing.
 
-`hope` is a small Hope whose levels move, on 1, 2, 4 and 8 devices along each axis of a
-mesh. Optimizers are those of a Transformer, on two meshes of 4. Newton-Schulz makes
-`30 d` operations a parameter of a matrix of width d, the model `6` for each token of
-the batch, so that a step with Muon takes at least `1 + 30 d / (6 tokens)` of one with
-AdamW: 1.16 here. Of 0.5M tokens and d = 2,048 that is 1.02.
+A Transformer trains on 1, 2, 4 and 8 devices along each axis of a mesh, a small Hope
+whose levels move on 1 and 4. Optimizers move the Transformer, on two meshes of 4.
+Newton-Schulz makes about `30 d` operations a parameter of a matrix of width d, the
+model `6` for each token of the batch, so that a step with Muon takes at least
+`1 + 30 d / (6 tokens)` of one with AdamW: 1.08 here. Of 0.5M tokens and d = 2,048 that
+is 1.02.
 """
 
 import dataclasses
@@ -29,14 +31,13 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments import lab
 from experiments.benchmarks import timing
-from hope_jax import optim
 from hope_jax.models import lm, zoo
 from hope_jax.models.cms import CMSConfig, CMSLevel
 from hope_jax.models.config import ModelConfig, with_context
@@ -78,14 +79,14 @@ class Sizes:
     axes: tuple[str, ...] = sharding.AXES
     counts: tuple[int, ...] = (1, 2, 4, 8)
     rules: tuple[str, ...] = ("muon", "m3")
-    rounds: int = 5
+    rounds: int = 3
 
 
 def _twin(width: int, layers: int, vocab: int, seq_len: int) -> ModelConfig:
     model = with_context(zoo.get("transformer_tiny"), seq_len)
     cms = dataclasses.replace(model.cms, hidden=4 * width)
     return dataclasses.replace(
-        model, d_model=width, layers=layers, vocab=vocab, cms=cms
+        model, d_model=width, layers=layers, heads=8, vocab=vocab, cms=cms
     )
 
 
@@ -101,7 +102,7 @@ FULL = Sizes(
         ),
         cms=CMSConfig(levels=(CMSLevel(period=64), CMSLevel(period=4096)), hidden=128),
     ),
-    transformer=_twin(128, 4, 1024, 256),
+    transformer=_twin(64, 2, 1024, 256),
 )
 _TINY = _twin(16, 1, 32, 16)
 QUICK = Sizes(
@@ -125,7 +126,7 @@ class Step:
     """
 
     def __init__(
-        self, model: ModelConfig, mesh: str, rows: int, seq_len: int, rule="adamw"
+        self, model: ModelConfig, mesh: str, rows: int, seq_len: int, rule: str
     ):
         config = RunConfig(
             experiment="scaling",
@@ -154,90 +155,102 @@ class Step:
         return jax.block_until_ready(metrics)
 
 
-def meshes(sizes: Sizes) -> list[str]:
-    """One device, and each axis over each of the other counts."""
-    others = [f"{a}:{n}" for a in sizes.axes for n in sizes.counts if n > 1]
-    return ["data:1", *others]
+class Race(NamedTuple):
+    """Steps that are timed in turn.
+
+    Attributes:
+      name: of its workloads, with a place for that of a step.
+      peer: against which of them.
+      calls: steps that are timed at once.
+      steps: the arguments of `Step` but for the length of rows.
+    """
+
+    name: str
+    peer: str
+    calls: int
+    steps: dict[str, tuple[ModelConfig, str, int, str]]
 
 
-def run(sizes: Sizes, report: Callable[[str], Any] = print) -> list[dict[str, Any]]:
-    """Times everything and returns the workloads of a benchmark file.
+def races(sizes: Sizes) -> dict[str, list[Race]]:
+    """What is timed, part by part."""
+
+    def on(model, rows, counts):
+        meshes = ["data:1", *(f"{a}:{n}" for a in sizes.axes for n in counts if n > 1)]
+        steps = {mesh: (model, mesh, rows, "adamw") for mesh in meshes}
+        return Race(f"{model.name} on {{}} against one device", "data:1", 1, steps)
+
+    def by(mesh):
+        twin, rows = sizes.transformer, sizes.transformer_rows
+        steps = {rule: (twin, mesh, rows, rule) for rule in ("adamw", *sizes.rules)}
+        return Race(f"{{}} against adamw on {mesh}", "adamw", PERIOD, steps)
+
+    some = min(4, max(sizes.counts))
+    cut = [axis for axis in sizes.axes if axis != sharding.TENSOR]
+    return {
+        "transformer": [on(sizes.transformer, sizes.transformer_rows, sizes.counts)],
+        "hope": [on(sizes.hope, sizes.hope_rows, (some,))],
+        "optimizers": [by(f"{axis}:{some}") for axis in cut],
+    }
+
+
+def run(race: Race, sizes: Sizes, report: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """Times one race: workloads of a benchmark file.
 
     Raises:
-      ValueError: a mesh on which the first loss is another.
+      ValueError: the first loss of a step is not that of its peer.
     """
-    found = []
-
-    def made(model, mesh, rows, rule="adamw"):
+    programs = {}
+    for name, (model, mesh, rows, rule) in race.steps.items():
         report(f"compiling {model.name} on {mesh}, {rule}")
-        return Step(model, mesh, rows, sizes.seq_len, rule)
-
-    def race(programs, peer, steps, name):
-        first = programs[peer].first
-        for what, program in programs.items():
-            timing.check_agreement(f"losses on {what}", program.first, first, TOLERANCE)
-        times = timing.interleave(
-            programs, sizes.rounds, lambda p, n: timing.measure(p, steps * n)
-        )
-        for what in programs:
-            if what == peer:
-                continue
-            for kind, metric in CLOCKS:
-                ours, theirs = getattr(times[what], kind), getattr(times[peer], kind)
-                each = ([1 / t for t in one] for one in (ours, theirs))
-                found.append(timing.workload(name(what), metric, *each))
-
-    rows, model = sizes.hope_rows, sizes.hope
-    race(
-        {mesh: made(model, mesh, rows) for mesh in meshes(sizes)},
-        "data:1",
-        1,
-        lambda mesh: f"{model.name} on {mesh} against one device",
+        programs[name] = Step(model, mesh, rows, sizes.seq_len, rule)
+    first = programs[race.peer].first
+    for name, program in programs.items():
+        timing.check_agreement(f"losses of {name}", program.first, first, TOLERANCE)
+    times = timing.interleave(
+        programs, sizes.rounds, lambda p, n: timing.measure(p, race.calls * n)
     )
-    rows, model = sizes.transformer_rows, sizes.transformer
-    for axis in sizes.axes:
-        if axis == sharding.TENSOR:  # matrices are whole over the rows
-            continue
-        mesh = f"{axis}:{min(4, max(sizes.counts))}"
-        race(
-            {rule: made(model, mesh, rows, rule) for rule in ("adamw", *sizes.rules)},
-            "adamw",
-            PERIOD,
-            lambda rule, mesh=mesh: f"{rule} against adamw on {mesh}",
-        )
+    found = []
+    for name in programs:
+        for kind, metric in CLOCKS if name != race.peer else ():
+            ours, peer = getattr(times[name], kind), getattr(times[race.peer], kind)
+            each = ([1 / t for t in one] for one in (ours, peer))
+            found.append(timing.workload(race.name.format(name), metric, *each))
     return found
 
 
 def table(workloads: Sequence[dict[str, Any]]) -> str:
-    """A line a mesh or rule: how much longer its step takes, in CPU time and clock."""
-    lines = ["| step | in CPU seconds | on the clock |", "|---|---:|---:|"]
-    for work in workloads[::2]:
-        both = [w for w in workloads if w["workload"] == work["workload"]]
-        cells = [
-            f"{1 / w['ratio']:.2f} ({1 / max(w['ratios']):.2f} to "
-            f"{1 / min(w['ratios']):.2f})"
-            for w in both
-        ]
-        lines.append(f"| {work['workload']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """A line a step: how many times as long it takes, in CPU time and on the clock."""
+    lines = {}
+    for w in workloads:
+        low, high = (1 / end for end in (max(w["ratios"]), min(w["ratios"])))
+        cell = f"{1 / w['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        lines.setdefault(w["workload"], []).append(cell)
+    columns = ["times as long a step", "in CPU seconds", "on the clock"]
+    return lab.table(columns, [[name, *cells] for name, cells in lines.items()])
 
 
 def _define(define) -> None:
+    define.list("only", [], "parts, with commas between; all by default")
     define.bool("quick", False, "small sizes")
     define.string("out", str(lab.RESULTS), "folder of the results")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints how much longer steps take and writes the file."""
+    """Measures part by part, prints how long steps take and writes a file of each."""
     flags = command.parse(__doc__, _define, arguments)
-    found = run(QUICK if flags.quick else FULL)
-    print(table(found))
-    for work in found:
-        if work["workload"].partition(" ")[0] in optim.RULES:
+    sizes = QUICK if flags.quick else FULL
+    parts = races(sizes)
+    with command.fail_in_words():
+        wanted = lab.chosen(parts, flags.only, "only", "part")
+    for part in wanted:
+        found = [w for race in parts[part] for w in run(race, sizes, print)]
+        print(table(found))
+        for work in found if part == "optimizers" else ():
             met = "met" if work["ratio"] >= GOAL else "NOT met"
             took = f"{1 / work['ratio']:.2f} of a step, goal {1 / GOAL:.2f} {met}"
             print(f"{work['workload']}, {work['metric']}: {took}")
-    print(write_benchmark(flags.out, name="scaling", workloads=found))
+        name = f"scaling_{part}"
+        print(write_benchmark(flags.out, name=name, workloads=found))
 
 
 if __name__ == "__main__":

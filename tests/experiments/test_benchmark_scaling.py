@@ -7,26 +7,34 @@ from hope_jax.train.metrics import read_benchmark
 
 
 def test_quick(tmp_path, capsys):
-    scaling.main(["--quick", f"--out={tmp_path}"])
-    (path,) = (tmp_path / "benchmarks").glob("scaling-*.json")
-    said = read_benchmark(path)["workloads"]
-    races = [
-        "transformer_tiny on fsdp:2 against one device",
-        "m3 against adamw on fsdp:2",
-    ]
-    clocks = ["steps per second of one core", "steps per second"]
-    expected = [(race, clock) for race in races for clock in clocks]
-    assert [(work["workload"], work["metric"]) for work in said] == expected
-    assert all(len(work["ratios"]) == 2 and work["ours"] > 0 for work in said)
+    parts = ("transformer", "optimizers")
+    scaling.main(["--quick", f"--only={','.join(parts)}", f"--out={tmp_path}"])
+    names = {
+        "transformer": "transformer_tiny on fsdp:2 against one device",
+        "optimizers": "m3 against adamw on fsdp:2",
+    }
+    for part in parts:
+        (path,) = (tmp_path / "benchmarks").glob(f"scaling_{part}-*.json")
+        said = read_benchmark(path)["workloads"]
+        assert [work["metric"] for work in said] == [m for _, m in scaling.CLOCKS]
+        assert {work["workload"] for work in said} == {names[part]}
+        assert all(len(work["ratios"]) == 2 and work["ours"] > 0 for work in said)
     out = capsys.readouterr().out
     assert out.count("of a step, goal 1.25") == 2
+    assert all(f"| {name} |" in out for name in names.values())
 
 
 def test_every_axis_on_every_number_of_devices():
-    assert scaling.meshes(scaling.FULL) == [
+    axes = ("data", "fsdp", "tensor")
+    parts = scaling.races(scaling.FULL)
+    (race,) = parts["transformer"]
+    assert list(race.steps) == [
         "data:1",
-        *(f"{axis}:{n}" for axis in ("data", "fsdp", "tensor") for n in (2, 4, 8)),
+        *(f"{a}:{n}" for a in axes for n in (2, 4, 8)),
     ]
+    (race,) = parts["hope"]
+    assert list(race.steps) == ["data:1", *(f"{a}:4" for a in axes)]
+    assert [list(r.steps) for r in parts["optimizers"]] == [["adamw", "muon", "m3"]] * 2
 
 
 def test_a_mesh_that_computes_something_else_is_not_timed(monkeypatch):
@@ -38,5 +46,6 @@ def test_a_mesh_that_computes_something_else_is_not_timed(monkeypatch):
             self.first = next(losses)
 
     monkeypatch.setattr(scaling, "Step", Other)
-    with pytest.raises(ValueError, match="losses on fsdp:2 differ by"):
-        scaling.run(scaling.QUICK, lambda _: None)
+    (race,) = scaling.races(scaling.QUICK)["transformer"]
+    with pytest.raises(ValueError, match="losses of fsdp:2 differ by"):
+        scaling.run(race, scaling.QUICK, lambda _: None)
