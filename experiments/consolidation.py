@@ -3,7 +3,7 @@
 Run:     python -m experiments.consolidation
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table.
-Cost:    a minute and a half a seed on one CPU core.
+Cost:    two minutes a seed on one CPU core.
 
 No model and no training: the main memory of Hope's layer, as an MLP and as a matrix,
 reads a stream of random pairs of unit vectors at a low inner rate and forgets by a half
@@ -49,8 +49,7 @@ SETTINGS = {
     )
     for period, rate, half_life in (
         *((p, r, math.inf) for p in (64, 256, 1024) for r in (0.1, 0.5, 1.0)),
-        (256, 0.5, 4096.0),
-        (256, 0.5, 16384.0),
+        *((p, 0.5, h) for p in (64, 256) for h in (4096.0, 16384.0)),
         (64, 0.1, 16384.0),
     )
 }
