@@ -191,11 +191,13 @@ def compare(file):
     second = {name: np.float32(g) for name, g in second.items()}
     one, _ = moved(ONE, (first, second))
     start = named(nested(chosen(small.built(HOPE)[1])))
-    for sizes in MESHES:
-        many, cut = moved(sizes, (first, second))
-        for kind, leaves in one.items():
+    every = dict.fromkeys(MESHES, tuple(optim.RULES)) | dict.fromkeys(MORE, SPREAD)
+    for sizes, kinds in every.items():
+        many, cut = moved(sizes, (first, second), kinds)
+        for kind in kinds:
             far = [
-                np.abs(np.asarray(many[kind][n]) - w).max() for n, w in leaves.items()
+                np.abs(np.asarray(many[kind][name]) - leaf).max()
+                for name, leaf in one[kind].items()
             ]
             found[f"{kind} {sizes}"] = max(far)
             found[f"cut {kind} {sizes}"] = cut[kind]
