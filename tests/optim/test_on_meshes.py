@@ -5,8 +5,9 @@ has as its gradient on a mesh is held to one device's; and two moves of every me
 `RULES` by the same gradients, with parameters, gradients and states where training has
 them, to those of one device. By gradients of their own, moves of Adam and its like are
 as near only where gradients are well above rounding errors: it divides each by its own
-size, so that one of 1e-8, of which the last digits differ, is a step that does. In
-float64 a whole step of AdamW is the same to 1e-12 on all meshes.
+size, so that one of 1e-8, of which the last digits differ, is a step that does: two
+steps of AdamW at a rate of 0.05 were up to 5e-5 apart, on rows alone (`data:4`) as on
+`fsdp:2,tensor:2`, 1e-6 with an epsilon of 1e-3, and in float64 1e-13.
 
 All rules of a mesh move in one program, and all meshes are of one process of eight
 devices.
