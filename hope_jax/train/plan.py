@@ -131,7 +131,9 @@ def compiled(config: RunConfig, devices: Sequence[Any], effort: float = 0.0) -> 
     state = _state(config, shapes, tx)
     step = loop.make_step(config, graphdef, tx, layers, mesh)
     lowered = sharding.jit_step(step, mesh, state).lower(state, _batch(config))
-    options = {"exec_time_optimization_effort": effort} if effort else None
+    options = {}
+    if effort and devices[0].platform == "tpu":
+        options["exec_time_optimization_effort"] = effort
     return lowered.compile(compiler_options=options)
 
 
