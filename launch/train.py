@@ -42,7 +42,7 @@ def define_row(define) -> None:
         "set", [], "field=value of the config, for example train.steps=100; repeatable"
     )
     define.string("data", None, "text file, folder or glob; sets data.path")
-    define.string("mesh", None, "data:2,fsdp:4,tensor:2; sets train.mesh")
+    define.string("mesh", None, "data:2,fsdp:4, also sequence, tensor; sets train.mesh")
 
 
 def _define(define) -> None:

@@ -68,17 +68,7 @@ def memory_scan(
         )
 
     tokens = _accepted(state, tokens)
-
-    def chunk(state, tokens, here):
-        if tokens.k.shape[0] < config.chunk:
-            return piece(config, state, tokens, start=start, count=here)
-        # At a chunk's start anchor and weights are one: said so, products are shared.
-        # After the last token there is, none starts.
-        state = commit(state) if count is None else state
-        after, y = piece(config, state, tokens, start=start, count=here)
-        if here is None:
-            return commit(after), y
-        return commit_if(here == config.chunk, state, after), y
+    chunk = _by_chunk(config, start, count)
 
     def read(state, tokens):
         if impl == "reference":
@@ -94,6 +84,36 @@ def memory_scan(
     state, y = read(state, first)
     state, more = scan_chunks(stretch, stretch, truncate, state, later)
     return state, jnp.concatenate([y, more])
+
+
+def memory_end(
+    config: MemoryConfig,
+    state: MemoryState,
+    tokens: Tokens,
+    remat: bool = True,
+    start: Weights | None = None,
+) -> MemoryState:
+    """The state in which `memory_scan` ends, of the same arguments; nothing is read."""
+    chunk = _by_chunk(config, start, None, reads=False)
+    tokens = _accepted(state, tokens)
+    return scan_padded(chunk, config.chunk, state, tokens, remat)[0]
+
+
+def _by_chunk(config, start, count, reads=True):
+    """A whole chunk, or what remains: `(state, tokens, here) -> (state, reads)`."""
+
+    def chunk(state, tokens, here):
+        if tokens.k.shape[0] < config.chunk:
+            return piece(config, state, tokens, reads, start, here)
+        # At a chunk's start anchor and weights are one: said so, products are shared.
+        # After the last token there is, none starts.
+        state = commit(state) if count is None else state
+        after, y = piece(config, state, tokens, reads, start, here)
+        if here is None:
+            return commit(after), y
+        return commit_if(here == config.chunk, state, after), y
+
+    return chunk
 
 
 def _accepted(state: MemoryState, tokens: Tokens) -> Tokens:

@@ -13,6 +13,7 @@ from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, GatedMLP, rms_norm
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig
+from hope_jax.models.share import Share
 from hope_jax.optim.leaves import wide
 
 
@@ -170,9 +171,10 @@ class Block(nnx.Module):
         aligned: bool | None = None,
         learn: bool | Learning = True,
         ends: bool = True,
+        share: Share | None = None,
     ) -> tuple[Float[Array, "B T D"], BlockState]:
-        """Any T >= 1; see the mixer for `aligned` and `learn`, and for `ends`, which is
-        for those that have a `stride`.
+        """Any T >= 1; see the mixer for `aligned` and `learn`, and for `ends` and
+        `share`, which are for those that have a `stride`, or let devices share rows.
 
         A fresh state reads the learned CMS weights themselves, without a copy a row.
         """
@@ -181,7 +183,8 @@ class Block(nnx.Module):
         fast = {}
         if state is not None:  # with a horizon, of the first levels alone
             fast = dict(zip(self.config.fast, state.fast, strict=False))
-        own = {} if ends else {"ends": False}
+        own: dict[str, Any] = {} if ends else {"ends": False}
+        own |= {} if share is None else {"share": share}
         y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn, **own)
         opened = None
         if self.config.cms.rates == "generated":
@@ -251,11 +254,14 @@ class Group(nnx.Module):
         aligned: bool | None = None,
         learn: bool | Learning = True,
         ends: bool = True,
+        share: Share | None = None,
     ) -> tuple[Float[Array, "B T D"], BlockState]:
         """As `Block`."""
         states = []
         for part, mine in zip(self.parts, self._states(state), strict=True):
-            x, mine = part(x, mine, aligned=aligned, learn=learn, ends=ends)
+            x, mine = part(
+                x, mine, aligned=aligned, learn=learn, ends=ends, share=share
+            )
             states.append(mine)
         return x, _join(states)
 

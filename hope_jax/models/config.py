@@ -181,6 +181,33 @@ class ModelConfig:
                 "shape), or read less."
             )
 
+    def check_shared(self, tokens: int, devices: int) -> None:
+        """Refuses rows of so many tokens that so many devices cannot share, each a
+        stretch of them (`hope_jax.models.share`).
+
+        Raises:
+          ValueError: says which layer cannot, why and what to do.
+        """
+        asked = f"sequence:{devices} of train.mesh cuts rows of {tokens} tokens, but"
+        if tokens % devices:
+            least = tokens // devices * devices
+            near = f"{least} or {least + devices}" if least else f"{devices}"
+            raise ValueError(
+                f"{asked} {devices} must divide them: set train.seq_len={near}."
+            )
+        periods = [f"{self.cms.levels[i].period:g}" for i in self.within(tokens)]
+        if periods:
+            raise ValueError(
+                f"{asked} model.cms.levels of periods {', '.join(periods)} "
+                "move inside a row, which is read chunk after chunk for that: use a "
+                "mesh without sequence, or levels of rate 0."
+            )
+        for i, mixer in enumerate(self.pattern):
+            place = f"model.mixer.{i}" if len(self.pattern) > 1 else "model.mixer"
+            reason = mixer.unshared(tokens, devices)
+            if reason:
+                raise ValueError(f"{asked} {place} ({mixer.kind}) {reason}.")
+
 
 def with_context(config: ModelConfig, context: int) -> ModelConfig:
     """The model whose attention to whole rows looks back over `context` tokens."""

@@ -93,6 +93,10 @@ class CausalConv(nnx.Module):
             last = jax.lax.dynamic_slice_in_dim(x, count, width - 1, axis=1)
         return functools.reduce(jnp.add, taps), last.astype(tail.dtype)
 
+    @property
+    def width(self) -> int:
+        return self.kernel.shape[0]
+
     def tail(self, rows: int) -> Float[Array, "B W D"]:
         width, channels = self.kernel.shape
         return jnp.zeros((rows, width - 1, channels), self.kernel.dtype)

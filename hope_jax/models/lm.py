@@ -37,6 +37,7 @@ from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, rms_norm
 from hope_jax.models.learning import Learning
 from hope_jax.models.parts import NOT_KEPT, Parts
+from hope_jax.models.share import Share
 from hope_jax.optim.leaves import path_names, wide_type
 
 __all__ = [
@@ -240,6 +241,7 @@ def apply(
     learn: bool | Learning = True,
     horizon: int | None = None,
     parts: Parts | None = None,
+    shared: str | None = None,
 ) -> tuple[Float[Array, "B T N"] | Float[Array, "B T"], LMState]:
     """Reads tokens, lets every fast level live through them, predicts the next ones.
 
@@ -274,6 +276,10 @@ def apply(
         without. By default rows may read on for ever.
       parts: static, for fresh rows inside `jax.shard_map`; which parts of `params` this
         device holds. By default it holds all.
+      shared: static, for fresh rows inside `jax.shard_map`; the axis of the mesh whose
+        devices share the tokens of every row, in order, a stretch of T each, of which
+        these are this device's (`ModelConfig.check_shared`). `after` and `begins` are
+        of its stretch too. The state that is returned is that of the rows' start.
 
     Returns:
       Float32 logits, those of position t predicting token t + 1, or losses in nats,
@@ -323,6 +329,19 @@ def apply(
             )
         targets = jnp.concatenate([tokens[:, 1:], after[:, None]], axis=1)
     model.losses = targets is not None
+    if shared is not None:
+        if (
+            state is not None
+            or labels is not None
+            or learn != learning.resolve(model.config, True)
+        ):
+            raise ValueError(
+                f"shared={shared!r} is for fresh rows in which everything learns: "
+                "leave state, labels and learn out."
+            )
+        whole = tokens.shape[1] * jax.lax.axis_size(shared)
+        model.config.check_shared(whole, whole // tokens.shape[1])
+        return _read_shared(model, tokens, targets, begins, shared)
     if horizon is not None and tokens.shape[1] > horizon:
         raise ValueError(
             f"horizon ({horizon}) must be at least the tokens of a row "
@@ -940,7 +959,7 @@ class _Read(NamedTuple):
     opened: PyTree | None
 
 
-def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
+def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None, share=None):
     """What `[B, T]` tokens make of a model, the fast weights fixed."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
     x, parts = model.embedded(tokens), _parts(model)
@@ -950,7 +969,7 @@ def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None):
         if parts is not None:
             params = parts.layer(params)
         x, state = nnx.merge(graphdef, params)(
-            x, BlockState(mixer, fast), aligned=aligned, learn=learn
+            x, BlockState(mixer, fast), aligned=aligned, learn=learn, share=share
         )
         return x, (state.mixer, state.opened)
 
@@ -1218,6 +1237,21 @@ def _read_documents(model, tokens, labels, targets, state, begins, start, learn)
     state, said = jax.lax.scan(read, state, xs)
     said = jnp.swapaxes(said, 0, 1)
     return said.reshape(*tokens.shape, *said.shape[3:]), state
+
+
+def _read_shared(model, tokens, targets, begins, axis):
+    """This device's stretch of fresh rows, layer by layer beside the others."""
+    if begins is not None:
+        _check_begins(begins, tokens, True, model.config.span)
+    state = _begin(model, tokens.shape[0], tokens.shape[1])
+    said = _read(
+        *(model, tokens, state.blocks.mixer, state.blocks.fast),
+        aligned=True,
+        learn=model.learning,
+        targets=targets,
+        share=Share.of(axis, tokens, begins),
+    ).said
+    return said, _rows_first(state)
 
 
 class _Life(NamedTuple):

@@ -188,7 +188,7 @@ class TrainConfig:
         another; the gradient is their mean. What the backward pass needs is kept of
         one part alone.
       mesh: how devices share the work, `data:2,fsdp:4` (`hope_jax.train.sharding`);
-        `data` is what the others leave.
+        `data` is what the others leave. With `sequence` they share the tokens of rows.
       gather: on a mesh with `fsdp`, when weights are made whole: a `layer` at a time,
         whenever one is read, or all before each `step`, for which there must be room.
       seq_len: tokens of a sequence; those that attention to whole rows looks back over

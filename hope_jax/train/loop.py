@@ -615,6 +615,7 @@ def check_mesh(config: RunConfig, mesh: Any) -> None:
     train = config.train
     sharding.check_heads(config.model.heads, mesh)
     sharding.check_batch(train.batch, mesh, train.accumulate)
+    sharding.check_tokens(config.model, train.seq_len, train.stretch, mesh)
     rule = config.optimizer.rule
     if sharding.FSDP in mesh.axis_names and rule.inputs and train.gather == "layer":
         raise ValueError(
@@ -671,7 +672,7 @@ def _validation(graphdef: Any, config: RunConfig, source: Source, mesh):
     if rows is None:
         return None
     evaluate = sharding.jit_evaluation(
-        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch),
+        step_lib.make_evaluation(graphdef, lm.apply, config.train.stretch, mesh),
         mesh,
         lm.abstract(config.model),
     )

@@ -184,6 +184,9 @@ def flops(jaxpr: Any) -> float:
             total += max(flops(branch.jaxpr) for branch in params["branches"])
             continue
         times = params["length"] if name == "scan" else 1
+        if name == "shard_map":  # of the shares of one device
+            mesh = params["mesh"]
+            times = math.prod(mesh.shape[axis] for axis in params["newly_manual_axes"])
         total += times * sum(map(flops, _inner(params)))
     return total
 
@@ -199,13 +202,17 @@ def _is_program(node):
 
 
 def _step_flops(config, graphdef, shapes, rows):
-    """Of a step of so many rows on one device."""
+    """Of a step of so many rows on one device, or on those that share their tokens."""
+    devices = sharding.read_mesh(config.train.mesh).get(sharding.SEQUENCE, 1)
     train = dataclasses.replace(
         config.train, batch=rows, accumulate=1, mesh="", gather="layer"
     )
-    config = dataclasses.replace(config, train=train)
+    config, mesh = dataclasses.replace(config, train=train), None
+    if devices > 1:  # which sum up what is handed on as well
+        sizes = {sharding.DATA: 1, sharding.SEQUENCE: devices}
+        mesh = _abstract(sizes)
     tx, layers = loop.make_optimizer(config, graphdef, shapes, None)
-    step = loop.make_step(config, graphdef, tx, layers, None)
+    step = loop.make_step(config, graphdef, tx, layers, mesh)
     state = _state(config, shapes, tx)
     return flops(jax.jit(step).trace(state, _batch(config)).jaxpr.jaxpr)
 
@@ -224,11 +231,14 @@ def _batch(config):
 def _abstract_mesh(config, devices):
     """`loop.make_mesh` of devices that are not there."""
     sizes = sharding.mesh_shape(devices, sharding.read_mesh(config.train.mesh))
-    mesh = AbstractMesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    mesh = _abstract(sizes)
     loop.check_mesh(config, mesh)
     return mesh
+
+
+def _abstract(sizes):
+    types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
 def _bytes(tree: PyTree, lies: PyTree | None = None) -> int:

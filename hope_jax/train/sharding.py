@@ -3,6 +3,8 @@
     data     rows; every device has all parameters
     fsdp     rows too, and parameters with all that the optimizer keeps of them: a
              device gathers them when it reads, and keeps its share of their gradient
+    sequence the tokens of a row, a stretch to each device, for layers that can be told
+             what the stretches before did to their memories (`hope_jax.models.share`)
     tensor   heads, with every memory of a head, and the hidden units of MLPs
 
 The state of a row, fast weights included, lies where the row does. Rows may also be
@@ -26,15 +28,17 @@ from jax.sharding import (
 from jaxtyping import PyTree
 
 from hope_jax.core.level import Differentiate
+from hope_jax.models.config import ModelConfig
 from hope_jax.models.parts import Parts
 from hope_jax.optim.leaves import path_names
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+DATA, FSDP, SEQUENCE, TENSOR = AXES = ("data", "fsdp", "sequence", "tensor")
 
 TABLE: Mapping[str, str | tuple[str, ...]] = {
     "rows": (DATA, FSDP),
+    "tokens": SEQUENCE,
     "width": FSDP,
     "memory": FSDP,
     "heads": TENSOR,
@@ -128,6 +132,21 @@ def row_shards(mesh: AnyMesh) -> int:
     return math.prod(mesh.shape[name] for name in row_axes(mesh))
 
 
+def shared(mesh: AnyMesh | None) -> str | None:
+    """The axis that cuts the tokens of rows, if the mesh has it."""
+    return SEQUENCE if mesh is not None and SEQUENCE in mesh.axis_names else None
+
+
+def share_axes(mesh: AnyMesh) -> tuple[str, ...]:
+    """The axes over which devices read tokens of their own."""
+    return row_axes(mesh) + ((SEQUENCE,) if shared(mesh) else ())
+
+
+def shares(mesh: AnyMesh) -> int:
+    """In how many parts the tokens of a batch are cut."""
+    return math.prod(mesh.shape[name] for name in share_axes(mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -139,6 +158,11 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 def _rows(mesh: AnyMesh) -> PartitionSpec:
     first, *others = row_axes(mesh)
     return PartitionSpec((first, *others) if others else first)
+
+
+def _tokens(mesh: AnyMesh) -> PartitionSpec:
+    """Of what leads with rows, and where tokens are cut with these then."""
+    return PartitionSpec(*_rows(mesh), SEQUENCE) if shared(mesh) else _rows(mesh)
 
 
 def cuts(mesh: AnyMesh) -> bool:
@@ -243,6 +267,25 @@ def check_heads(heads: int, mesh: AnyMesh) -> None:
         )
 
 
+def check_tokens(model: ModelConfig, seq_len: int, stretch: int, mesh: AnyMesh) -> None:
+    """Refuses rows that the sequence axis cannot cut.
+
+    Raises:
+      ValueError: as of `ModelConfig.check_shared`; or documents of packed rows may
+        begin elsewhere than where a device's tokens do.
+    """
+    devices = mesh.shape.get(SEQUENCE, 1)
+    if devices == 1:
+        return
+    model.check_shared(seq_len, devices)
+    if stretch and seq_len // devices % stretch:
+        raise ValueError(
+            f"train.stretch ({stretch}) must divide the {seq_len // devices} tokens of "
+            f"a row that each device of sequence:{devices} reads: use a shorter "
+            "stretch, longer rows or fewer devices."
+        )
+
+
 def own_share(mesh: Mesh) -> tuple[int, int]:
     """Which share of every batch this process reads, and of how many; processes whose
     devices hold the same rows read the same.
@@ -322,7 +365,9 @@ def of_rows(
 
     Each device takes the gradient of its own rows, which nothing interrupts, and one
     mean over all of them follows. Left to itself the compiler would sum the gradient of
-    a parameter over the devices wherever a loop uses it: at every chunk of tokens.
+    a parameter over the devices wherever a loop uses it: at every chunk of tokens. Of
+    rows that are cut each takes that of its tokens; what it was told by others carries
+    gradients back to them.
 
     Args:
       differentiate: of one device's rows; None is `jax.value_and_grad`.
@@ -332,7 +377,7 @@ def of_rows(
     """
 
     own = _plain if differentiate is None else differentiate
-    axes = row_axes(mesh)
+    axes = share_axes(mesh)
 
     def differentiate_rows(f, params, *given):
         dims = _fsdp_dims(params, mesh)
@@ -350,12 +395,27 @@ def of_rows(
             local,
             mesh=mesh,
             in_specs=(cut, *[rows] * len(given)),
-            out_specs=((whole, rows), cut, whole),
+            out_specs=((whole, _tokens(mesh)), cut, whole),
             axis_names=set(axes),  # the others are the compiler's
             check_vma=False,  # else the means would be taken at every use again
         )(params, *given)
 
     return differentiate_rows
+
+
+def of_shares(mean: Callable, mesh: Mesh) -> Callable:
+    """`(params, batch) -> mean` of all tokens, of a `mean` that each device takes of
+    its share of them; for meshes that cut rows."""
+    axes = share_axes(mesh)
+    whole = PartitionSpec()
+    return jax.shard_map(
+        lambda params, batch: jax.lax.pmean(mean(params, batch), axes),
+        mesh=mesh,
+        in_specs=(whole, _rows(mesh)),
+        out_specs=whole,
+        axis_names=set(axes),
+        check_vma=False,
+    )
 
 
 def of_replicas(differentiate: Differentiate | None, axis: str) -> Differentiate:
@@ -408,10 +468,11 @@ def _shared(
 
     def mean(leaf, dim):
         if dim < 0:
-            return jax.lax.pmean(leaf, row_axes(mesh))
+            return jax.lax.pmean(leaf, share_axes(mesh))
         if not summed:
             leaf = jax.lax.psum_scatter(leaf, FSDP, scatter_dimension=dim, tiled=True)
-        return jax.lax.pmean(leaf / mesh.shape[FSDP], DATA)
+        others = tuple(name for name in share_axes(mesh) if name != FSDP)
+        return jax.lax.pmean(leaf / mesh.shape[FSDP], others)
 
     return jax.tree.map(mean, gradient, dims)
 

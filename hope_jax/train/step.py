@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hope_jax.core.level import Differentiate, Fast, Slow, hope_update
+from hope_jax.models import share
 from hope_jax.train import sharding
 from hope_jax.train.state import TrainState, outer_level
 
@@ -73,11 +74,13 @@ def make_step(
       graphdef: the static half of the model.
       apply_fn: `(graphdef, params, tokens[B, T], state, after=tokens[B]) -> (losses[B,
         T], state)`, as `hope_jax.models.lm.apply`, for a state of None; with `Packed`
-        rows it is given `begins` too.
+        rows it is given `begins` too, and where devices share the tokens of a row,
+        `shared`.
       tx: the slow level's optimizer.
       differentiation: `tokens -> differentiate` of `hope_update`, for an optimizer that
         needs more than gradients (`hope_jax.optim.differentiation`).
-      mesh: whose devices share the rows of a batch (`hope_jax.train.sharding`).
+      mesh: whose devices share the rows of a batch, or their tokens too
+        (`hope_jax.train.sharding`).
       stretch: tokens between places where a document of `Packed` rows may begin.
       accumulate: parts in which each device reads its rows, one after another.
       by_layer: of a mesh that cuts parameters, gather the weights of a layer when it is
@@ -92,17 +95,22 @@ def make_step(
       `update_norm`, and those of `of_step`; and int32 `tokens`, predicted in the step.
     """
 
+    axis_of_tokens = sharding.shared(mesh)
+
     def live(apply, params, fast, batch):
-        return _read(apply, graphdef, params, batch, fast, stretch)
+        losses, state = _read(
+            apply, graphdef, params, batch, fast, stretch, axis_of_tokens
+        )
+        return losses, state if axis_of_tokens is None else None
 
     def objective(params, context):
         batch, losses = context
-        return _mean(losses, batch)
+        return _mean(losses, batch, axis_of_tokens)
 
     level = outer_level(tx, objective)
 
     def differentiate(tokens, parts):
-        devices = 1 if mesh is None else sharding.row_shards(mesh)
+        devices = 1 if mesh is None else sharding.shares(mesh)
         own = differentiation(tokens[:, 1:].size // (devices * accumulate))
         if accumulate > 1:
             own = sharding.in_turn(own, accumulate)
@@ -146,16 +154,22 @@ def make_step(
 
 
 def make_evaluation(
-    graphdef: Any, apply_fn: Apply, stretch: int = 0
+    graphdef: Any, apply_fn: Apply, stretch: int = 0, mesh: Mesh | None = None
 ) -> Callable[[PyTree, Int[Array, "B T1"] | Packed], Float[Array, ""]]:
     """`(params, batch of rows of T + 1) -> mean loss in nats`, memory reset at each
-    row, and where a document of `Packed` ones begins."""
+    row, and where a document of `Packed` ones begins; arguments as of `make_step`."""
+    axis = sharding.shared(mesh)
+
+    def mean(params, batch):
+        losses, _ = _read(apply_fn, graphdef, params, batch, None, stretch, axis)
+        return _mean(losses, batch, axis)
 
     def evaluate(params, batch):
         if isinstance(batch, Packed):
             batch = weighed(batch)
-        losses, _ = _read(apply_fn, graphdef, params, batch, None, stretch)
-        return _mean(losses, batch)
+        if mesh is None or axis is None:
+            return mean(params, batch)
+        return sharding.of_shares(mean, mesh)(params, batch)
 
     return evaluate
 
@@ -164,16 +178,21 @@ def _tokens(batch):
     return batch.tokens if isinstance(batch, Packed) else batch
 
 
-def _read(apply_fn, graphdef, params, batch, state, stretch):
+def _read(apply_fn, graphdef, params, batch, state, stretch, axis=None):
+    """Losses of all tokens, or of this device's share of them over an `axis`."""
     tokens, more = _tokens(batch), {}
     if isinstance(batch, Packed):
         more["begins"] = begins(batch.document, stretch)
+    if axis is not None:
+        tokens, more = share.own(tokens, axis, 1), share.own(more, axis)
+        more["shared"] = axis
     return apply_fn(
         graphdef, params, tokens[:, :-1], state, after=tokens[:, -1], **more
     )
 
 
-def _mean(losses, batch):
+def _mean(losses, batch, axis=None):
     if isinstance(batch, Packed):
-        losses = losses * batch.weight
+        weight = batch.weight
+        losses = losses * (weight if axis is None else share.own(weight, axis))
     return losses.astype(jnp.float32).mean()

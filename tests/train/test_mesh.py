@@ -178,7 +178,10 @@ def test_where_parameters_and_moments_lie():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["train.mesh=rows:2"], "mesh='rows:2' must name each of data, fsdp, tensor"),
+        (
+            ["train.mesh=rows:2"],
+            "mesh='rows:2' must name each of data, fsdp, seq",
+        ),
         (["train.mesh=fsdp:2,fsdp:2"], "'fsdp:2' does not"),
         (["train.mesh=fsdp:0"], "'fsdp:0' does not"),
         (["train.mesh=fsdp:3"], r"mesh \(fsdp 3\) is of 3 devices, but there are 4"),

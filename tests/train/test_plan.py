@@ -85,6 +85,16 @@ def test_flops_grow_with_rows_alone():
     assert speed == pytest.approx(64 * 197e12 * 0.5 / per_token)
 
 
+def test_flops_of_shared_rows_are_those_of_all_devices():
+    """Of whom each reads its own tokens, and keys of those before."""
+    one, two = (
+        plan.plan(override(SMOKE, [f"train.mesh={mesh}"]), 4)
+        for mesh in ("", "data:2,sequence:2")
+    )
+    assert two.step_flops == pytest.approx(one.step_flops, rel=0.2)
+    assert (one.params, one.tokens) == (two.params, two.tokens)
+
+
 def test_the_paper_rows_fit_their_machines():
     """As far as shapes say: batch, mesh and heads; what is kept takes half at most."""
     shapes = {name: lm.abstract(zoo.get(name)) for name in ("hope_760m", "hope_1b3")}

@@ -14,6 +14,7 @@ from hope_jax.models.layers import dense, rms_norm, rotary
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import MixerConfig, Part, softmax
 from hope_jax.models.rotary import PLAIN, ROTARY, Rotary
+from hope_jax.models.share import Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,10 @@ class _Attention(MixerConfig):
     @property
     def span(self) -> int:
         return 1
+
+    def unshared(self, tokens: int, devices: int) -> str:
+        del tokens, devices
+        return ""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -165,6 +170,7 @@ class Attention(nnx.Module):
         *,
         aligned: bool = True,
         learn: bool | Learning = True,
+        share: Share | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         del aligned, learn  # attention has no chunk, and no fast level to freeze
         rows, length, _ = x.shape
@@ -173,12 +179,21 @@ class Attention(nnx.Module):
             state = self.initial_state(rows)
         offsets = jnp.arange(length, dtype=jnp.int32)
         position = state.position[:, None] + offsets[None]
+        if share is not None:
+            position = share.positions(length)
 
         made = self.qkv(x).reshape(rows, length, -1, self.width)
         q, k, v = jnp.split(made, (self.heads, self.heads + self.kv_heads), axis=2)
         if self.normed:
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = (rotary(a, position, self.rotary) for a in (q, k))
+        if share is not None:
+            k, v = (
+                jnp.concatenate([share.edge(a, self.window - 1), a], axis=1)
+                for a in (k, v)
+            )
+            y = looking_back(q, k, v, position, self.window)
+            return self.out(y.reshape(rows, length, -1)), state
         keys = jnp.concatenate([state.k, k], axis=1)
         values = jnp.concatenate([state.v, v], axis=1)
 
@@ -267,6 +282,41 @@ def in_blocks(
         read(q[:, start:end], k[:, :end], v[:, :end])
         for start, end in zip(starts, ends, strict=True)
     ]
+    return jnp.concatenate(made, axis=1)
+
+
+def looking_back(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B U G K"],
+    v: Float[Array, "B U G K"],
+    position: Int[Array, "B T"],
+    window: int,
+) -> Float[Array, "B T H K"]:
+    """Softmax attention of the last T of U tokens to the last `window`, themselves
+    among them, of their document; in blocks of queries, as `in_blocks`.
+
+    Args:
+      q, k, v: queries of T tokens; keys and values of these and of some before them.
+      position: tokens of its document before each.
+      window: how far back a token looks.
+    """
+    length, past = q.shape[1], k.shape[1] - q.shape[1]
+    block = max(_BLOCK, -(-length // _MOST))
+
+    @jax.checkpoint
+    def read(q, k, v, position):
+        last = jnp.arange(k.shape[1] - q.shape[1], k.shape[1], dtype=jnp.int32)
+        age = last[:, None] - jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+        visible = ((age >= 0) & (age < window))[None] & (
+            age[None] <= position[:, :, None]
+        )
+        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
+
+    made = []
+    for start in range(0, length, block):
+        here = slice(start, min(start + block, length))
+        there = slice(max(0, past + start - window + 1), past + here.stop)
+        made.append(read(q[:, here], k[:, there], v[:, there], position[:, here]))
     return jnp.concatenate(made, axis=1)
 
 

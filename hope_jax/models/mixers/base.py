@@ -12,6 +12,8 @@ from hope_jax.memory import named
 from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.consolidation import Consolidation, moving
 
+UNCUT = "use a mesh without sequence"  # what to do where rows cannot be cut
+
 
 class Part(NamedTuple):
     """One level of a mixer, for the picture of the model it is in.
@@ -84,6 +86,14 @@ class MixerConfig(abc.ABC):
         tokens need not look for it at each, and asks `over(state)` for the rows it is
         due for. 0 where the module always sees to it itself."""
         return 0
+
+    def unshared(self, tokens: int, devices: int) -> str:
+        """Why so many devices cannot share the `tokens` of a row, and what to do, the
+        end of a sentence about the mixer; "" if they can. Its module then takes
+        `share`, a `hope_jax.models.share.Share`: it reads its device's tokens of rows
+        which begin at the state it is given, and gives that back."""
+        del tokens, devices
+        return "reads a row's tokens one after another: " + UNCUT
 
     @property
     def most(self) -> int | None:

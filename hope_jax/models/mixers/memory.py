@@ -12,6 +12,7 @@ memory then does is `memory_level(config.memory, width)`, token by token.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -22,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.core.config import at_least, one_of
+from hope_jax.kernels import summary
 from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import Implementation, memory_scan, scan_padded
 from hope_jax.memory import consolidation, features, named
@@ -49,12 +51,14 @@ from hope_jax.models.layers import (
 )
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.base import (
+    UNCUT,
     MixerConfig,
     Part,
     consolidating,
     recalling,
     scaled,
 )
+from hope_jax.models.share import Share
 from hope_jax.optim.leaves import wide
 
 _STEP_START = 0.1  # Mamba-2's Δ at the start, the upper end of its range
@@ -156,6 +160,26 @@ class MemoryMixerConfig(MixerConfig):
         anchored = self.memory.gradient == "anchored"
         return state._replace(memory=full(state.memory)) if anchored else state
 
+    def unshared(self, tokens: int, devices: int) -> str:
+        memory, own = self.memory, tokens // devices
+        if not summary.affine(memory):
+            words = ", ".join(named.choices(memory))
+            return (
+                f"has a memory ({words}) whose moves depend on where it stands, token "
+                f"after token: {UNCUT}, or a memory that moves by an affine map"
+            )
+        if self.starts or self.truncate is not None:
+            name = "consolidate" if self.starts else "truncate"
+            return (
+                f"has {name}, which counts tokens of a whole row: leave it, or {UNCUT}"
+            )
+        if memory.gradient == "anchored" and own % memory.chunk:
+            return (
+                f"has chunks of {memory.chunk} tokens, which must divide a device's "
+                f"{own} tokens of a row: use fewer devices or longer rows"
+            )
+        return ""
+
     def rechunked(self, factor: float) -> "MemoryMixerConfig":
         if self.memory.gradient == "exact":
             raise ValueError("its chunk is a matter of speed, not of what it computes")
@@ -216,6 +240,9 @@ class NamedConfig(MixerConfig):
 
     def full(self, state: "MemoryMixerState") -> "MemoryMixerState":
         return self.layer.full(state)
+
+    def unshared(self, tokens: int, devices: int) -> str:
+        return self.layer.unshared(tokens, devices)
 
     def rechunked(self, factor: float) -> "NamedConfig":
         chunk = self.layer.rechunked(factor).memory.chunk
@@ -433,6 +460,7 @@ class MemoryMixer(nnx.Module):
         aligned: bool | None = None,
         learn: bool | Learning = True,
         count: Int[Array, ""] | None = None,
+        share: Share | None = None,
     ) -> tuple[Float[Array, "B T D"], MemoryMixerState]:
         """Reads T >= 1 tokens a row and lets the memories live through them.
 
@@ -446,10 +474,13 @@ class MemoryMixer(nnx.Module):
           learn: False keeps every memory at its state.
           count: how many of the tokens of every row there are, at least one; padding
             follows. None is all of them. For a layer that is a part of another.
+          share: of which device x is (`MixerConfig.unshared`); every memory learns.
         """
         aligned = state is None if aligned is None else aligned
         if state is None:
             state = self.initial_state(x.shape[0])
+        if share is not None:
+            return self.said(x, self._shared(x, state, share)), state
         _, y, state = self.lives(x, state, aligned, learn, count)
         return self.said(x, y), state
 
@@ -473,21 +504,45 @@ class MemoryMixer(nnx.Module):
                 state.memory, tokens, state.position, count
             )
         elif aligned or self._chunk_is_free:
-            run = lambda s, t, start: memory_scan(  # noqa: E731
-                self.config.memory,
-                s,
-                t,
-                impl=self.config.impl,
-                truncate=self.config.truncate,
-                start=start,
-                count=count,
-            )
-            memory, y = _every(run, self._start())(state.memory, tokens)
+            memory, y = self._scan(state.memory, tokens, count)
         else:
             memory, y = self._live(
                 state.memory, tokens, state.position, self._start(), learn.consolidation
             )
         return tokens, y, MemoryMixerState(memory, tails, position)
+
+    def _scan(self, memory, tokens, count=None):
+        """Whole chunks in parallel, from a boundary on."""
+        run = lambda s, t, start: memory_scan(  # noqa: E731
+            self.config.memory,
+            s,
+            t,
+            impl=self.config.impl,
+            truncate=self.config.truncate,
+            start=start,
+            count=count,
+        )
+        return _every(run, self._start())(memory, tokens)
+
+    def _shared(self, x, state, share):
+        """What the memories answer to this device's tokens, `[B, H, T, V]`: each
+        stretch is summed up, and then read from where it begins."""
+        here = state._replace(position=share.position.reshape(-1))
+        tokens, _ = self.tokens(share.apart(x), here, share=share)
+        fresh = jax.tree.map(
+            lambda a: jnp.repeat(a, share.stretches, axis=0), state.memory
+        )
+        if fresh.recent is not None:
+            pairs = (jnp.moveaxis(a, 2, 1) for a in (tokens.k, tokens.v))
+            back = self.config.memory.window - 1
+            pairs = (jnp.moveaxis(share.before(a, back), 1, 2) for a in pairs)
+            fresh = fresh._replace(recent=type(fresh.recent)(*pairs))
+        of = lambda run: functools.partial(run, self.config.memory)  # noqa: E731
+        sums = _every(of(summary.summarise), self._start())(fresh, tokens)
+        begins = share.enter(_every(of(summary.rows))(state.memory), sums)
+        memory = _every(of(summary.with_rows))(fresh, begins)
+        _, y = self._scan(memory, tokens)
+        return jnp.moveaxis(share.together(jnp.moveaxis(y, 2, 1)), 1, 2)
 
     def said(
         self, x: Float[Array, "B T D"], y: Float[Array, "B H T V"]
@@ -523,14 +578,19 @@ class MemoryMixer(nnx.Module):
         x: Float[Array, "B T D"],
         state: MemoryMixerState,
         count: Int[Array, ""] | None = None,
+        share: Share | None = None,
     ) -> tuple[Tokens, Tails]:
-        """What the memories are given, leaves `[B, H, T, ...]`, and new tails."""
+        """What the memories are given, leaves `[B, H, T, ...]`, and new tails; x of
+        stretches that devices share follows what came before each."""
         config, gates = self.config.memory, self.config.gates
         rows, length, _ = x.shape
         position = jnp.arange(length, dtype=jnp.int32)[None] + state.position[:, None]
 
         def project(into, conv, tail):
-            made, tail = conv(wide(into(x)), tail, count)
+            made = wide(into(x))
+            if share is not None:
+                tail = share.before(made, conv.width - 1)
+            made, tail = conv(made, tail, count)
             return jax.nn.silu(made).reshape(rows, length, -1, self.width), tail
 
         k, tail_k = project(self.k, self.conv_k, state.tails.k)

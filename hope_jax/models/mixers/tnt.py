@@ -50,8 +50,9 @@ from hope_jax.models.layers import (
     where_rows,
 )
 from hope_jax.models.learning import Learning
-from hope_jax.models.mixers.base import MixerConfig, Part, recalling
+from hope_jax.models.mixers.base import UNCUT, MixerConfig, Part, recalling
 from hope_jax.models.mixers.memory import Gate
+from hope_jax.models.share import Share
 from hope_jax.optim.leaves import wide
 
 _KEY_SPACE = MemoryConfig(  # Π: a Hebbian matrix, for which the chunk is a speed knob
@@ -174,6 +175,21 @@ class TNTConfig(MixerConfig):
         """Tokens after which all clocks stand at a boundary."""
         return max(self.shard, self.global_chunk)
 
+    def unshared(self, tokens: int, devices: int) -> str:
+        if self.global_chunk < tokens:
+            return (
+                f"has a global memory, which moves inside a row of {tokens} tokens: "
+                f"{UNCUT}, or a global_chunk of {tokens} or more, got "
+                f"{self.global_chunk}"
+            )
+        own = tokens // devices
+        if own % self.shard:
+            return (
+                f"has shards of {self.shard} tokens, which must divide a device's {own}"
+                " tokens of a row: use fewer devices, longer rows or a shorter shard"
+            )
+        return ""
+
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:
         """Each memory complete, the global one first."""
@@ -289,6 +305,7 @@ class TNT(nnx.Module):
         *,
         aligned: bool | None = None,
         learn: bool | Learning = True,
+        share: Share | None = None,
     ) -> tuple[Float[Array, "B T D"], TNTState]:
         """Reads T >= 1 tokens a row and lets the memories live through them.
 
@@ -299,21 +316,26 @@ class TNT(nnx.Module):
             reads shards in parallel; by default true for a fresh state only. Else the
             tokens are read one by one in a scan.
           learn: False keeps every memory at its state: local ones do not restart.
+          share: of which device x is (`MixerConfig.unshared`); every memory learns.
         """
         aligned = state is None if aligned is None else aligned
         if state is None:
             state = self.initial_state(x.shape[0])
-        rows, length, _ = x.shape
-        streams, tails = self._streams(x, state.tails)
+        length = x.shape[1]
+        streams, tails = self._streams(x, state.tails, share)
+        if share is not None:
+            return self._said(x, self._shards(state, streams)[2]), state
         if not learning.of(learn).main:
             live = self._only_read
         else:
             live = self._shards if aligned else self._tokens
         memories, key_space, y = live(state, streams)
         state = TNTState(memories, key_space, tails, state.position + length)
-        y = self.norm(jnp.moveaxis(y, 1, 2).astype(self.dtype))
-        y = y.reshape(rows, length, self.d_model) * jax.nn.silu(self.gate(x))
-        return self.out(y), state
+        return self._said(x, y), state
+
+    def _said(self, x, y):
+        y = self.norm(jnp.moveaxis(y, 1, 2).astype(self.dtype)).reshape(x.shape)
+        return self.out(y * jax.nn.silu(self.gate(x)))
 
     def watch(
         self,
@@ -327,12 +349,15 @@ class TNT(nnx.Module):
         y, after = self(x, state, aligned=aligned, learn=learn)
         return y, after, self._streams(x, state.tails)[0]
 
-    def _streams(self, x, tails) -> tuple[tuple[Tokens, ...], Tails]:
+    def _streams(self, x, tails, share=None) -> tuple[tuple[Tokens, ...], Tails]:
         """The tokens of each memory, `[B, H, T, ...]`; they differ in their gates."""
         rows, length, _ = x.shape
 
         def made(project, conv, tail):
-            a, tail = conv(wide(project(x)), tail)
+            a = wide(project(x))
+            if share is not None:
+                tail = share.before(a, conv.width - 1)
+            a, tail = conv(a, tail)
             a = jax.nn.silu(a).reshape(rows, length, self.heads, self.width)
             return jnp.moveaxis(a, 2, 1), tail
 
