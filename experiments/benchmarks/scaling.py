@@ -76,7 +76,7 @@ class Sizes:
     hope_rows: int = 8
     transformer_rows: int = 16
     seq_len: int = 256
-    axes: tuple[str, ...] = sharding.AXES
+    axes: tuple[str, ...] = (sharding.DATA, sharding.FSDP, sharding.TENSOR)
     counts: tuple[int, ...] = (1, 2, 4, 8)
     rules: tuple[str, ...] = ("muon", "m3")
     rounds: int = 3
