@@ -22,6 +22,11 @@ def _define(define) -> None:
     define.integer("devices", None, "how many, where --machine does not say it")
     define.float("mfu", 0.3, "share of the machine's peak at which speed is stated")
     define.bool("compile", False, "compile the step, and say what XLA says of it")
+    define.float(
+        "effort",
+        0.0,
+        "of the compiler for TPUs: the least, -1, takes a third of the time",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = command.parse(__doc__, _define, arguments)
     if not 0 < given.mfu <= 1:
         command.fail(f"--mfu must lie in (0, 1], got {given.mfu}.")
+    if not -1 <= given.effort <= 1:
+        command.fail(f"--effort must lie in [-1, 1], got {given.effort}.")
+    if given.effort and not given.compile:
+        command.fail(f"--effort={given.effort} is of the compiler: add --compile.")
     with command.fail_in_words():
         config = train.config_of(given)
 
@@ -48,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_table(config, said, devices, name, machine, given.mfu))
         if given.compile:
             found = plan.topology(machine) if machine else jax.devices()[:devices]
-            print(_of_xla(plan.compiled(config, found), machine))
+            print(_of_xla(plan.compiled(config, found, given.effort), machine))
     return 0
 
 
@@ -83,12 +92,14 @@ def _per(said) -> str:
 
 def _of_xla(program, machine) -> str:
     memory = program.memory_analysis()
-    need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    lines = [
-        ("XLA: arguments a device", _size(memory.argument_size_in_bytes)),
-        ("XLA: temporaries a device", _size(memory.temp_size_in_bytes)),
-        ("XLA: both", _size(need)),
-    ]
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    need = sum(parts.values())
+    lines = [(f"XLA: {what} a device", _size(size)) for what, size in parts.items()]
+    lines.append(("XLA: all", _size(need)))
     if machine is not None:
         lines.append(("fits", "yes" if need <= machine.bytes else "no"))
     return "\n".join(f"{what:<28} {value}" for what, value in lines)

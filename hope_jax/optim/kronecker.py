@@ -304,6 +304,7 @@ def scale_by_soap(
     def turn(grams, bases, root, first):
         """New bases, and `root` with its rows and columns in their order."""
         matrices, structure = jax.tree.flatten([_of_trace_one(g) for g in grams])
+        root = _whole(root, mesh)
 
         def once(bases, root):
             shift = jnp.where(first, _SHIFT, 0)
@@ -631,13 +632,19 @@ def _together(
         for stack in stacks:
             ends.append(ends[-1] + math.prod(stack))
         batches = [
-            jnp.concatenate([of[place].reshape(-1, n, n) for place in group])
+            jnp.concatenate(
+                [_whole(of[place], mesh).reshape(-1, n, n) for place in group]
+            )
             for of in arguments
         ]
         if mesh is not None:
             over = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            batches = [jax.lax.with_sharding_constraint(x, over) for x in batches]
-        out = function(*batches)
+            more = ((0, -ends[-1] % mesh.size), (0, 0), (0, 0))
+            batches = [
+                jax.lax.with_sharding_constraint(jnp.pad(x, more), over)
+                for x in batches
+            ]
+        out = _whole(function(*batches), mesh)
         for place, stack, start in zip(group, stacks, ends[:-1], strict=True):
             end = start + math.prod(stack)
             results[place] = jax.tree.map(
@@ -647,6 +654,14 @@ def _together(
                 out,
             )
     return results
+
+
+def _whole(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """On every device of `mesh`. Of matrices that are cut along both axes XLA makes
+    other roots, and refuses to reorder them."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def _of_trace_one(grams: Grams) -> Sides:

@@ -116,8 +116,8 @@ def make_step(
             own = sharding.in_turn(own, accumulate)
         if axis is not None:
             return sharding.of_replicas(own, axis)
-        if mesh is None or mesh.size == 1:
-            return own
+        if mesh is None or sharding.shares(mesh) == 1:
+            return own  # XLA refuses a mean over one device beside a tensor axis
         return sharding.of_rows(own, mesh, by_layer=parts is not None)
 
     def step(state: TrainState, batch: Int[Array, "B T1"] | Packed):

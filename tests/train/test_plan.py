@@ -1,16 +1,22 @@
 """What a run is said to cost, held to what its arrays and its compiler say."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import paper
-from hope_jax.core.config import override
-from hope_jax.models import lm, zoo
+from experiments import fits, lab, paper
+from hope_jax.core.config import from_json, override
+from hope_jax.models import convert, lm, zoo
 from hope_jax.train import loop, plan, sharding
+from hope_jax.train.config import RunConfig
 from launch import plan as program
 from tests.train import tiny
 
+LATER = {"hope_1b3_v5p-128"}  # not compiled with its settings yet
 SMOKE = tiny.rows("smoke")["tiny"]
 
 
@@ -49,9 +55,10 @@ def test_bytes_are_those_of_the_arrays(mesh):
     assert said.checkpoint == pytest.approx(whole, rel=0.02)
     assert said.tokens == 4 * 16
     if mesh == "data:2,fsdp:2":
-        memory = plan.compiled(config, jax.devices()).memory_analysis()
-        kept = said.params + said.optimizer
-        assert memory.argument_size_in_bytes == pytest.approx(kept, rel=0.1)
+        found = fits.measure(lab.Task("tiny", config, 0, None, Path()))
+        assert found["said"] == said.params + said.optimizer
+        assert found["arguments"] == pytest.approx(found["said"], rel=0.1)
+        assert min(found["temporaries"], found["compiling"]) > 0
 
 
 def map_arrays(tree):
@@ -101,8 +108,47 @@ def test_the_paper_rows_fit_their_machines():
             lies = sharding.state_shardings(params, params, mesh)
             kept = 3 * plan._bytes(params, lies)  # and two moments
             assert kept < machine.bytes / 2
-        rates = {config.optimizer.learning_rate for config in rows.values()}
+        rates = {rows[row].optimizer.learning_rate for row in shapes}
         assert rates == {1.25e-3, 7e-4}
+
+
+def test_what_the_compiler_said_of_the_paper_rows():
+    """Results are of the rows as they are, all fit, and the page has their table."""
+    found = lab.results(lab.RESULTS, fits.NAME, fits.rows("full"))
+    rows = list(fits.rows("full"))
+    assert [result["row"] for result in found] == [r for r in rows if r not in LATER]
+    for result in found:
+        config = from_json(RunConfig, result["config"])
+        assert config == fits.rows("full")[result["row"]]
+        said = result["metrics"]
+        machine = plan.MACHINES[config.scale]
+        assert said["parameters"] == lm.count_parameters(config.model)
+        assert said["memory"] == machine.bytes
+        need = said["arguments"] + said["temporaries"] + said["code"]
+        assert need < machine.bytes
+    page = (lab.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- plan -->\n(.*)\n<!-- /plan -->", page, re.DOTALL)
+    assert block and block[1] == fits.table(found), (
+        "python -m experiments.fits prints it"
+    )
+
+
+def test_llama_with_levels_is_what_stacking_makes():
+    """In both readings; without them it has the parameters of Llama-3 8B."""
+    assert lm.count_parameters(paper.LLAMA) == 8_030_261_248
+    ways = {"stacked": convert.stack_levels, "copied": convert.copy_levels}
+    for reading, way in ways.items():
+        made = []
+
+        def leveled(params, way=way, made=made):
+            config, params = way(paper.LLAMA, params, paper.LEVELS)
+            made.append(config)
+            return params
+
+        shapes = jax.eval_shape(leveled, lm.abstract(paper.LLAMA))
+        row = paper.rows("v5p-128")[f"llama3_8b_{reading}"]
+        assert made == [dataclasses.replace(row.model, name=paper.LLAMA.name)]
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 19_304_812_547
 
 
 def test_the_program_prints_it(capsys):
@@ -115,6 +161,8 @@ def test_the_program_prints_it(capsys):
         (["--mesh=fsdp:3"], r"mesh \(fsdp 3\) is of 3 devices, but there are 4"),
         (["--machine=v9"], "--machine=v9 must be one of v5e-64, "),
         (["--mfu=2"], "--mfu must lie in"),
+        (["--effort=2", "--compile"], r"--effort must lie in \[-1, 1\], got 2.0"),
+        (["--effort=-1"], r"--effort=-1.0 is of the compiler: add --compile"),
     ):
         with pytest.raises(SystemExit, match=message):
             program.main([*row, "--devices=4", *wrong])

@@ -1,0 +1,109 @@
+"""Do the models of the paper fit their machines? Asked of XLA, for TPUs not there.
+
+Run:     pip install libtpu==0.0.42.1
+         python -m experiments.fits  (one: --rows=hope_760m_v5e-64)
+Smoke:   --scale=smoke --out=DIR (a tiny Transformer, on the devices that are here).
+Expect:  experiments/README.md has the table.
+Cost:    two to three minutes of one CPU core a row, and 4 GB.
+
+The step of each row is compiled whole, at its full size, with all its collectives, for
+all devices of the machine; nothing runs, so it says nothing of speed. XLA is asked for
+its least effort: programs are slower and take a third of the time to compile.
+`launch.plan` says beforehand, from shapes, what goes into a step.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from experiments import lab, paper
+from hope_jax.models import zoo
+from hope_jax.train import plan
+from hope_jax.train.config import RunConfig
+from launch import command
+
+NAME = "plan"
+MODELS = ("hope_760m", "hope_1b3")
+POD = ("v5e-64", "v5p-128")  # those whose compiler libtpu has
+
+
+def rows(scale: str) -> dict[str, RunConfig]:
+    """The rows of `experiments.paper` on each machine."""
+    if scale == "smoke":
+        (tiny,) = paper.rows("smoke").values()
+        train = dataclasses.replace(tiny.train, batch=2 * jax.device_count())
+        model = zoo.get("transformer_tiny")
+        return {"transformer_tiny": dataclasses.replace(tiny, model=model, train=train)}
+    return {
+        f"{model}_{machine}": paper.rows(machine)[model]
+        for model in MODELS
+        for machine in POD
+    }
+
+
+def measure(task: lab.Task) -> dict[str, float]:
+    """What shapes say, and what the compiler says."""
+    config = task.config
+    machine = plan.MACHINES.get(config.scale)
+    devices = plan.topology(machine) if machine else jax.devices()
+    said = plan.plan(config, len(devices))
+    start = time.process_time()
+    program = plan.compiled(config, devices, effort=-1.0)
+    took = time.process_time() - start
+    memory = program.memory_analysis()
+    return {
+        "parameters": said.parameters,
+        "said": said.params + said.optimizer,
+        "step flops": said.step_flops,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "memory": machine.bytes if machine else 0,
+        "compiling": took,
+    }
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line a row, in GiB of one device."""
+    lines = []
+    for result in found:
+        m, train = result["metrics"], result["config"]["train"]
+        size = lambda name, m=m: f"{m[name] / 2**30:.2f}"  # noqa: E731
+        need = m["arguments"] + m["temporaries"] + m["code"]
+        tokens = train["batch"] * train["seq_len"]
+        lines.append(
+            [
+                result["row"],
+                train["mesh"] or "data",
+                train["accumulate"],
+                size("said"),
+                size("arguments"),
+                size("temporaries"),
+                size("code"),
+                size("memory"),
+                "yes" if need <= m["memory"] else "no",
+                f"{m['step flops'] / tokens / m['parameters']:.1f}",
+                f"{m['compiling']:.0f}",
+            ]
+        )
+    columns = [
+        *("model and machine", "mesh", "parts", "arguments, from shapes"),
+        *("arguments, XLA", "temporaries", "program", "there is", "fits"),
+        *("FLOPs a token and parameter", "compiling, CPU s"),
+    ]
+    return lab.table(columns, lines, words=2)
+
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=lambda flags: rows(flags.scale),
+    measure=measure,
+    table=table,
+)
+
+if __name__ == "__main__":
+    command.run(main)
