@@ -8,7 +8,7 @@ Cost:    two to three minutes of one CPU core a row, and 4 GB.
 
 The step of each row is compiled whole, at its full size, with all its collectives, for
 all devices of the machine; nothing runs, so it says nothing of speed. XLA is asked for
-its least effort: programs are slower and take a third of the time to compile.
+its least effort, with which it is done soonest and programs are slower.
 `launch.plan` says beforehand, from shapes, what goes into a step.
 """
 

@@ -25,7 +25,7 @@ def _define(define) -> None:
     define.float(
         "effort",
         0.0,
-        "of the compiler for TPUs: the least, -1, takes a third of the time",
+        "of the compiler for TPUs, from -1 to 1: the least is done soonest",
     )
 
 

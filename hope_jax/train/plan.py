@@ -122,8 +122,8 @@ def compiled(config: RunConfig, devices: Sequence[Any], effort: float = 0.0) -> 
     Args:
       config: of the run.
       devices: of this machine, or of `topology`.
-      effort: of the compiler for TPUs to make the program fast, from -1 to 1; with the
-        least it takes a third of the time, and the program about as much memory.
+      effort: of the compiler for TPUs to make the program fast, from -1 to 1; the
+        least is done soonest.
     """
     mesh = loop.make_mesh(config, devices)
     graphdef, shapes = lm.abstract_model(config.model)
