@@ -135,3 +135,17 @@ def test_a_row_that_begins_looks_at_no_empty_window():
     assert scores(length) in program(None)
     assert scores(2 * length) not in program(None)
     assert scores(2 * length) in program(small.start(config, len(tokens)))
+
+
+def test_kernels_of_other_devices_are_in_nobodys_way():
+    """Half precision and more than a block: where flash attention would be taken."""
+    length = attention._BLOCK + 8
+    config = dataclasses.replace(
+        small.TRANSFORMER,
+        mixer=attention.AttentionConfig(context=length),
+        dtype="bfloat16",
+    )
+    graphdef, params = lm.abstract_model(config)
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    logits, _ = jax.eval_shape(lambda p, t: lm.apply(graphdef, p, t), params, tokens)
+    assert logits.shape == (1, length, config.vocab)

@@ -252,7 +252,8 @@ def causal(
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
     kernels, width = {}, q.shape[-1]
     if q.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128:
-        kernels["cuda"] = _flash
+        if jax.default_backend() == "gpu":  # elsewhere cuDNN cannot even be traced
+            kernels["cuda"] = _flash
     if q.shape[1] % 128 == 0 and width % 64 == 0:
         kernels["tpu"] = _splash
     return jax.lax.platform_dependent(q, k, v, default=in_blocks, **kernels)
