@@ -142,7 +142,7 @@ def test_kernels_of_other_devices_are_in_nobodys_way():
     length = attention._BLOCK + 8
     config = dataclasses.replace(
         small.TRANSFORMER,
-        mixer=attention.AttentionConfig(context=length),
+        mixer=attention.AttentionConfig(context=length, head_dim=8),
         dtype="bfloat16",
     )
     graphdef, params = lm.abstract_model(config)
