@@ -26,9 +26,10 @@ import dataclasses
 import os
 
 # A pool of no more threads than there are devices can dead-lock; JAX reads both when it
-# starts.
-os.environ.setdefault("NPROC", "32")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# starts. Of who imports this file it is no business.
+if __name__ == "__main__":
+    os.environ.setdefault("NPROC", "32")
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -57,6 +57,7 @@ def test_every_question_has_its_answer(tmp_path, monkeypatch, capsys):
             "--scale=smoke",
             f"--out={tmp_path}",
             "--rows=transformer,hope_matrix",
+            "--seeds=0",
         ]
     )
     folder = tmp_path / "continual_reading"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import logging
 
 from experiments import reliability
 from experiments.reliability import lines
@@ -194,7 +195,11 @@ def test_what_is_wrong_with_files_is_one_line_too(tmp_path, capsys):
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
-    assert train.main([*line, "--data=/nonexistent", "--verbosity=1"]) == 1
+    shown = logging.get_verbosity()
+    try:
+        assert train.main([*line, "--data=/nonexistent", "--verbosity=1"]) == 1
+    finally:
+        logging.set_verbosity(shown)
     assert "Traceback" in capsys.readouterr().err
 
 
