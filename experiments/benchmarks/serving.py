@@ -1,17 +1,19 @@
 """Serving sessions: tokens a second and bytes a session, Hope beside Transformer++.
 
-Run:     python -m experiments.benchmarks.serving  (a part: --slots=8 --contexts=1024)
+Run:     python -m experiments.benchmarks.serving --only=sessions
+         (then --only=prefill; a part: --slots=8 --contexts=1024)
 Smoke:   add --quick (small sizes); a test does so.
-Expect:  no full run is committed yet.
-Cost:    half an hour on 2 CPU cores, most of it to compile; --memory bounds the caches.
+Expect:  experiments/README.md has the figures.
+Cost:    half an hour of one CPU core; --memory bounds the caches.
 
 Both models are of one size (`hope_tiny`, `transformer_tiny`) and are served by one
 program, `stream.slots.step`; the Transformer's state is its cache of keys, of as many
-tokens as its context, and costs the same however full it is. At each number of slots:
+tokens as its context. It is read and moved on whole at every token, however full it is:
+a server made for it would do better. At each number of slots:
 
     decode    every slot draws tokens, greedily
     read      every slot reads tokens it is given, one by one, as sessions do
-    prefill   every row reads a new text in parallel, as training does; no session
+    prefill   (--only=prefill) every row reads a new text in parallel, as training does
 
 `together` is one batch of all slots, `apart` one slot after another. Seconds are CPU
 seconds of all threads, in interleaved rounds; of the clock are those marked so.
@@ -110,29 +112,33 @@ def prefilled(config: ModelConfig, count: int, tokens: int) -> Callable[[], Any]
     return functools.partial(read, params, jnp.asarray(text, jnp.int32))
 
 
-def run(
+def models(sizes: Sizes) -> dict[Any, ModelConfig]:
+    """Hope, and the Transformer by its context."""
+    twin = sizes.get("transformer_tiny")
+    peers = {context: with_context(twin, context) for context in sizes.contexts}
+    return {"hope": sizes.get("hope_tiny"), **peers}
+
+
+def sessions(
     sizes: Sizes, memory: float, report: Callable[[str], Any] = print
 ) -> list[dict[str, Any]]:
-    """Times everything and returns the workloads of a benchmark file."""
-    hope = sizes.get("hope_tiny")
-    peers = {
-        context: with_context(sizes.get("transformer_tiny"), context)
-        for context in sizes.contexts
-    }
+    """Bytes of sessions, decode and read, as the workloads of a benchmark file."""
+    per_gb = {name: 1e9 / bytes_of(config) for name, config in models(sizes).items()}
     found = [
         timing.workload(
-            f"sessions, against a context of {context}",
+            f"sessions, against a context of {name}",
             "sessions per GB",
-            [1e9 / bytes_of(hope)],
-            [1e9 / bytes_of(peer)],
+            [per_gb["hope"]],
+            [peer],
         )
-        for context, peer in peers.items()
+        for name, peer in per_gb.items()
+        if name != "hope"
     ]
     for count in sizes.slots:
         for together in (False, True) if count > 1 else (False,):
             how = "together" if together else "apart"
             programs = {}
-            for name, config in {"hope": hope, **peers}.items():
+            for name, config in models(sizes).items():
                 if 3 * count * bytes_of(config) > memory * 1e9:
                     report(f"{count} slots, context {name}: left out, over --memory.")
                     continue
@@ -141,15 +147,28 @@ def run(
             work = f"{count} slots, {how}", count * sizes.tokens
             found += _timed(programs, *work, sizes.rounds)
             jax.clear_caches()
-        programs = {
-            (name, "prefill"): prefilled(config, count, sizes.prefill)
-            for name, config in {"hope": hope, **peers}.items()
-            if 3 * count * bytes_of(config) <= memory * 1e9
-        }
+    return found
+
+
+def prefill(
+    sizes: Sizes, memory: float, report: Callable[[str], Any] = print
+) -> list[dict[str, Any]]:
+    """The workloads of new texts that are read in parallel."""
+    found = []
+    for count in sizes.slots:
+        programs = {}
+        for name, config in models(sizes).items():
+            if 3 * count * bytes_of(config) > memory * 1e9:
+                report(f"{count} rows, context {name}: left out, over --memory.")
+                continue
+            programs[name, "prefill"] = prefilled(config, count, sizes.prefill)
         work = f"{count} rows", count * sizes.prefill
         found += _timed(programs, *work, sizes.rounds)
         jax.clear_caches()
     return found
+
+
+PARTS = {"sessions": sessions, "prefill": prefill}
 
 
 def _timed(programs, where, tokens, rounds):
@@ -169,6 +188,7 @@ def _timed(programs, where, tokens, rounds):
 
 
 def _define(define) -> None:
+    define.enum("only", "sessions", tuple(PARTS), "what is timed")
     define.bool("quick", False, "small sizes")
     define.list("slots", [], "numbers of slots, instead of all")
     define.list("contexts", [], "contexts of the Transformer, instead of all")
@@ -190,9 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"slots and contexts must be at least 1, got {chosen}.")
         if not flags.memory > 0:
             raise ValueError(f"memory must be above 0 GB, got {flags.memory}.")
-    workloads = run(dataclasses.replace(sizes, **chosen), flags.memory)
+    workloads = PARTS[flags.only](dataclasses.replace(sizes, **chosen), flags.memory)
     print(timing.table(workloads))
-    print(write_benchmark(flags.out, name="serving", workloads=workloads))
+    name = f"serving_{flags.only}"
+    print(write_benchmark(flags.out, name=name, workloads=workloads))
 
 
 if __name__ == "__main__":
