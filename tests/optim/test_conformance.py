@@ -7,11 +7,7 @@ test looks at the part of one.
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,6 +46,7 @@ from hope_jax.train import checkpoint
 from hope_jax.train.config import OptimizerConfig
 from hope_jax.train.state import TrainState
 from tests.chosen import asked
+from tests.devices import saved_by
 from tests.train import tiny
 
 STEPS = 80
@@ -859,22 +856,8 @@ def move_on_eight_devices(chosen, file):
 def sharded(tmp_path_factory):
     file = tmp_path_factory.mktemp("sharded") / "updates.npz"
     here = [n for n in CUT if n in ALL]
-    code = f"from {__name__} import *; move_on_eight_devices({here}, {str(file)!r})"
-    settings = {
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return np.load(file)
+    call = f"move_on_eight_devices({here}, {str(file)!r})"
+    return saved_by(__name__, call, file)
 
 
 @pytest.mark.slow

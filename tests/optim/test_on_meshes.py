@@ -15,10 +15,6 @@ devices.
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +31,7 @@ from hope_jax.train import sharding
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
 from hope_jax.train.config import OptimizerConfig
+from tests.devices import saved_by
 from tests.models import small
 
 LEVELS = (CMSLevel(period=8, rate=0.5), CMSLevel(period=128))
@@ -211,21 +208,7 @@ def compare(file):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     file = tmp_path_factory.mktemp("meshes") / "found.npz"
-    settings = {
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import *; compare({str(file)!r})"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return np.load(file)
+    return saved_by(__name__, f"compare({str(file)!r})", file)
 
 
 @pytest.mark.slow
