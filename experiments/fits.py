@@ -49,7 +49,7 @@ def measure(task: lab.Task) -> dict[str, float]:
     config = task.config
     machine = plan.MACHINES.get(config.scale)
     devices = plan.topology(machine) if machine else jax.devices()
-    said = plan.plan(config, len(devices))
+    said = plan.plan(config, len(devices), tiled=machine is not None)
     start = time.process_time()
     program = plan.compiled(config, devices, effort=-1.0)
     took = time.process_time() - start

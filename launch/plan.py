@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         machine = None if name is None else plan.MACHINES[name]
         devices = given.devices or (machine.devices if machine else jax.device_count())
-        said = plan.plan(config, devices)
+        tiled = machine is not None and machine.topology is not None
+        said = plan.plan(config, devices, tiled)
         print(_table(config, said, devices, name, machine, given.mfu))
         if given.compile:
             found = plan.topology(machine) if machine else jax.devices()[:devices]

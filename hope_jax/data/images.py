@@ -40,7 +40,7 @@ class BatchConfig:
       augment: crop a random part (a quarter of the area at least, of a shape between
         3:4 and 4:3) and mirror half of them, as is usual for photographs.
       workers: processes that read ahead; 0 reads in this one. The order is the same
-        for any number, but an iterator's state belongs to one number.
+        for any number, and an iterator's state fits any.
 
     Raises:
       ValueError: a field out of range.

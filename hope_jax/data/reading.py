@@ -1,6 +1,7 @@
 """How every source is read: divided among processes, ahead of need, in batches."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import grain
 from absl import flags
@@ -51,14 +52,76 @@ def check(config: Reading, process_index: int, process_count: int, what: str) ->
 def batched(
     dataset: grain.MapDataset, config: Reading, process_count: int, threads: int
 ) -> grain.IterDataset:
-    """What one process reads, `batch / process_count` at a time."""
-    items = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads))
-    if config.workers:
-        items = items.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=config.workers, per_worker_buffer_size=config.batch
-            ),
-            worker_init_fn=workers.begin,
-        )
-    # After the workers: before them the order would depend on their number.
-    return items.batch(config.batch // process_count, drop_remainder=True)
+    """What one process reads, `batch / process_count` at a time.
+
+    The state of its iterator is how many items were read, whoever read them: it fits
+    any number of workers.
+    """
+    return _Batched(dataset, config.batch // process_count, config.workers, threads)
+
+
+class _Batched(grain.IterDataset):
+    """`count` items at a time of a dataset, read ahead by `workers` processes."""
+
+    def __init__(
+        self, dataset: grain.MapDataset, count: int, workers: int, threads: int
+    ):
+        super().__init__(dataset)
+        self.count = count
+        self._dataset, self._workers, self._threads = dataset, workers, threads
+
+    def __iter__(self) -> "_Iterator":
+        return _Iterator(self)
+
+    def after(self, items: int) -> grain.DatasetIterator:
+        """Of what comes after so many items."""
+        rest = self._dataset[items:] if items else self._dataset
+        read = rest.to_iter_dataset(grain.ReadOptions(num_threads=self._threads))
+        if self._workers:
+            read = read.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._workers, per_worker_buffer_size=self.count
+                ),
+                worker_init_fn=workers.begin,
+            )
+        # After the workers: before them the order would depend on their number.
+        return iter(read.batch(self.count, drop_remainder=True))
+
+
+class _Iterator(grain.DatasetIterator):
+    def __init__(self, batches: _Batched):
+        super().__init__()
+        self._batches, self._read = batches, 0
+        self._inner = batches.after(0)
+
+    def __next__(self) -> Any:
+        item = next(self._inner)
+        self._read += self._batches.count
+        return item
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._read}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._read = _items(state)
+        self._inner.close()
+        self._inner = self._batches.after(self._read)
+
+    def start_prefetch(self) -> None:
+        self._inner.start_prefetch()
+
+    def close(self) -> None:
+        super().close()
+        self._inner.close()
+
+
+def _items(state: Mapping[str, Any]) -> int:
+    """How many items were read; also of states of grain's own, of workers each.
+
+    >>> workers = [{"next_index": 105}, {"next_index": 104}]
+    >>> _items({"iterators_in_use_states": workers, "exhausted": [0, 0]})
+    209
+    """
+    if "iterators_in_use_states" in state:
+        return sum(map(_items, state["iterators_in_use_states"]))
+    return state["next_index"]

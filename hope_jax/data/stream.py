@@ -25,7 +25,7 @@ class StreamConfig:
       batch: rows of a step, over all processes.
       seed: of the order; each epoch is shuffled anew from it.
       workers: processes that read ahead; 0 reads in this one. The order is the same
-        for any number, but an iterator's state belongs to one number.
+        for any number, and an iterator's state fits any.
       shuffle: False keeps the order of the text.
       stretch: of `PackedRows`; 0 for `Rows`.
 
@@ -265,6 +265,7 @@ def fingerprint(
 ) -> dict[str, int | bool | str]:
     """What an iterator's state belongs to; JSON, to be stored with a checkpoint."""
     settings = dataclasses.asdict(config)
+    del settings["workers"]  # any number of them reads the same
     if not config.stretch:  # as before there was one
         del settings["stretch"]
     return {
@@ -282,7 +283,7 @@ def check_fingerprint(saved: Mapping, current: Mapping) -> None:
       ValueError: names every field that differs, with both values.
     """
     differing = []
-    for name in sorted({*saved, *current}):
+    for name in sorted({*saved, *current} - {"workers"}):  # which were once a part
         was, now = (
             repr(side[name]) if name in side else "absent" for side in (saved, current)
         )

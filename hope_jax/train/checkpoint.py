@@ -49,7 +49,7 @@ TOKENIZER = "tokenizer.json"
 
 # A resumed run may change these; they do not touch what it computes.
 _FREE = (
-    *("train.checkpoint_every:", "train.keep:", "data.path:"),
+    *("train.checkpoint_every:", "train.keep:", "train.workers:", "data.path:"),
     *("guard.give_up:", "guard.returns:", "guard.back:"),
     *("guard.patience:", "guard.long_patience:"),
     *("train.mesh:", "train.gather:"),
@@ -449,11 +449,13 @@ class Checkpoints:
         return flat
 
     def _iterator(self, step: int, iterator: Any, meta: Mapping) -> None:
-        self._item(step, "data", grain.checkpoint.CheckpointRestore(iterator))
-        if _json_digest(iterator.get_state()) != meta["data"]:
+        place = Place(None)
+        self._item(step, "data", grain.checkpoint.CheckpointRestore(place))
+        if _json_digest(place.get_state()) != meta["data"]:
             raise _damaged(
                 step, self.directory, "the state of its data is not as saved"
             )
+        iterator.set_state(place.get_state())
 
     def _item(self, step: int, item: str, arguments: Any) -> Any:
         try:

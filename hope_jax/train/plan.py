@@ -6,6 +6,7 @@ for TPUs that are not there too.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -77,19 +78,36 @@ class Plan(NamedTuple):
         return self.tokens * peak / self.step_flops
 
 
-def plan(config: RunConfig, devices: int) -> Plan:
-    """What `config` costs on so many devices.
+def kept(config: RunConfig, devices: int, tiled: bool = False) -> tuple[int, int]:
+    """Bytes of parameters and of the optimizer on one of so many devices.
+
+    Args:
+      config: of the run.
+      devices: how many.
+      tiled: arrays lie in tiles of 8 by 128, as on TPUs, in that order of their axes
+        which leaves least of the tiles empty.
+    """
+    mesh = _abstract_mesh(config, devices)
+    graphdef, shapes = lm.abstract_model(config.model)
+    tx, _ = loop.make_optimizer(config, graphdef, shapes, mesh)
+    state = _state(config, shapes, tx)
+    lies = sharding.state_shardings(state, shapes, mesh)
+    params = _bytes(state.params, lies.params, tiled)
+    return params, _bytes(state.level.opt, lies.level.opt, tiled)
+
+
+def plan(config: RunConfig, devices: int, tiled: bool = False) -> Plan:
+    """What `config` costs on so many devices, whose arrays may be `tiled` as for `kept`.
 
     Raises:
       ValueError: a model, a batch or a mesh that do not fit one another.
     """
     mesh = _abstract_mesh(config, devices)
     graphdef, shapes = lm.abstract_model(config.model)
-    tx, layers = loop.make_optimizer(config, graphdef, shapes, mesh)
+    tx, _ = loop.make_optimizer(config, graphdef, shapes, mesh)
     state = _state(config, shapes, tx)
-    lies = sharding.state_shardings(state, shapes, mesh)
     whole = config.train.gather == "step" or sharding.FSDP not in mesh.axis_names
-    params = _bytes(state.params, lies.params)
+    params, optimizer = kept(config, devices, tiled)
     rows = config.train.batch // (sharding.row_shards(mesh) * config.train.accumulate)
     fresh = jax.eval_shape(
         lambda params: lm.apply(
@@ -107,7 +125,7 @@ def plan(config: RunConfig, devices: int) -> Plan:
     return Plan(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         params=params,
-        optimizer=_bytes(state.level.opt, lies.level.opt),
+        optimizer=optimizer,
         gradient=_bytes(state.params) // tensor if whole else params,
         rows=rows * _bytes(fresh) // tensor,
         checkpoint=_bytes(state),
@@ -241,14 +259,34 @@ def _abstract(sizes):
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
-def _bytes(tree: PyTree, lies: PyTree | None = None) -> int:
+def _bytes(tree: PyTree, lies: PyTree | None = None, tiled: bool = False) -> int:
     """Of all arrays, or of what one device holds of them."""
 
     def size(leaf, where=None):
         shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return 8
-        return math.prod(shape) * leaf.dtype.itemsize
+        count = _in_tiles(shape, leaf.dtype.itemsize) if tiled else math.prod(shape)
+        return count * leaf.dtype.itemsize
 
     trees = (tree,) if lies is None else (tree, lies)
     return sum(jax.tree.leaves(jax.tree.map(size, *trees)))
+
+
+def _in_tiles(shape: Sequence[int], itemsize: int) -> int:
+    """Entries of an array laid in tiles of 128, by 8 or more as items get smaller.
+
+    >>> _in_tiles((5, 96, 384), 4)  # 384 fill three tiles, 96 fill twelve
+    184320
+    >>> _in_tiles((300, 4), 4)
+    3072
+    """
+    if len(shape) < 2:
+        return math.prod(shape)
+    tile = 8 * max(1, 4 // itemsize), 128
+    found = []
+    for last_two in itertools.permutations(range(len(shape)), 2):
+        up = dict(zip(last_two, tile, strict=True))
+        lengths = (-(-n // up.get(i, 1)) * up.get(i, 1) for i, n in enumerate(shape))
+        found.append(math.prod(lengths))
+    return min(found)

@@ -249,6 +249,7 @@ def test_another_config_is_refused_by_field(two_steps, state):
         with pytest.raises(checkpoint.ConfigMismatch, match=message):
             checkpoints.check_config(other)
         free = ["train.keep=9", "train.checkpoint_every=2", "data.path=moved"]
+        free += ["train.workers=2"]
         checkpoints.check_config(config_lib.override(CONFIG, free))
     with pytest.raises(checkpoint.ConfigMismatch, match=message):
         checkpoint.restore_params(two_steps, expected=other)

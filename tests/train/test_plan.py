@@ -124,6 +124,8 @@ def test_what_the_compiler_said_of_the_paper_rows():
         assert said["memory"] == machine.bytes
         need = said["arguments"] + said["temporaries"] + said["code"]
         assert need < machine.bytes
+        kept = sum(plan.kept(config, machine.devices, tiled=True))
+        assert kept == pytest.approx(said["arguments"], rel=0.01)
     page = (lab.RESULTS.parent / "README.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- plan -->\n(.*)\n<!-- /plan -->", page, re.DOTALL)
     assert block and block[1] == fits.table(found), (
