@@ -96,6 +96,7 @@ Settings = Kills | Controls | Flips
 SCALES: Mapping[str, Mapping[str, Settings]] = {
     "full": {
         "kills": Kills(kills=5),
+        "kills_of_four": Kills(kills=5, processes=4),
         "controls": Controls(),
         "bit_flips": Flips(flips=200),
     },
@@ -318,7 +319,12 @@ def _folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-MEASURES = {"kills": kills, "controls": controls, "bit_flips": bit_flips}
+MEASURES = {
+    "kills": kills,
+    "kills_of_four": kills,
+    "controls": controls,
+    "bit_flips": bit_flips,
+}
 
 
 def measure(task: lab.Task) -> dict[str, float]:
