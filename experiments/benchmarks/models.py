@@ -6,9 +6,9 @@ Smoke:   add --quick (small sizes, minutes to compile); a test times one case.
 Goal:    of the commit before, compiling at most 0.6, a decoded token at most a third;
          a Hope training step at most 3.8 times its twin's, a token twice.
 Expect:  experiments/results/benchmarks/models-1-x-cpu.json, beside 1c85765: compiling
-         0.81, training 1.20 times as fast in turns of two rows (1.02 at once), a decoded
-         token in 0.34; 5.7 of the twin's training step (4.2 of its step with all rows at
-         once), 2.0 of its token.
+         0.81, training 1.20 times as fast in turns of two rows (1.02 at once), a
+         decoded token in 0.34; 5.7 of the twin's training step (4.2 of its step with
+         all rows at once), 2.0 of its token.
 Cost:    half an hour of one CPU core, most of it to compile.
 
 Each checkout has a worker of its own, with the same packages, and all are timed in
