@@ -97,7 +97,7 @@ def kept(config: RunConfig, devices: int, tiled: bool = False) -> tuple[int, int
 
 
 def plan(config: RunConfig, devices: int, tiled: bool = False) -> Plan:
-    """What `config` costs on so many devices, whose arrays may be `tiled` as for `kept`.
+    """What `config` costs on so many devices; `tiled` as of `kept`.
 
     Raises:
       ValueError: a model, a batch or a mesh that do not fit one another.
