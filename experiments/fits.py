@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from experiments import lab, paper
+from hope_jax.core.config import from_json
 from hope_jax.models import zoo
 from hope_jax.train import plan
 from hope_jax.train.config import RunConfig
@@ -45,18 +46,17 @@ def rows(scale: str) -> dict[str, RunConfig]:
 
 
 def measure(task: lab.Task) -> dict[str, float]:
-    """What shapes say, and what the compiler says."""
+    """What the compiler says, and what shapes say of products."""
     config = task.config
     machine = plan.MACHINES.get(config.scale)
     devices = plan.topology(machine) if machine else jax.devices()
-    said = plan.plan(config, len(devices), tiled=machine is not None)
+    said = plan.plan(config, len(devices))
     start = time.process_time()
     program = plan.compiled(config, devices, effort=-1.0)
     took = time.process_time() - start
     memory = program.memory_analysis()
     return {
         "parameters": said.parameters,
-        "said": said.params + said.optimizer,
         "step flops": said.step_flops,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -67,10 +67,14 @@ def measure(task: lab.Task) -> dict[str, float]:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A line a row, in GiB of one device."""
+    """A line a row, in GiB of one device; what shapes say is asked of them anew."""
     lines = []
     for result in found:
-        m, train = result["metrics"], result["config"]["train"]
+        m, train = dict(result["metrics"]), result["config"]["train"]
+        config = from_json(RunConfig, result["config"])
+        machine = plan.MACHINES.get(config.scale)
+        devices = machine.devices if machine else jax.device_count()
+        m["said"] = sum(plan.kept(config, devices, tiled=machine is not None))
         size = lambda name, m=m: f"{m[name] / 2**30:.2f}"  # noqa: E731
         need = m["arguments"] + m["temporaries"] + m["code"]
         tokens = train["batch"] * train["seq_len"]

@@ -4,7 +4,7 @@
     python -m launch.plan --experiment=quickstart --row=hope --devices=4 --mesh=fsdp:4
 
 The row and its settings are those of launch.train. Bytes are of one device and come
-from shapes; what a step needs beside them its compiler says, with --compile: for the
+XX
 TPUs of --machine too, which need not be there (pip install libtpu).
 """
 
