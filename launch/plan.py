@@ -4,8 +4,9 @@
     python -m launch.plan --experiment=quickstart --row=hope --devices=4 --mesh=fsdp:4
 
 The row and its settings are those of launch.train. Bytes are of one device and come
-XX
-TPUs of --machine too, which need not be there (pip install libtpu).
+from shapes, for TPUs from the tiles in which arrays lie there; what a step needs beside
+them its compiler says, with --compile: for the TPUs of --machine too, which need not be
+there (pip install libtpu).
 """
 
 import sys
