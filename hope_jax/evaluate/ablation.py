@@ -261,6 +261,28 @@ def read_twice(
     return Readings(*(float(jnp.mean(cost)) for cost in (first, again, other)))
 
 
+def first_readings(
+    config: ModelConfig, params: PyTree, text: Int[np.ndarray, "B T"]
+) -> dict[str, Float[np.ndarray, "B S"]]:
+    """Nats of every token but the first of rows that are read once, for each of `rows`
+    that switches parts off and has a meaning for the model; controls are left out.
+
+    Rows that say the same of a model are read once.
+    """
+    reader, known, found = reader_of(config), {}, {}
+    rows_ = jnp.asarray(text, jnp.int32)
+    for row in rows(config):
+        if row.learn is None or row.name.startswith("control"):
+            continue
+        switches = learning.resolve(config, row.learn)
+        if switches not in known:
+            start = reader.initial_state(params, len(text))
+            made, _ = costs(reader, row.learn, params, rows_, start)
+            known[switches] = np.asarray(made, np.float64)
+        found[row.name] = known[switches]
+    return found
+
+
 def ask(
     reader: Reader, params: PyTree, facts: Facts, learn: bool | Learning, *, batch: int
 ) -> dict[int, Gain]:
