@@ -296,12 +296,13 @@ def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
             ours = {part: np.mean([*of.values()]) for part, of in each.items()}
             theirs = {part: value / WHOLE for part, value in PAPER.items()}
             away = np.mean([abs(ours[part] - theirs[part]) for part in PAPER])
-            said = (
+            result, paper = (
                 ", ".join(f"{part} {v:.2f}" for part, v in of.items())
                 for of in (ours, theirs)
             )
             what = f"Table 6, perplexity without a part over the whole's, {group}"
-            lines.append(lab.Evidence(what, *said, f"{away:.2f} on average", command))
+            away = f"{away:.2f} on average"
+            lines.append(lab.Evidence(what, result, paper, away, command))
     return lines
 
 
