@@ -357,6 +357,31 @@ def compared(
     return [Evidence(what, said, theirs, away, command)]
 
 
+def claimed(
+    what: str,
+    ours: Mapping[int, float],
+    claim: str,
+    holds: Callable[[float], bool],
+    form: str = "{:.3f}",
+    *,
+    command: str = "",
+) -> list[Evidence]:
+    """As `compared`, beside a claim that the paper makes without a number.
+
+    Args:
+      claim: in words.
+      holds: of the mean of ours, whether it is so here.
+
+    >>> lines = claimed("a over b", {0: 1.2}, "below 1", lambda ratio: ratio < 1)
+    >>> lines[0].paper, lines[0].distance
+    ('below 1', 'not so here')
+    """
+    so = bool(ours) and holds(float(np.mean([*ours.values()])))
+    said = {"paper": claim, "distance": "so here" if so else "not so here"}
+    lines = compared(what, ours, form=form, command=command)
+    return [line._replace(**said) for line in lines]
+
+
 def chosen(
     rows: Iterable[str], wanted: Sequence[str], flag: str = "rows", what: str = "row"
 ) -> list[str]:
