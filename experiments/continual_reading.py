@@ -309,12 +309,29 @@ def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """Whether more levels read better, as Figure 7 has it, and what lasts."""
+    ours: dict[str, Any] = {"command": f"{NAME} --workdir=DIR"}
+    four, one = (lab.values(found, f"hope_{n}", "lasting/first") for n in (4, 1))
+    return lab.claimed(
+        "Figure 7, bits a byte of four CMS levels over one's, as many parameters",
+        lab.quotient(four, one),
+        "below 1 (bars, other tasks)",
+        lambda ratio: ratio < 1,
+        **ours,
+    ) + lab.compared(
+        "Figure 8, bits a byte left of a first reading after another text, one level",
+        lab.values(found, "hope_1", "lasting/left"),
+        **ours,
+    )
+
+
 def _define(define) -> None:
     define.string("workdir", None, "folder of the trainings", required=True)
     define.string("data_dir", os.environ.get("HOPE_DATA_DIR"), "folder of the texts")
 
 
-_measured = lab.Experiment(
+main = lab.Experiment(
     name=NAME,
     doc=__doc__,
     rows=lambda flags: rows(flags.scale, flags.data_dir),
@@ -326,18 +343,8 @@ _measured = lab.Experiment(
     saved=lambda task: dataclasses.replace(
         task.config, data=dataclasses.replace(task.config.data, path="plays")
     ),
+    draw=draw,
 )
-
-
-def main(arguments: Sequence[str] | None = None) -> str:
-    """The experiment, and its picture beside the results."""
-    made = _measured(arguments)
-    given = command.parse(__doc__, _measured._define, arguments)
-    folder = Path(given.out or lab.RESULTS)
-    found = lab.results(folder, NAME, rows(given.scale, given.data_dir))
-    lab.save(draw(found), folder / NAME / f"{NAME}.png")
-    return made
-
 
 if __name__ == "__main__":
     command.run(main)

@@ -369,6 +369,23 @@ def _define(define) -> None:
     define.list("splits", ["train", "valid", "test"], "to train, tune and test on")
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """M3's loss over Muon's, which has to be lower by more than seeds differ."""
+    spread = max(
+        (r["metrics"][f"{n}_test_loss_sd"] / r["metrics"]["muon_test_loss"])
+        for n in ("m3", "muon")
+        for r in found
+    )
+    m3, muon = (lab.values(found, "all", f"{n}_test_loss") for n in ("m3", "muon"))
+    return lab.claimed(
+        f"Figure 11, test loss of M3 over Muon's, digits, ± {spread:.2f} by seed",
+        lab.quotient(m3, muon),
+        "below 1 (curves)",
+        lambda ratio: ratio < 1 - spread,
+        "{:.2f}",
+    )
+
+
 main = lab.comparison(
     name=NAME,
     doc=__doc__,

@@ -234,6 +234,22 @@ def draw(found: Search, settings: Settings) -> Figure:
     return figure
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """Median steps of delta momentum over momentum's, clipped and by default."""
+    slow = lab.values(found, "all", "momentum_median_steps")
+    return [
+        line
+        for name, words in (("delta_momentum_clip", "clipped "), ("delta_momentum", ""))
+        for line in lab.claimed(
+            f"Figure 4, steps of {words}delta momentum over momentum's, 27 valleys",
+            lab.quotient(lab.values(found, "all", f"{name}_median_steps"), slow),
+            "below 1 (curves)",
+            lambda ratio: ratio < 1,
+            "{:.2f}",
+        )
+    ]
+
+
 main = lab.comparison(
     name=NAME,
     doc=__doc__,

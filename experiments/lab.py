@@ -8,6 +8,10 @@ yet, then prints the table of what there is:
 
 With `--out=DIR` results and pictures go there, and so all is measured anew; without,
 results go to experiments/results and pictures to runs/NAME.
+
+What of it belongs to the table of evidence on the first page its module says in a
+function `evidence(found)`, from the results of the full scale that there are; see
+`Evidence`.
 """
 
 import dataclasses
@@ -48,6 +52,25 @@ class Task(NamedTuple):
     picture: Path
 
 
+class Evidence(NamedTuple):
+    """A line of the table of evidence, which `launch.table --table=evidence` makes.
+
+    Attributes:
+      what: of which table or claim, of which models, on what.
+      result: ours.
+      paper: the paper's number, and where it is found.
+      distance: of ours from it; what it is where not ours less the paper's.
+      command: after `python -m experiments.`, or one that begins with `bash`; empty is
+        the name of the module.
+    """
+
+    what: str
+    result: str
+    paper: str = "none"
+    distance: str = ""
+    command: str = ""
+
+
 def _nothing(define) -> None:
     """No flags but those that all have."""
 
@@ -68,6 +91,7 @@ class Experiment:
       seeds: those that are run by default. None if all is of seed 0, without a flag.
       define: defines flags of its own, as `launch.command.parse` says.
       saved: a task -> what its result file has as its config.
+      draw: results, as `table` gets them -> a picture, which is kept beside them.
     """
 
     name: str
@@ -79,6 +103,7 @@ class Experiment:
     seeds: tuple[int, ...] | None = None
     define: Callable[[Any], None] = _nothing
     saved: Callable[[Task], Any] = lambda task: task.config
+    draw: Callable[[Sequence[Mapping[str, Any]]], Figure] | None = None
 
     def __call__(self, arguments: Sequence[str] | None = None) -> str:
         """Measures what has no result file yet, and prints the table.
@@ -129,8 +154,11 @@ class Experiment:
                 f"{len(other)} results are kept that are of other settings; to measure "
                 f"one again remove its file.\n  {other[0]}"
             )
-        made = self.table(results(folder, self.name, rows))
+        known = results(folder, self.name, rows)
+        made = self.table(known)
         print(made)
+        if self.draw is not None:
+            save(self.draw(known), folder / self.name / f"{self.name}.png")
         return made
 
     def _define(self, define) -> None:
@@ -191,6 +219,34 @@ def trained(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     return metrics.read_log(folder / "metrics.jsonl")
 
 
+def best_rate(
+    config: RunConfig, folder: Path, rates: Sequence[float]
+) -> tuple[dict[str, float], Path | None]:
+    """Trains with each rate, as `trained` does.
+
+    Returns:
+      `training/<rate>`, bits per byte of the last training rows, for each that was
+      finite, and `rate`, which had the fewest; and the folder of its run, None if all
+      diverged.
+    """
+    found, folders = {}, {}
+    for rate in rates:
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        folders[rate] = folder.with_name(f"{folder.name}-{rate:g}")
+        tried = dataclasses.replace(config, optimizer=optimizer)
+        try:
+            log = trained(tried, folders[rate])
+        except loop.NonFinite as error:
+            print(error)
+            continue
+        found[rate] = training_bits(log, config.train.steps)
+    bits = {f"training/{rate:g}": value for rate, value in found.items()}
+    if not found:
+        return bits, None
+    best = min(found, key=found.__getitem__)
+    return bits | {"rate": best}, folders[best]
+
+
 def training_bits(log: Sequence[Mapping[str, Any]], end: int, steps: int = 50) -> float:
     """Bits per byte of the rows of the last steps, up to the step `end`."""
     last = [line["bits_per_byte"] for line in log if line["step"] > end - steps]
@@ -235,6 +291,95 @@ def results(folder: Path, name: str, rows: Iterable[str]) -> list[Mapping[str, A
         if result["row"] in found:
             found[result["row"]].append(result)
     return [r for of in found.values() for r in sorted(of, key=lambda r: r["seed"])]
+
+
+def values(
+    found: Iterable[Mapping[str, Any]], row: str, metric: str
+) -> dict[int, float]:
+    """A metric of a row, by seed, as far as results have it.
+
+    >>> result = {"row": "sgd", "seed": 0, "metrics": {"loss": 1.5}}
+    >>> values([result], "sgd", "loss"), values([result], "adam", "loss")
+    ({0: 1.5}, {})
+    """
+    return {
+        result["seed"]: result["metrics"][metric]
+        for result in found
+        if result["row"] == row and metric in result["metrics"]
+    }
+
+
+def quotient(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
+    """`a / b` of the seeds that both have.
+
+    >>> quotient({0: 1.0, 1: 3.0}, {1: 2.0})
+    {1: 1.5}
+    """
+    return {seed: a[seed] / b[seed] for seed in a if seed in b}
+
+
+def compared(
+    what: str,
+    ours: Mapping[int, float],
+    paper: float | None = None,
+    form: str = "{:.3f}",
+    *,
+    where: str = "",
+    command: str = "",
+) -> list[Evidence]:
+    """A line of evidence: the mean of ours beside a number of the paper, or none.
+
+    Args:
+      what, command: as of `Evidence`.
+      ours: by seed; where there are several their range is told too.
+      paper: its number; None if it has none.
+      form: how numbers are written, what they are counted in after it.
+      where: it is found in the paper.
+
+    Returns:
+      No line where ours was not measured.
+
+    >>> (line,) = compared("parity", {0: 98.0, 1: 99.0}, 100.0, "{:.1f} %", where="T 5")
+    >>> line.result, line.paper, line.distance
+    ('98.5 % (98.0 to 99.0)', '100.0 % (T 5)', '-1.5 %')
+    """
+    if not ours:
+        return []
+    mean, number = float(np.mean([*ours.values()])), form.partition("}")[0] + "}"
+    said = form.format(mean)
+    if len(ours) > 1:
+        low, high = min(ours.values()), max(ours.values())
+        said += f" ({number.format(low)} to {number.format(high)})"
+    if paper is None:
+        return [Evidence(what, said, command=command)]
+    theirs = form.format(paper) + (f" ({where})" if where else "")
+    away = form.replace("{:", "{:+").format(mean - paper)
+    return [Evidence(what, said, theirs, away, command)]
+
+
+def claimed(
+    what: str,
+    ours: Mapping[int, float],
+    claim: str,
+    holds: Callable[[float], bool],
+    form: str = "{:.3f}",
+    *,
+    command: str = "",
+) -> list[Evidence]:
+    """As `compared`, beside a claim that the paper makes without a number.
+
+    Args:
+      claim: in words.
+      holds: of the mean of ours, whether it is so here.
+
+    >>> lines = claimed("a over b", {0: 1.2}, "below 1", lambda ratio: ratio < 1)
+    >>> lines[0].paper, lines[0].distance
+    ('below 1', 'not so here')
+    """
+    so = bool(ours) and holds(float(np.mean([*ours.values()])))
+    said = {"paper": claim, "distance": "so here" if so else "not so here"}
+    lines = compared(what, ours, form=form, command=command)
+    return [line._replace(**said) for line in lines]
 
 
 def chosen(

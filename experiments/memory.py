@@ -213,6 +213,20 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.table(["row", "accuracy by seed", "mean"], lines, words=2)
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """Recall after 1,200 steps."""
+    names = {"hope": "Hope", "gated_delta_net": "the gated delta rule"}
+    return [
+        line
+        for row, said in names.items()
+        for line in lab.compared(
+            f"Recall of six pairs in 32 tokens, {said}",
+            lab.values(found, f"recall_1200_{row}", "accuracy"),
+            command=f"{NAME} --group=recall",
+        )
+    ]
+
+
 def _define(define) -> None:
     define.enum("group", None, tuple(GROUPS), "whose rows", required=True)
 

@@ -105,6 +105,18 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.table(["row", "as trained", "four times as long"], lines)
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """Hope on words four times as long."""
+    return [
+        line
+        for group in GROUPS
+        for line in lab.compared(
+            f"State tracking, {group.upper()} over 512 elements, Hope",
+            lab.values(found, f"{group}_hope_to_2", "accuracy_longer"),
+        )
+    ]
+
+
 main = lab.Experiment(
     name=NAME, doc=__doc__, rows=rows, measure=measure, table=table, seeds=(0, 1, 2)
 )

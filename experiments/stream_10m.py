@@ -219,6 +219,19 @@ def _define(define) -> None:
     define.string("workdir", None, "folder of the trainings", required=True)
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """The last of ten parts over the first."""
+    whole = [r for r in found if r["metrics"].get("tokens", 0) >= TOKENS["full"]]
+    last, first = (lab.values(whole, "hope", f"loss_{at}") for at in ("last", "first"))
+    lines = lab.compared(
+        "Figure 9, loss in the tenth million tokens over the first's, Hope",
+        lab.quotient(last, first),
+        command=f"{NAME} --workdir=DIR",
+    )
+    said = {"paper": "answers at 10M (curves)", "distance": "another task"}
+    return [line._replace(**said) for line in lines]
+
+
 main = lab.Experiment(
     name=NAME,
     doc=__doc__,

@@ -145,6 +145,32 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.table(columns, lines)
 
 
+# Table 5, % of words of 51 to 100 letters, in the order of `LANGUAGES`.
+PAPER = {
+    "lstm": (100.0, 100.0, 100.0, 100.0, 100.0, 100.0),
+    "transformer": (0.0, 0.0, 0.0, 100.0, 100.0, 100.0),
+    "linear_attention": (0.0, 0.0, 0.0, 100.0, 100.0, 100.0),
+    "delta_net": (10.1, 0.0, 0.0, 100.0, 100.0, 100.0),
+    "srwm": (100.0, 100.0, 100.0, 100.0, 100.0, 100.0),
+    "hope": (100.0, 100.0, 100.0, 100.0, 100.0, 100.0),
+}
+
+
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """Of each model that has read all languages, their mean."""
+    lines = []
+    for model, paper in PAPER.items():
+        each = [lab.values(found, f"{at}_{model}", "whole_bin1") for at in LANGUAGES]
+        seeds = set.intersection(*map(set, each))
+        lines += lab.compared(
+            f"Table 5, words of 51 to 100 letters, mean of six languages, {model}",
+            {s: 100 * float(np.mean([of[s] for of in each])) for s in sorted(seeds)},
+            float(np.mean(paper)),
+            "{:.1f} %",
+        )
+    return lines
+
+
 def _define(define) -> None:
     define.enum("group", "table5", ("table5", "chunks"), "whose rows")
 

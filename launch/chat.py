@@ -20,7 +20,7 @@ from hope_jax.stream.generate import Sampling
 from hope_jax.stream.session import Limits, Policy, Reply, Sessions, check_name
 from hope_jax.train import checkpoint
 from launch import command
-from launch.evaluate import define_checkpoint, fail_in_words, open_given
+from launch.evaluate import beside, define_checkpoint, fail_in_words, open_given
 from launch.generate import define_sampling, sampling_of
 
 SLOTS, BLOCK = 1, 16  # one session talks, and what it says is shown as it comes
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         opened = open_given(options)
         folder = options.sessions
         if folder is None:
-            folder = checkpoint.find(options.checkpoint).parent / "sessions"
+            folder = beside(options.checkpoint, "--sessions") / "sessions"
         sessions = Sessions(
             opened.config.model,
             opened.params,

@@ -15,6 +15,7 @@ texts are read twice, facts planted and asked for, and a sceptic's controls appl
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from hope_jax.data import text
 from hope_jax.data.tokenizer import encode_documents
 from hope_jax.evaluate import ablation, language_model
 from hope_jax.stream.reader import Opened, open_checkpoint
-from hope_jax.train import checkpoint, metrics
+from hope_jax.train import checkpoint, metrics, release
 from hope_jax.train.config import RunConfig, read_config
 from hope_jax.train.folder import check_place
 from launch import command
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.output is not None:
             check_place("--output", options.output)
         elif options.ablate:
-            place = checkpoint.find(options.checkpoint).parent
+            place = beside(options.checkpoint, "--output")
             check_place("without --output, the folder of --checkpoint", place)
         opened = open_given(options)
         config = opened.config
@@ -127,7 +128,7 @@ def ablate(
         "again"
     )
     print_ablation(console, title, measured)
-    folder = options.output or checkpoint.find(options.checkpoint).parent
+    folder = options.output or beside(options.checkpoint, "--output")
     more = {"step": opened.step, "texts": count, "tokens": length}
     more["facts"] = options.ablate_facts
     found = ablation.flat(measured) | more
@@ -283,7 +284,7 @@ def define_checkpoint(define) -> None:
     define.string(
         "checkpoint",
         None,
-        "the workdir of a run, or its folder of checkpoints",
+        "the workdir of a run, its folder of checkpoints, or a release",
         required=True,
     )
     define.alias("workdir", "checkpoint")
@@ -304,6 +305,20 @@ def define_checkpoint(define) -> None:
         "read with chunks of the memories so many times as long as in training; they "
         "then answer otherwise, and a warning says so",
     )
+
+
+def beside(directory: str | os.PathLike, flag: str) -> Path:
+    """The folder of a run, for what is given no other.
+
+    Raises:
+      ValueError: it is a release, whose files are all listed.
+    """
+    if release.is_release(directory):
+        raise ValueError(
+            f"Give {flag}, a folder: nothing is added to {str(directory)!r}, which is "
+            "a release."
+        )
+    return checkpoint.find(directory).parent
 
 
 def open_given(options: Any) -> Opened:

@@ -1,16 +1,19 @@
-"""The tables of the pages: equation -> function -> test, and the named memories.
+"""The tables of the pages: equation -> function -> test, named memories, evidence.
 
 Print one:              python -m launch.table [--table=memories]
 Put it on its page:     python -m launch.table --write tests/README.md
                         python -m launch.table --write hope_jax/memory/README.md
+                        python -m launch.table --write README.md
 
 An equation's test is named `test_equation_<number>_<what>` in tests/equations and has
 in its docstring a line `Implements: module.function`. The tests are parsed, not run.
 The memories are those of `hope_jax.memory.named`, their speeds those of the result
-files of experiments/benchmarks.
+files of experiments/benchmarks. Evidence is what modules of experiments/ say of their
+result files in a function `evidence`; what has none yet has no line.
 """
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -22,7 +25,8 @@ from launch import command
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TESTS = _ROOT / "tests" / "equations"
-_BENCHMARKS = _ROOT / "experiments" / "results" / "benchmarks"
+_EXPERIMENTS = _ROOT / "experiments"
+_BENCHMARKS = _EXPERIMENTS / "results" / "benchmarks"
 _NAME = re.compile(r"test_equation_(\d+)(?:_\w+)?$")
 _IMPLEMENTS = re.compile(r"^\s*Implements:\s*([\w.]+)\s*$", re.MULTILINE)
 
@@ -119,8 +123,52 @@ def _ratios(benchmarks: Path) -> dict[tuple[str, str], float]:
     return found
 
 
-TABLES = {"equations": lambda: markdown(rows()), "memories": memories}
-PAGES = {"equations": "tests/README.md", "memories": "hope_jax/memory/README.md"}
+def evidence(
+    results: Path = _EXPERIMENTS / "results", names: Sequence[str] | None = None
+) -> str:
+    """What was measured beside the paper's numbers, from the result files there are.
+
+    Args:
+      results: their folder; results of a smaller scale say nothing here.
+      names: of modules in experiments/, by default all that define `evidence(found)`.
+    """
+    from hope_jax.train import metrics
+
+    lines = [
+        "| table | file | command | result | the paper's | distance |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in experiments() if names is None else names:
+        found = metrics.read_results(results, name)
+        found = [result for result in found if result["scale"] == "full"]
+        if not found:
+            continue
+        module = importlib.import_module(f"experiments.{name}")
+        for line in module.evidence(found):
+            file = f"[{name}.py](experiments/{name}.py)"
+            command = f"`{line.command or name}`"
+            cells = [line.what, file, command, *line[1:4]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def experiments() -> list[str]:
+    """Modules of experiments/ that say what is evidence; they are parsed, not run."""
+    said = "\ndef evidence("
+    found = _EXPERIMENTS.glob("*.py")
+    return sorted(p.stem for p in found if said in p.read_text(encoding="utf-8"))
+
+
+TABLES = {
+    "equations": lambda: markdown(rows()),
+    "memories": memories,
+    "evidence": evidence,
+}
+PAGES = {
+    "equations": "tests/README.md",
+    "memories": "hope_jax/memory/README.md",
+    "evidence": "README.md",
+}
 
 
 def written(text: str) -> str:

@@ -97,7 +97,8 @@ def help_of(program):
 
 
 def test_the_first_page_is_short():
-    assert len(README.text.encode()) <= MOST
+    block = r"(?s)<!-- evidence -->.*<!-- /evidence -->"  # grows with result files
+    assert len(re.sub(block, "", README.text).encode()) <= MOST
 
 
 @each_page

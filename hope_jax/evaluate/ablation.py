@@ -261,6 +261,41 @@ def read_twice(
     return Readings(*(float(jnp.mean(cost)) for cost in (first, again, other)))
 
 
+PARTS = (
+    "all learn",
+    "main memory off",
+    "projections off",
+    "all CMS off",
+    "nothing learns",
+)
+
+
+def first_readings(
+    config: ModelConfig,
+    params: PyTree,
+    text: Int[np.ndarray, "B T"],
+    names: Sequence[str] = PARTS,
+) -> dict[str, Float[np.ndarray, "B S"]]:
+    """Nats of every token but the first of rows that are read once, by name of those of
+    `rows` that have a meaning for the model.
+
+    Rows that say the same of a model are read once; each other is a program of its own.
+    """
+    known, found = {}, {}
+    for row in rows(config):
+        if row.learn is None or row.name not in names:
+            continue
+        switches = row.model, learning.resolve(row.model, row.learn)
+        if switches not in known:
+            reader = reader_of(row.model)
+            start = reader.initial_state(params, len(text))
+            read = jnp.asarray(text, jnp.int32)
+            cost, _ = costs(reader, row.learn, params, read, start)
+            known[switches] = np.asarray(cost, np.float64)
+        found[row.name] = known[switches]
+    return found
+
+
 def ask(
     reader: Reader, params: PyTree, facts: Facts, learn: bool | Learning, *, batch: int
 ) -> dict[int, Gain]:

@@ -29,6 +29,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from hope_jax.data.stream import Windows, evaluation_windows
 from hope_jax.data.text import Document
 from hope_jax.data.tokenizer import Tokenizer, encode_documents
+from hope_jax.models import learning
+from hope_jax.models.config import ModelConfig
 from hope_jax.stream.reader import Reader, check_tokenizer
 
 Mode = Literal["reset", "carried", "frozen"]
@@ -169,6 +171,14 @@ def score(
         tokens=np.array([len(i) - 1 for i in ids]),
         bytes=np.array([len(document.data) for document in documents]),
     )
+
+
+def modes_of(config: ModelConfig, documents: Sequence[Document]) -> tuple[Mode, ...]:
+    """The modes that differ: `carried` where there are several documents, `frozen` of a
+    model that learns while it reads."""
+    learns = bool(config.fast) or learning.has_memories(config)
+    wanted = {"reset": True, "carried": len(documents) > 1, "frozen": learns}
+    return tuple(mode for mode in MODES if wanted[mode])
 
 
 def evaluate(

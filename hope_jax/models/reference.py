@@ -79,8 +79,8 @@ def self_modifying_reference(
 
     dense = layer.config.inputs == "dense"
     seen = {
-        "k": layer.k(x) if dense else x,
-        "v": layer.v(x) if dense else x,
+        "k": layer.k(x) if dense or not layer.config.adaptive_k else x,
+        "v": layer.v(x) if dense or not layer.config.adaptive_v else x,
         "gates": layer.gates(x) if dense else x,
         "q": layer.q(x) if dense or not layer.config.adaptive_q else x,
     }
@@ -165,8 +165,7 @@ def _live(
 
         inputs = jnp.stack([source[name] for name in config.projections])
         made = jax.vmap(recall)(anchors, inputs)
-        made = dict(zip(config.projections, made, strict=True))
-        made.setdefault("q", seen["q"])
+        made = seen | dict(zip(config.projections, made, strict=True))
         windows = {
             name: jnp.concatenate([window[1:], made[name][None]])
             for name, window in windows.items()

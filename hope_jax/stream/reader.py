@@ -17,7 +17,7 @@ from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.models import lm
 from hope_jax.models.config import rechunked
 from hope_jax.models.learning import Learning
-from hope_jax.train import checkpoint, loop
+from hope_jax.train import checkpoint, loop, release
 from hope_jax.train.config import RunConfig, read_config
 
 _CONTEXT = re.compile(r"model\.mixer(\.\d+)?\.context")
@@ -177,10 +177,11 @@ def open_checkpoint(
     rechunk: float = 1.0,
     config: RunConfig | None = None,
 ) -> Opened:
-    """The newest intact model of a run.
+    """The newest intact model of a run, or a released one.
 
     Args:
-      directory: a workdir, or its `checkpoints` folder.
+      directory: a workdir, or its `checkpoints` folder, or a folder that
+        `launch.release` made.
       settings: `"path=value"`, fields that the run's config must have. They change
         nothing, for a model is what it was trained to be, but for the `context` of
         attention (`model.mixer.context`): no parameter has its shape, so it may look
@@ -194,8 +195,29 @@ def open_checkpoint(
       FileNotFoundError: no checkpoint there.
       ValueError: the checkpoint, the `config.json` and the tokenizer beside it,
         `config` and `settings` do not belong together; the message names each field.
-      hope_jax.train.checkpoint.Damaged: no checkpoint is intact.
+      hope_jax.train.checkpoint.Damaged: no checkpoint is intact, or a released file is
+        not what it was.
     """
+    if release.is_release(directory):
+        found = release.read(directory)
+        params, tokenizer, step = found.params, found.tokenizer, found.about["step"]
+        _check_same(directory, found.config, config or found.config)
+        config = found.config
+    else:
+        config, params, step = _restored(directory, config)
+        tokenizer = checkpoint.restore_tokenizer(directory)
+    free = [one for one in settings if _CONTEXT.fullmatch(one.partition("=")[0])]
+    config = config_lib.override(config, free)
+    _check_same(directory, config, config_lib.override(config, settings))
+    if rechunk != 1.0:
+        config = dataclasses.replace(config, model=_rechunked(config.model, rechunk))
+    reader = reader_of(config.model)
+    check_tokenizer(reader, tokenizer)
+    return Opened(config, reader, params, tokenizer, step)
+
+
+def _restored(directory, config) -> checkpoint.Restored:
+    """The newest checkpoint, which must be of `config` and the `config.json` there."""
     written = checkpoint.find(directory).parent / loop.CONFIG
     expected = [] if config is None else [config]
     if written.exists():  # beside the checkpoints, where anyone can edit it
@@ -203,22 +225,17 @@ def open_checkpoint(
             expected.append(read_config(RunConfig, written))
         except ValueError as error:
             logging.warning("%s The config is that of the checkpoint.", error)
-    config, params, step = checkpoint.restore_params(directory, expected)
-    free = [one for one in settings if _CONTEXT.fullmatch(one.partition("=")[0])]
-    config = config_lib.override(config, free)
-    differing = config_lib.differences(config, config_lib.override(config, settings))
+    return checkpoint.restore_params(directory, expected)
+
+
+def _check_same(directory, saved: RunConfig, wanted: RunConfig) -> None:
+    differing = config_lib.differences(saved, wanted)
     if differing:
         raise checkpoint.ConfigMismatch(
             f"The checkpoint in {str(directory)!r} is of another config:\n  "
             + "\n  ".join(differing)
             + "\nLeave these settings out, or train a model with them."
         )
-    tokenizer = checkpoint.restore_tokenizer(directory)
-    if rechunk != 1.0:
-        config = dataclasses.replace(config, model=_rechunked(config.model, rechunk))
-    reader = reader_of(config.model)
-    check_tokenizer(reader, tokenizer)
-    return Opened(config, reader, params, tokenizer, step)
 
 
 def _rechunked(config: lm.ModelConfig, factor: float) -> lm.ModelConfig:

@@ -530,16 +530,24 @@ def restore_origin(directory: str | os.PathLike) -> tuple[Restored, dict[str, An
     }
 
 
-def saved_config(directory: str | os.PathLike) -> RunConfig:
-    """The config of the newest checkpoint that says one; reads no array.
+def saved_meta(directory: str | os.PathLike) -> dict[str, Any]:
+    """What the newest checkpoint that can be read says of itself: `config`, the
+    `fingerprint` of its data, `versions`, `lineage`; reads no array.
 
     Raises:
       FileNotFoundError: no checkpoint there.
-      Damaged: none says one.
+      Damaged: none says anything.
     """
     with Checkpoints(find(directory), read_only=True) as checkpoints:
-        saved = checkpoints._newest(lambda step: checkpoints._meta(step)["config"])
-    return config_lib.from_json(RunConfig, saved)
+        found = checkpoints._newest(checkpoints._meta)
+    if found is None:
+        raise FileNotFoundError(f"No checkpoint under {directory}.")
+    return found
+
+
+def saved_config(directory: str | os.PathLike) -> RunConfig:
+    """The config of `saved_meta`."""
+    return config_lib.from_json(RunConfig, saved_meta(directory)["config"])
 
 
 def restore_tokenizer(directory: str | os.PathLike) -> tokenizer.Tokenizer:
@@ -553,10 +561,8 @@ def restore_tokenizer(directory: str | os.PathLike) -> tokenizer.Tokenizer:
     path = folder.parent / TOKENIZER
     if not path.exists():
         raise FileNotFoundError(f"No {TOKENIZER} beside {folder}.")
-    found = tokenizer.load(path)
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        saved = checkpoints._newest(lambda step: checkpoints._meta(step)["fingerprint"])
-    if saved is not None and found.fingerprint != saved["tokenizer"]:
+    found, saved = tokenizer.load(path), saved_meta(folder)["fingerprint"]
+    if found.fingerprint != saved["tokenizer"]:
         raise ConfigMismatch(
             f"{path} is not the tokenizer of its checkpoints: saved "
             f"{saved['tokenizer']}, now {found.fingerprint}."

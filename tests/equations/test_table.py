@@ -5,11 +5,13 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from hope_jax.memory import named
+from hope_jax.train import metrics
 from launch import table
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +106,52 @@ def test_memories_are_the_registry_with_measured_speeds(tmp_path):
     )
     (attention,) = (line for line in lines if "`softmax_attention`" in line)
     assert "| non-parametric |  |" in attention
+
+
+def test_evidence_is_what_experiments_say_of_the_results_there_are(tmp_path):
+    def write(row, nats, scale="full"):
+        metrics.write_result(
+            tmp_path,
+            experiment="quickstart",
+            row=row,
+            scale=scale,
+            seed=0,
+            config={},
+            metrics={"nats_per_token_reset": nats},
+        )
+
+    write("hope", 2.0)
+    assert len(table.evidence(tmp_path).splitlines()) == 2  # its twin has no result
+    write("transformer", 2.0, "smoke")
+    assert len(table.evidence(tmp_path).splitlines()) == 2  # of the full scale
+    write("transformer", 2.0)
+    head, _, line = table.evidence(tmp_path).splitlines()
+    assert head == "| table | file | command | result | the paper's | distance |"
+    assert line.endswith(
+        "| [quickstart.py](experiments/quickstart.py) | `bash launch/quickstart.sh` "
+        "| 1.00 | 0.77 (760M, 30B) | +0.23 |"
+    )
+
+
+def test_experiments_with_evidence_are_found_and_their_commands_are_theirs():
+    names = table.experiments()
+    assert {"quickstart", "small_lm", "fig4_toy", "table5_formal_languages"} <= {*names}
+    for line in table.evidence().splitlines()[2:]:
+        _, what, file, command, result, *_ = map(str.strip, line.split("|"))
+        name = re.fullmatch(r"\[(\w+)\.py\]\(experiments/\1\.py\)", file)[1]
+        assert what and result and name in names
+        words = command.strip("`").split()
+        assert words[:2] == ["bash", "launch/quickstart.sh"] or words[0] == name
+        if words[0] == name:
+            flags = {word[2:].partition("=")[0] for word in words[1:]}
+            assert flags <= flags_of(importlib.import_module(f"experiments.{name}"))
+
+
+def flags_of(module) -> set[str]:
+    known = {"rows"}
+    note = lambda flag, *_, **__: known.add(flag)  # noqa: E731
+    module.main._define(types.SimpleNamespace(list=note, string=note, enum=note))
+    return known
 
 
 def test_the_command_needs_no_jax():

@@ -184,3 +184,16 @@ def test_a_trained_model_is_measured_as_it_is(key):
         f"nothing learns/{what}": pytest.approx(value)
         for what, value in {**frozen._asdict(), "gain": frozen.gain}.items()
     }
+
+
+def test_first_readings_are_those_of_each_switch():
+    _, params = small.built(DELTA)
+    text = np.random.default_rng(0).integers(0, DELTA.vocab, (2, DELTA.span + 1))
+    found = ablation.first_readings(DELTA, params, text)
+    assert set(found) == {"all learn", "main memory off", "nothing learns"}
+    assert found["main memory off"] is found["nothing learns"]
+    for name, learn in (("all learn", True), ("nothing learns", False)):
+        first = ablation.read_twice(reader_of(DELTA), params, text, learn).first
+        assert found[name].shape == (2, DELTA.span)
+        assert found[name].mean() == pytest.approx(first, rel=1e-6)
+    assert found["all learn"].mean() != found["nothing learns"].mean()

@@ -14,6 +14,7 @@ from hope_jax.data.text import Document
 from hope_jax.data.tokenizer import ByteTokenizer, train_bpe
 from hope_jax.evaluate import language_model
 from hope_jax.stream.reader import Reader
+from tests.models import small
 from tests.stream import fakes
 
 BYTES = ByteTokenizer()
@@ -208,3 +209,10 @@ def test_a_score_that_is_not_finite_names_the_document():
     documents = [Document("good", b"abc"), Document("bad", b"xyz.")]
     with pytest.raises(FloatingPointError, match="'bad' is not finite in mode 'reset'"):
         language_model.score(reader, ONE, BYTES, documents, mode="reset")
+
+
+def test_modes_that_differ():
+    one, two = DOCUMENTS[:1], DOCUMENTS[:2]
+    assert language_model.modes_of(small.TRANSFORMER, one) == ("reset",)
+    assert language_model.modes_of(small.TRANSFORMER, two) == ("reset", "carried")
+    assert language_model.modes_of(small.HOPE, one) == ("reset", "frozen")

@@ -276,3 +276,35 @@ def test_results_of_before_are_read_and_left_as_they_are(
     monkeypatch.setattr(lab, "RESULTS", tmp_path)
     kept = dataclasses.replace(experiment.main, measure=forbidden)
     assert line in kept(arguments)
+
+
+def test_a_line_of_evidence_is_a_mean_beside_a_number():
+    def result(row, seed, loss):
+        return {"row": row, "seed": seed, "metrics": {"loss": loss}}
+
+    found = [result("a", 0, 3.0), result("a", 1, 4.0), result("b", 1, 2.0)]
+    a, b = (lab.values(found, row, "loss") for row in "ab")
+    assert a == {0: 3.0, 1: 4.0} and lab.quotient(a, b) == {1: 2.0}
+    (line,) = lab.compared("a", a, 5.0, "{:.1f} %", where="Table 9", command="x --y")
+    assert line == ("a", "3.5 % (3.0 to 4.0)", "5.0 % (Table 9)", "-1.5 %", "x --y")
+    assert lab.compared("b", b) == [lab.Evidence("b", "2.000")]
+    assert lab.compared("c", lab.values(found, "c", "loss"), 1.0) == []
+
+
+def test_a_picture_is_kept_beside_the_results(tmp_path, capsys):
+    drawn = []
+
+    def draw(found):
+        drawn.append([result["row"] for result in found])
+        return Figure()
+
+    experiment = lab.Experiment(
+        name="pictured",
+        doc="Made up.",
+        rows=lambda flags: {"a": Config()},
+        measure=lambda task: {"loss": 1.0},
+        table=lambda found: "",
+        draw=draw,
+    )
+    experiment([f"--out={tmp_path}"])
+    assert drawn == [["a"]] and (tmp_path / "pictured" / "pictured.png").exists()

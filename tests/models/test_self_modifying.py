@@ -123,6 +123,15 @@ LAYERS = {
         6,
         configured(3, 3, dict(rule="gd"), adaptive_q=True),
     ),
+    "static keys": (5, configured(2, 4, adaptive_k=False)),
+    "static values, matrix, momentum": (
+        6,
+        remembering(
+            memory=TURNING | dict(rule="momentum"),
+            adaptive_v=False,
+            adaptive_q=True,
+        ),
+    ),
     "dot, read before, delta on the input": (
         4,
         configured(2, 2, dict(bias="dot", read="pre", dgd="input")),

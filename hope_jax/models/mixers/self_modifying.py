@@ -92,7 +92,8 @@ class SelfModifyingConfig(MixerConfig):
         `MATRIX` are those that recall.
       projection_chunk: tokens per chunk of the projection memories, a multiple of
         `memory.chunk`.
-      adaptive_q: makes the query a memory too (the paper's Table 6 ablates it).
+      adaptive_k, adaptive_v, adaptive_q: whether keys, values and queries come from
+        memories, or from slow maps alone (the paper's Table 6 has each of them static).
       conv: width of the causal convolution after k, v and q.
       conv_activation: after the convolutions, as in Titans, or `none`.
       inputs: what the projection memories of a head read: its `slice` of x, or slow
@@ -128,6 +129,8 @@ class SelfModifyingConfig(MixerConfig):
     kind: Literal["self_modifying"] = "self_modifying"
     memory: MemoryConfig = MLP
     projection_chunk: int = 64
+    adaptive_k: bool = True
+    adaptive_v: bool = True
     adaptive_q: bool = False
     conv: int = 4
     conv_activation: Literal["silu", "none"] = "silu"
@@ -219,7 +222,8 @@ class SelfModifyingConfig(MixerConfig):
     @property
     def projections(self) -> tuple[str, ...]:
         """The memories that make keys, values and gates, in stacking order."""
-        return ("k", "v", "eta", "alpha") + ("q",) * self.adaptive_q
+        made = ("k",) * self.adaptive_k + ("v",) * self.adaptive_v
+        return (*made, "eta", "alpha") + ("q",) * self.adaptive_q
 
     modifies_itself: ClassVar[bool] = True
 
@@ -473,9 +477,11 @@ class SelfModifyingTitans(nnx.Module):
             {n: nnx.Param(w[:, :-1]) for n, w in units.items()}
         )
         self.main_start = nnx.data({n: nnx.Param(w[:, -1]) for n, w in units.items()})
-        if config.inputs == "dense":
+        if config.inputs == "dense" or not config.adaptive_k:
             self.k = dense(d_model, d_model, dtype, rngs)
+        if config.inputs == "dense" or not config.adaptive_v:
             self.v = dense(d_model, d_model, dtype, rngs)
+        if config.inputs == "dense":
             self.gates = dense(d_model, d_model, dtype, rngs)
         if config.inputs == "dense" or not config.adaptive_q:
             self.q = dense(d_model, d_model, dtype, rngs)
@@ -708,10 +714,10 @@ class SelfModifyingTitans(nnx.Module):
         config = self.config
         split = (*x.shape[:2], self.heads, self.width)
         heads = lambda a: wide(a).reshape(split)  # noqa: E731
-        if config.inputs == "dense":
-            k, v, gates = heads(self.k(x)), heads(self.v(x)), heads(self.gates(x))
-        else:
-            k = v = gates = heads(x)
+        slow = config.inputs == "dense"
+        k = heads(self.k(x) if slow or not config.adaptive_k else x)
+        v = heads(self.v(x) if slow or not config.adaptive_v else x)
+        gates = heads(self.gates(x) if slow else x)
         theta = jax.nn.sigmoid(
             jnp.einsum("bthk,hk->bth", gates, self.read_theta[...])
             + self.bias_theta[...][None, None]
@@ -720,7 +726,7 @@ class SelfModifyingTitans(nnx.Module):
             q, tail = self.conv_q(wide(self.q(x)), tail)
             q = unit(self._activate(q).reshape(split))
         else:  # the memory's input
-            q = heads(self.q(x)) if config.inputs == "dense" else heads(x)
+            q = heads(self.q(x) if slow else x)
         return Seen(k, v, gates, q, theta), jax.nn.silu(self.gate(x)), tail
 
     def _activate(self, x):
@@ -869,29 +875,30 @@ class SelfModifyingTitans(nnx.Module):
         )
         flat = lambda a: jnp.moveaxis(a, 1, 2).reshape(rows, length, -1)  # noqa: E731
 
-        inputs = (seen.k, seen.v, seen.gates, seen.gates)
-        inputs += (seen.q,) * config.adaptive_q
-        made = every(over_memories)(anchor, jnp.stack(inputs, axis=2))
-        k, v, m_eta, m_alpha = (made[:, :, i] for i in range(4))
-        k, tail_k = self.conv_k(flat(k), tails.k, count)
-        v, tail_v = self.conv_v(flat(v), tails.v, count)
+        sources = {"eta": seen.gates, "alpha": seen.gates} | seen._asdict()
+        inputs = [sources[name] for name in config.projections]
+        answers = every(over_memories)(anchor, jnp.stack(inputs, axis=2))
+        made = {n: answers[:, :, i] for i, n in enumerate(config.projections)}
+        k, tail_k = self.conv_k(flat(made.get("k", seen.k)), tails.k, count)
+        v, tail_v = self.conv_v(flat(made.get("v", seen.v)), tails.v, count)
         tails = tails._replace(k=tail_k, v=tail_v)
         k, v = unit(heads(self._activate(k))), heads(self._activate(v))
         v = unit(v) if config.unit_values else v
         q, theta = seen.q, seen.theta
         if config.adaptive_q:
-            q, tail_q = self.conv_q(flat(made[:, :, 4]), tails.q, count)
+            q, tail_q = self.conv_q(flat(made["q"]), tails.q, count)
             q, tails = unit(heads(self._activate(q))), tails._replace(q=tail_q)
 
-        eta = jax.nn.sigmoid(_read_out(self.read_eta, self.bias_eta, m_eta))
-        alpha = jax.nn.sigmoid(_read_out(self.read_alpha, self.bias_alpha, m_alpha))
+        eta = _read_out(self.read_eta, self.bias_eta, made["eta"])
+        alpha = _read_out(self.read_alpha, self.bias_alpha, made["alpha"])
+        eta, alpha = jax.nn.sigmoid(eta), jax.nn.sigmoid(alpha)
         eta = rates.within(config.memory, config.rate_bound, eta, alpha)
         # Momentum averages writes, it adds none; a rate law sees to that itself.
         if config.memory.inertia and config.memory.rate_law == "token":
             eta = eta * (1.0 - theta)
         tokens = Tokens(k, v, q, eta, alpha, theta)
         own = jnp.broadcast_to(
-            v[:, :, None], (*v.shape[:2], made.shape[2], *v.shape[2:])
+            v[:, :, None], (*v.shape[:2], answers.shape[2], *v.shape[2:])
         )
         if config.targets != "none":
             own = self._bounded(every(over_memories)(anchor, own), own)

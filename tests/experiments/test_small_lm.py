@@ -1,0 +1,109 @@
+"""Rows of one size that lack one thing each; what was asked is written and told."""
+
+import dataclasses
+import math
+
+import pytest
+
+from experiments import lab, small_lm
+from hope_jax.core import config as config_lib
+from hope_jax.models import lm
+from hope_jax.train import loop
+from hope_jax.train.config import check_rows
+from hope_jax.train.metrics import read_result
+
+
+@pytest.mark.parametrize("scale", ["full", "smoke"])
+def test_rows_are_of_one_size_and_differ_in_the_model_alone(scale):
+    rows = small_lm.rows(scale)
+    wanted = small_lm.SCALES[scale].parameters
+    first = next(iter(rows.values()))
+    for name, config in rows.items():
+        more = 1.15 if name.endswith("_115") else 1.0
+        size = lm.count_parameters(config.model)
+        assert abs(size - more * wanted) <= 0.02 * more * wanted, name
+        check_rows(config)
+        same = dataclasses.replace(config, row=first.row, model=first.model)
+        assert same == first
+    assert len({config.model for config in rows.values()}) == len(rows) == 15
+
+
+def test_each_row_of_table_6_lacks_one_thing():
+    models = small_lm.models("full")
+    whole = config_lib.to_json(models["whole"])
+    lacks = {}
+    for name, model in models.items():
+        if name.startswith("whole_no_"):
+            lines = config_lib.differences(whole, model)
+            fields = {line.partition(":")[0] for line in lines} - {"cms.hidden"}
+            lacks[name.removeprefix("whole_no_")] = {f.split(".")[-1] for f in fields}
+    levels = lacks.pop("cms")
+    assert levels >= {"rates"} and models["whole_no_cms"].fast == ()
+    assert lacks == {
+        "dgd": {"dgd"},
+        "momentum": {"rule"},
+        "retention": {"retention", "toward"},
+        "k": {"adaptive_k"},
+        "v": {"adaptive_v"},
+        "q": {"adaptive_q"},
+    }
+    assert set(small_lm.PAPER) == {*lacks, "cms"}
+    assert models["whole"].mixer.memory.inertia and len(models["whole"].fast) == 3
+
+
+def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys):
+    row = "library_gated_delta_net"
+    flags = ["--scale=smoke", f"--out={tmp_path}", f"--rows={row}", "--seeds=1"]
+    flags += [f"--workdir={tmp_path / 'runs'}"]
+    made = small_lm.main(flags)
+    found = read_result(tmp_path / "small_lm" / f"{row}-s1.json")
+    m = found["metrics"]
+    assert found["config"]["run"]["seed"] == 1 and m["rate"] == 1e-3
+    for mode in ("reset", "carried", "frozen"):
+        assert 1 < m[f"perplexity/{mode}"] < 300
+    # A byte is a token here.
+    assert m["bits/reset"] == pytest.approx(math.log2(m["perplexity/reset"]), rel=0.01)
+    ends = m["position/all learn/0-64"], m["position/all learn/64-256"]
+    assert m["part/all learn"] == pytest.approx((ends[0] + 3 * ends[1]) / 4)
+    assert m["part/nothing learns"] == m["part/main memory off"]
+    assert m["part/nothing learns"] != m["part/all learn"]
+    assert "part/all CMS off" not in m
+    assert f"| {row} | " in made
+    capsys.readouterr()
+    assert small_lm.main(flags) == made  # nothing is trained or asked again
+    assert "step" not in capsys.readouterr().out
+
+
+def test_the_best_finite_rate_is_taken(monkeypatch, tmp_path):
+    config = small_lm.rows("smoke")["library_transformer"]
+
+    def train(config, folder):
+        rate = config.optimizer.learning_rate
+        assert folder.name == f"row-{rate:g}"
+        if rate == 1.0:
+            raise loop.NonFinite("diverged")
+        return [{"step": 1, "bits_per_byte": 9.0}, {"step": 2, "bits_per_byte": rate}]
+
+    monkeypatch.setattr(lab, "trained", train)
+    made, folder = lab.best_rate(config, tmp_path / "row", (0.5, 0.25, 1.0))
+    assert folder == tmp_path / "row-0.25"
+    assert made == {"training/0.5": 4.75, "training/0.25": 4.625, "rate": 0.25}
+    assert lab.best_rate(config, tmp_path / "row", (1.0,)) == ({}, None)
+
+
+def test_evidence_by_hand():
+    def result(row, perplexity):
+        metrics = {"perplexity/reset": perplexity}
+        return {"row": f"library_{row}", "seed": 0, "metrics": metrics}
+
+    found = [result("hope", 50.0), result("gated_delta_net", 40.0)]
+    (line,) = small_lm.evidence(found)
+    assert line.result == "1.25" and line.paper == "0.76 (over DeltaNet's, 760M)"
+    assert line.distance == "+0.49"
+    found += [result("whole", 100.0)]
+    found += [result(f"whole_no_{part}", 110.0) for part in small_lm.PAPER]
+    *_, line = small_lm.evidence(found)
+    assert line.result.startswith("dgd 1.10, momentum 1.10, ")
+    assert line.paper.startswith("dgd 1.10, momentum 1.11, ")
+    # |1.1 - 13.41/12.24| and so on, over seven.
+    assert line.distance == "0.03 on average"
