@@ -314,7 +314,7 @@ def _define(define) -> None:
     define.string("data_dir", os.environ.get("HOPE_DATA_DIR"), "folder of the texts")
 
 
-_measured = lab.Experiment(
+main = lab.Experiment(
     name=NAME,
     doc=__doc__,
     rows=lambda flags: rows(flags.scale, flags.data_dir),
@@ -326,18 +326,8 @@ _measured = lab.Experiment(
     saved=lambda task: dataclasses.replace(
         task.config, data=dataclasses.replace(task.config.data, path="plays")
     ),
+    draw=draw,
 )
-
-
-def main(arguments: Sequence[str] | None = None) -> str:
-    """The experiment, and its picture beside the results."""
-    made = _measured(arguments)
-    given = command.parse(__doc__, _measured._define, arguments)
-    folder = Path(given.out or lab.RESULTS)
-    found = lab.results(folder, NAME, rows(given.scale, given.data_dir))
-    lab.save(draw(found), folder / NAME / f"{NAME}.png")
-    return made
-
 
 if __name__ == "__main__":
     command.run(main)

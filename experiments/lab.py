@@ -68,6 +68,7 @@ class Experiment:
       seeds: those that are run by default. None if all is of seed 0, without a flag.
       define: defines flags of its own, as `launch.command.parse` says.
       saved: a task -> what its result file has as its config.
+      draw: results as of `table` -> a picture of all, which is saved beside them.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Experiment:
     seeds: tuple[int, ...] | None = None
     define: Callable[[Any], None] = _nothing
     saved: Callable[[Task], Any] = lambda task: task.config
+    draw: Callable[[Sequence[Mapping[str, Any]]], Figure] | None = None
 
     def __call__(self, arguments: Sequence[str] | None = None) -> str:
         """Measures what has no result file yet, and prints the table.
@@ -129,8 +131,11 @@ class Experiment:
                 f"{len(other)} results are kept that are of other settings; to measure "
                 f"one again remove its file.\n  {other[0]}"
             )
-        made = self.table(results(folder, self.name, rows))
+        found = results(folder, self.name, rows)
+        made = self.table(found)
         print(made)
+        if self.draw is not None and found:
+            save(self.draw(found), folder / self.name / f"{self.name}.png")
         return made
 
     def _define(self, define) -> None:
