@@ -154,11 +154,11 @@ class Experiment:
                 f"{len(other)} results are kept that are of other settings; to measure "
                 f"one again remove its file.\n  {other[0]}"
             )
-        known = results(folder, self.name, rows)
-        made = self.table(known)
+        found = results(folder, self.name, rows)
+        made = self.table(found)
         print(made)
-        if self.draw is not None:
-            save(self.draw(known), folder / self.name / f"{self.name}.png")
+        if self.draw is not None and found:
+            save(self.draw(found), folder / self.name / f"{self.name}.png")
         return made
 
     def _define(self, define) -> None:

@@ -11,11 +11,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.data.synthetic.task import Asked, Task
 
-Read = Callable[[PyTree, Array], Array]
+Read = Callable[[PyTree, Array, Array | None], Array]
+
+
+def questions(task: Task, asked: Asked) -> tuple[Int[Array, "B Q"] | None, Asked]:
+    """Where a batch of `task` asks something, and what is asked there: most of what a
+    model says of a row is asked of nobody, and need not be made. None where all is."""
+    if task.asked >= asked.tokens.shape[1]:
+        return None, asked
+    return asked.only(task.asked)
 
 
 class Score(NamedTuple):
@@ -75,7 +83,8 @@ def score(
     """`score_batch` over batches drawn from `key`; pure, and may be compiled.
 
     Args:
-      read: `(params, tokens[B, T]) -> logits[B, T, N]`, from fresh states.
+      read: `(params, tokens[B, T], at[B, Q] | None) -> logits` at these places of fresh
+        rows, `[B, Q, N]`, or at all, `[B, T, N]`.
       params: of the model.
       task: what is asked.
       key: of the rows; keep it apart from that of training.
@@ -90,7 +99,8 @@ def score(
 
     def one(key):
         asked = task.batch(key, rows)
-        return score_batch(read(params, asked.tokens), asked), asked.mask.sum()
+        at, there = questions(task, asked)
+        return score_batch(read(params, asked.tokens, at), there), there.mask.sum()
 
     each, answers = jax.lax.map(one, jax.random.split(key, batches))
     weight = answers.astype(jnp.float32) / answers.sum().astype(jnp.float32)

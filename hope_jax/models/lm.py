@@ -58,6 +58,7 @@ __all__ = [
     "serve",
     "state_bytes",
     "unfold",
+    "vectors",
     "watch",
     "write",
 ]
@@ -235,6 +236,7 @@ def apply(
     *,
     labels: Array | np.ndarray | None = None,
     after: Array | np.ndarray | None = None,
+    at: Int[Array, "B Q"] | None = None,
     aligned: bool | None = None,
     count: Int[Array, ""] | None = None,
     begins: Bool[Array, "B S"] | None = None,
@@ -255,6 +257,9 @@ def apply(
       after: `[B]`, the token after the last of `tokens`. With it the losses of all next
         tokens are returned in place of logits, which are made and given up a few
         hundred tokens at a time. Needs `aligned`, and no labels.
+      at: places of each row, from 0; with them its logits there are returned, `[B, Q,
+        N]`, and others are made only where a level that moves while reading learns from
+        them. Needs `aligned`, no `after` and no `begins`.
       aligned: static; True promises that every row has read a multiple of
         `config.span` tokens, and reads chunks in parallel. A promise that is not kept
         is refused, or inside `jit`, where it cannot be looked at, the logits of that
@@ -328,6 +333,15 @@ def apply(
                 f"no labels; got {after.shape} and aligned={aligned}."
             )
         targets = jnp.concatenate([tokens[:, 1:], after[:, None]], axis=1)
+    if at is not None:
+        others = {"after": after, "begins": begins, "shared": shared}
+        given = [name for name, value in others.items() if value is not None]
+        if not aligned or given or at.ndim != 2 or len(at) != len(tokens):
+            raise ValueError(
+                f"at must be [B, Q] for {tokens.shape[0]} rows, with aligned=True and "
+                f"without {', '.join(others)}; got {at.shape}, aligned={aligned} and "
+                f"{', '.join(given) or 'none of these'}."
+            )
     model.losses = targets is not None
     if shared is not None:
         if (
@@ -377,12 +391,43 @@ def apply(
         )
     else:
         said, state = _read_aligned(
-            model, tokens, labels, state, fresh, learn, targets=targets
+            model, tokens, labels, state, fresh, learn, targets=targets, at=at
         )
     if not fresh:
         kept = position % model.config.span == 0
         said = jnp.where(kept.reshape(-1, *[1] * (said.ndim - 1)), said, jnp.nan)
     return said, _rows_first(state)
+
+
+def vectors(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    *,
+    learn: bool | Learning = True,
+) -> Float[Array, "B T D"]:
+    """What the blocks make of the tokens of fresh rows, normed, as the head reads it.
+
+    Args:
+      graphdef, params: of `build`.
+      tokens: ids in `[0, vocab)`.
+      learn: static; as of `apply`.
+
+    Raises:
+      ValueError: CMS levels move while the model reads, by the loss of its logits.
+    """
+    model = _merged(graphdef, params)
+    config = model.config
+    if config.fast:
+        periods = ", ".join(f"{period}" for period in config.fast_periods)
+        raise ValueError(
+            f"{config.name!r} has CMS levels of periods {periods}, which move by the "
+            "loss of its logits, and here it makes none: give them period math.inf."
+        )
+    tokens = ids("tokens", tokens, config.vocab)
+    model.learning = learn = learning.resolve(config, learn)
+    x, _ = _through(model, tokens, None, (), aligned=True, learn=learn)
+    return model.norm(x)
 
 
 def learned(graphdef: nnx.GraphDef, params: PyTree, state: LMState) -> PyTree:
@@ -959,8 +1004,18 @@ class _Read(NamedTuple):
     opened: PyTree | None
 
 
-def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None, share=None):
+def _read(
+    model, tokens, mixers, fast, *, aligned, learn, targets=None, at=None, share=None
+):
     """What `[B, T]` tokens make of a model, the fast weights fixed."""
+    x, (mixers, opened) = _through(
+        *(model, tokens, mixers, fast), aligned=aligned, learn=learn, share=share
+    )
+    return _Read(_say(model, _there(x, at), targets), mixers, opened)
+
+
+def _through(model, tokens, mixers, fast, *, aligned, learn, share=None):
+    """What the last block makes of tokens, and the mixers' states and factors of it."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
     x, parts = model.embedded(tokens), _parts(model)
 
@@ -977,8 +1032,12 @@ def _read(model, tokens, mixers, fast, *, aligned, learn, targets=None, share=No
         layer = jax.checkpoint(layer)
     elif parts is not None:
         layer = jax.checkpoint(layer, policy=NOT_KEPT)
-    x, (mixers, opened) = jax.lax.scan(layer, x, (params, mixers, fast))
-    return _Read(_say(model, x, targets), mixers, opened)
+    return jax.lax.scan(layer, x, (params, mixers, fast))
+
+
+def _there(x, at):
+    """Of `[B, T, D]` what stands at the places `[B, Q]` of each row, or all."""
+    return x if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
 
 
 def _say(model, x, targets):
@@ -1271,7 +1330,7 @@ class _Life(NamedTuple):
 
 
 def _read_aligned(
-    model, tokens, labels, state, fresh, learn, settled=False, targets=None
+    model, tokens, labels, state, fresh, learn, settled=False, targets=None, at=None
 ):
     length = tokens.shape[1]
     position = state.position + length
@@ -1279,7 +1338,11 @@ def _read_aligned(
         mixers, fast, _ = state.blocks
         given = None if fresh else mixers  # a mixer that begins looks back at nothing
         said, mixers, _ = _read(
-            model, tokens, given, fast, aligned=True, learn=learn, targets=targets
+            *(model, tokens, given, fast),
+            aligned=True,
+            learn=learn,
+            targets=targets,
+            at=at,
         )
         blocks, held = BlockState(mixers, fast), _let_go(state.held)
         return said, LMState(blocks, state.levels, held, position)
@@ -1318,7 +1381,7 @@ def _read_aligned(
         count=jnp.full((tokens.shape[0],), rest.shape[1], jnp.int32),
     )
     state = LMState(BlockState(mixers, life.fast), life.levels, held, position)
-    return jnp.concatenate(outputs, axis=1), state
+    return _there(jnp.concatenate(outputs, axis=1), at), state
 
 
 def _live(model, life, xs):

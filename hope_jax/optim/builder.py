@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from hope_jax.core.level import Differentiate
 from hope_jax.optim import capture, groups, leaves, slopes
@@ -148,6 +148,7 @@ def build(
     periods: PyTree,
     layers: PyTree[bool] | None = None,
     mesh: Mesh | None = None,
+    peak: Float[Array, ""] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that a config describes.
 
@@ -166,6 +167,8 @@ def build(
         rest of the matrices move by the rule of `others`.
       mesh: of the devices of a data-parallel program, so that each orthogonalises some
         of the matrices and not all of them.
+      peak: the highest learning rate, in place of the config's: it may be traced, so
+        that one program serves all rates that are tried.
 
     Raises:
       ValueError: a config that `rules_of` refuses, no `layers` where they are needed,
@@ -181,9 +184,9 @@ def build(
         )
     if not needs_inputs(config):
         layers = None
-    rate = schedule(
-        config.learning_rate, config.warmup_steps, total_steps, config.final_fraction
-    )
+    highest = config.learning_rate if peak is None else 1.0
+    shape = schedule(highest, config.warmup_steps, total_steps, config.final_fraction)
+    rate = shape if peak is None else lambda count: peak * shape(count)
 
     def rule(period: int) -> optax.GradientTransformation:
         # The rule counts its own moves: move `count` comes with step `(count + 1) *

@@ -16,6 +16,7 @@ CONFIGS = [
     RecallConfig(vocab=11, pairs=4, length=16),  # the fewest tokens, and no free slot
     RecallConfig(vocab=32, pairs=4, length=24, random_filler=True),
     RecallConfig(vocab=32, pairs=1, length=4, gap_power=1.0),
+    RecallConfig(vocab=32, pairs=4, length=24, ordered=True),
 ]
 ROWS = 64
 
@@ -92,6 +93,21 @@ def test_a_place_does_not_tell_its_answer(config):
     np.testing.assert_allclose(places, 1 / config.pairs, atol=0.07)
 
 
+def test_in_order_the_first_draw_is_the_first_pair_s():
+    """As in Zoology's code: the place of pair 1 follows the law as if it were alone,
+    and that of pair 2 what it leaves."""
+    config = RecallConfig(vocab=16, pairs=2, length=12, ordered=True, gap_power=0.5)
+    tokens, _, mask = jax.tree.map(np.asarray, config.batch(jax.random.key(1), 4000))
+    law = np.arange(1.0, 5.0) ** -0.5
+    law /= law.sum()
+    left = law[:, None] * law[None] / (1 - law[:, None])
+    np.fill_diagonal(left, 0.0)
+    at = tokens[:, 4::2] * mask[:, 4::2]
+    for pair, expected in ((0, law), (2, left.sum(axis=0))):
+        seen = (at == tokens[:, pair, None]).mean(0)
+        np.testing.assert_allclose(seen, expected, atol=0.03)
+
+
 def test_gaps_follow_their_law():
     """The place of a single question: P(i) is proportional to i^(power - 1)."""
     for power in (0.01, 1.0, 2.0):
@@ -163,17 +179,33 @@ def test_only_questions_count():
     assert (np.abs(gradient).max(-1) > 0).astype(bool).tolist() == asked.mask.tolist()
 
 
+@every
+def test_questions_are_all_that_is_asked(config):
+    """Their places alone, in order: the same score from a part of the logits."""
+    asked = jax.tree.map(jnp.asarray, rows(config))
+    at, there = answers.questions(config, asked)
+    assert at.shape == there.labels.shape == (ROWS, config.asked)
+    assert there.mask.all() and (np.diff(at, axis=1) > 0).all()
+    logits = oracle(config, asked, drop=1)
+    some = jnp.take_along_axis(logits, at[..., None], axis=1)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        *(answers.score_batch(logits, asked), answers.score_batch(some, there)),
+    )
+
+
 def test_score_is_the_mean_over_batches():
     config, key = CONFIGS[1], jax.random.key(3)
     table = jax.random.normal(jax.random.key(4), (config.vocab, config.vocab))
 
-    def read(params, tokens):
-        return params[tokens]
+    def read(params, tokens, at):
+        logits = params[tokens]
+        return logits if at is None else jnp.take_along_axis(logits, at[..., None], 1)
 
     found = answers.score(read, table, config, key, rows=5, batches=3)
     each = [config.batch(k, 5) for k in jax.random.split(key, 3)]
     one = jax.tree.map(lambda *rows: jnp.concatenate(rows), *each)
-    expected = answers.score_batch(read(table, one.tokens), one)
+    expected = answers.score_batch(read(table, one.tokens, None), one)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected
     )
@@ -189,6 +221,10 @@ def test_score_is_the_mean_over_batches():
         ({"length": 15}, "length must be even and at least .* = 16, got 15"),
         ({"length": 14}, "length must be even and at least .* = 16, got 14"),
         ({"gap_power": 0.0}, "gap_power must be above 0, got 0.0"),
+        (
+            {"ordered": True, "queries": 2},
+            "ordered asks every pair, got queries=2",
+        ),
     ],
 )
 def test_bad_tasks_are_refused(fields, message):

@@ -107,6 +107,37 @@ def test_clipping_a_slow_group_ignores_the_faster_ones():
     np.testing.assert_allclose(updates[1]["fast"], [-1.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "momentum", "muon"])
+def test_a_rate_that_comes_later_moves_as_the_config_s(key, rule):
+    """Traced, so that one program serves every rate."""
+    config = settings(
+        rule=rule, weight_decay=0.1, warmup_steps=2, final_fraction=0.1, clip_norm=1.0
+    )
+    params = {"layer": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+    gradients = [
+        jax.tree.map(lambda p, k=k: jax.random.normal(k, p.shape), params)
+        for k in jax.random.split(key, 3)
+    ]
+    clocks = optim.one_clock(params)
+
+    def moved(peak=None):
+        tx = optim.build(config, total_steps=4, periods=clocks, peak=peak)
+        state, every = tx.init(params), []
+        for gradient in gradients:
+            updates, state = tx.update(gradient, state, params)
+            every.append(updates)
+        return every
+
+    at = jax.jit(moved)
+    for rate in (0.1, 0.01):
+        config = dataclasses.replace(config, learning_rate=rate)
+        made = at(jnp.float32(rate))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), made, moved()
+        )
+    assert at._cache_size() == 1
+
+
 def test_saved_in_the_middle_of_a_period(key):
     """The state is a pytree of arrays that holds all there is to go on with."""
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}

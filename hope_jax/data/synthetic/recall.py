@@ -9,8 +9,8 @@ of their keys again, among filler; at a question the model must say the key's va
 Answers are never shown, so a row is learned from its pairs alone. As in the paper's
 code, places of questions are drawn without repetition with probability proportional to
 `i^(gap_power - 1)` at slot i, a power law of the distance to the pairs. There the first
-pair gets the first draw, hence often the first slot, and a place tells of its answer;
-here any pair may get any draw.
+pair gets the first draw, hence often the first slot, and a place tells of its answer
+(`ordered`); here any pair may get any draw by default.
 """
 
 import dataclasses
@@ -37,6 +37,8 @@ class RecallConfig(Task):
       queries: how many of them are asked, each once; None asks all.
       length: tokens of a row, even.
       gap_power: of the law of gaps; 1 is uniform, less puts questions nearer.
+      ordered: asks the i-th pair at the i-th place drawn, as Zoology's code does; all
+        pairs are asked then.
       random_filler: fills with any token instead of 0. A filler may be a key of the
         row; only the true questions have labels.
     """
@@ -47,6 +49,7 @@ class RecallConfig(Task):
     queries: int | None = None
     length: int = 64
     gap_power: float = 0.01
+    ordered: bool = False
     random_filler: bool = False
 
     def __post_init__(self):
@@ -66,6 +69,11 @@ class RecallConfig(Task):
             raise ValueError(
                 "length must be even and at least 2 (pairs + queries) = "
                 f"{2 * (self.pairs + self.asked)}, got {self.length}."
+            )
+        if self.ordered and self.asked < self.pairs:
+            raise ValueError(
+                f"ordered asks every pair, got queries={self.queries} of {self.pairs} "
+                "pairs: leave queries None, or ordered False."
             )
         if not self.gap_power > 0:
             raise ValueError(f"gap_power must be above 0, got {self.gap_power}.")
@@ -95,12 +103,14 @@ class RecallConfig(Task):
         of_keys, of_values, of_questions, of_gaps, of_filler = jax.random.split(key, 5)
         half, shown = self.vocab // 2, 2 * self.pairs
 
-        def some(key, among, count):
-            return jax.random.choice(key, among, (count,), replace=False)
+        def some(key, among, count):  # different ones; to sort them all is slow
+            return jax.lax.top_k(jax.random.uniform(key, (among,)), count)[1]
 
         keys = 1 + some(of_keys, half - 1, self.pairs)
         values = half + some(of_values, self.vocab - half, self.pairs)
-        asked = some(of_questions, self.pairs, self.asked)
+        asked = jnp.arange(self.pairs)
+        if not self.ordered:
+            asked = some(of_questions, self.pairs, self.asked)
         slot = jnp.arange(1, self.slots + 1, dtype=jnp.float32)
         law = slot ** (self.gap_power - 1.0)
         gaps = jax.random.choice(

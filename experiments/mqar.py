@@ -1,0 +1,177 @@
+"""MQAR: how much state does recall need? Zoology's task, all memories of the registry.
+
+Run:     python -m experiments.mqar  (some rows: --rows=64x4_hope,64x4_attention)
+         python -m experiments.mqar --group=longer  (or named)
+Smoke:   add --scale=smoke --out=DIR.
+Expect:  experiments/README.md has the table and the picture.
+Cost:    TODO
+
+Keys and values, then questions among zeros (`data.synthetic.recall`, its draws as in
+Zoology's code), of a vocabulary of 8,192: figure 2 of arXiv:2312.04927. Two layers of
+width 64, two heads, an MLP of 64, AdamW, as many tokens a step at every point. The
+learning rates are tried in turn, up to one with which the task is learned: 20 steps in
+a row have a loss of at most 0.05 nats on rows that are new. Zoology reads 100,000 rows
+64 times at each of four rates, or until 0.99 are right; `rows` of a result over
+6,400,000 is the share of that budget. Bytes of state are those of one row at the end of
+it; attention's grow with the row.
+
+Groups:
+  main    eight models at the first two points, in the order of what they tell
+  longer  the same at the other two
+  named   all other memories that have a name, at the first point
+  all     the three together, in one table and picture
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import lab
+from experiments.table5_formal_languages import Row
+from hope_jax.data.synthetic.recall import RecallConfig
+from hope_jax.evaluate import probe
+from hope_jax.evaluate.probe import ProbeConfig
+from hope_jax.memory import named
+from hope_jax.models import lm
+from hope_jax.models.mixers import MIXERS
+from hope_jax.models.mixers.self_modifying import MATRIX, SelfModifyingConfig
+from hope_jax.plot import COLOURS, Figure
+from hope_jax.train.config import OptimizerConfig
+from launch import command
+
+NAME = "mqar"
+POINTS = ((64, 4), (128, 8), (256, 16), (512, 64))  # tokens of a row, pairs
+TOKENS = 4096  # of a step
+RATES = (6e-3, 2e-3)
+PROBE = ProbeConfig(
+    d_model=64,
+    layers=2,
+    heads=2,
+    hidden=64,
+    optimizer=OptimizerConfig(warmup_steps=20, weight_decay=0.0),
+    steps=2000,
+    enough=0.05,
+)
+MODELS: dict[str, Any] = {
+    "attention": MIXERS.get("attention"),
+    "gated_delta_net": MIXERS.get("gated_delta_net"),
+    "hope_matrix": SelfModifyingConfig(memory=MATRIX),
+    "hope": SelfModifyingConfig(),
+    "titans": MIXERS.get("titans"),
+    "rwkv7": MIXERS.get("rwkv7"),
+    "mamba2": MIXERS.get("mamba2"),
+    "linear_attention": MIXERS.get("linear_attention"),
+}
+OTHERS = {n: MIXERS.get(n) for n in named.memories() if n not in MODELS}
+GROUPS = {
+    "main": (POINTS[:2], MODELS),
+    "longer": (POINTS[2:], MODELS),
+    "named": (POINTS[:1], OTHERS),
+}
+
+
+def rows(flags: Any) -> dict[str, Row]:
+    groups = GROUPS.values() if flags.group == "all" else [GROUPS[flags.group]]
+    cells = (itertools.product(points, models.items()) for points, models in groups)
+    made = {}
+    for (length, pairs), (name, mixer) in itertools.chain(*cells):
+        task = RecallConfig(pairs=pairs, length=length, ordered=True)
+        config = dataclasses.replace(PROBE, task=task, batch=TOKENS // length)
+        if flags.scale == "smoke":
+            task = RecallConfig(vocab=32, pairs=2, length=8, ordered=True)
+            few = {"steps": 2, "batch": 2, "evaluation": 1, "d_model": 8, "hidden": 8}
+            optimizer = dataclasses.replace(PROBE.optimizer, warmup_steps=1)
+            config = dataclasses.replace(PROBE, task=task, optimizer=optimizer, **few)
+        rates = RATES[: 1 if flags.scale == "smoke" else None]
+        made[f"{length}x{pairs}_{name}"] = Row(mixer=mixer, probe=config, rates=rates)
+    return made
+
+
+def measure(task: lab.Task) -> dict[str, float]:
+    row = task.config
+    model = probe.model_for(row.probe, row.mixer)
+    return {
+        "state_bytes": float(lm.state_bytes(model)["all"]),
+        "parameters": float(lm.count_parameters(model)),
+        **probe.tuned(row.probe, model, task.seed, row.rates),
+    }
+
+
+def _by_point(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
+    """Point -> model -> metrics of its seeds."""
+    made: dict[str, dict[str, list]] = {}
+    for result in found:
+        point, _, model = result["row"].partition("_")
+        made.setdefault(point, {}).setdefault(model, []).append(result["metrics"])
+    return made
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line a model; of each point bytes of state, and accuracy and rows read as means
+    over seeds."""
+    points = _by_point(found)
+    columns = ["model"]
+    for point in points:
+        columns += [f"{point}: state, bytes", "accuracy", "rows read"]
+    lines = []
+    for model in dict.fromkeys(model for of in points.values() for model in of):
+        cells = []
+        for of in points.values():
+            mean = {
+                name: np.mean([metrics[name] for metrics in of[model]])
+                for name in ("state_bytes", "accuracy", "rows")
+                if model in of
+            }
+            forms = ("{state_bytes:,.0f}", "{accuracy:.3f}", "{rows:,.0f}")
+            cells += [form.format_map(mean) if mean else "" for form in forms]
+        lines.append([model, *cells])
+    return lab.table(columns, lines)
+
+
+def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy over bytes of state, a panel a point; each seed is a dot."""
+    points = _by_point(found)
+    figure = Figure(figsize=(4.6 * len(points), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    for axes, (point, models) in zip(panels, points.items(), strict=True):
+        best = 0.0
+        ends = sorted((of[0]["state_bytes"], model) for model, of in models.items())
+        for size, model in ends:
+            right = [metrics["accuracy"] for metrics in models[model]]
+            ahead = np.mean(right) > best  # of all with less state
+            best = max(best, float(np.mean(right)))
+            colour = COLOURS[1] if ahead else COLOURS[0]
+            axes.scatter([size] * len(right), right, color=colour, s=18)
+            at, shift = (size, np.mean(right)), (4, 3)
+            axes.annotate(
+                model.replace("_", " "), at, shift, textcoords="offset points", size=8
+            )
+        length, pairs = point.split("x")
+        axes.set_title(f"{pairs} pairs in {length} tokens", loc="left")
+        axes.set_xscale("log")
+        axes.set_ylim(-0.03, 1.08)
+        axes.set_xlabel("bytes of state a row")
+    panels[0].set_ylabel("accuracy")
+    return figure
+
+
+def _define(define) -> None:
+    define.enum("group", "main", (*GROUPS, "all"), "whose rows")
+
+
+main = lab.Experiment(
+    name=NAME,
+    doc=__doc__,
+    rows=rows,
+    measure=measure,
+    table=table,
+    seeds=(0, 1, 2),
+    define=_define,
+    draw=draw,
+)
+
+if __name__ == "__main__":
+    command.run(main)
