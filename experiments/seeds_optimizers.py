@@ -54,6 +54,7 @@ from experiments import lab
 from hope_jax.data.synthetic import incremental as tasks_lib
 from hope_jax.evaluate import incremental, noise
 from hope_jax.evaluate.incremental import Lesson, Life
+from hope_jax.optim import RULES
 from hope_jax.plot import Figure
 from hope_jax.train import images
 from hope_jax.train.config import OptimizerConfig
@@ -131,7 +132,7 @@ def program(
     """A method compiled once for all rows of the same tasks."""
     more = METHODS[method]
     config = OptimizerConfig(
-        rule="adamw" if more else method,
+        rule=RULES.get("adamw" if more else method),
         warmup_steps=0,
         final_fraction=1.0,
         weight_decay=0.0,
@@ -173,7 +174,8 @@ def choose(
     equal = (
         np.where(enough, mean["error"], np.inf) if enough.any() else -mean["learned"]
     )
-    return {"own": own, "equal": best(equal), "fast": best(mean["steps"])}, learned
+    fast = best(mean["steps"] + 1e-3 * mean["error"])  # where none arrives, the best
+    return {"own": own, "equal": best(equal), "fast": fast}, learned
 
 
 def compare(s: Settings) -> dict[str, Found]:
@@ -287,8 +289,8 @@ def draw(s: Settings, found: Mapping[str, Found]) -> Figure:
     after = np.arange(1, s.tasks * s.lesson.points + 1) / s.lesson.points
     for i, (method, of) in enumerate(found.items()):
         line = lab.style(i, method)
-        first = of.lives.accuracy[of.chosen["own"], ..., 0].reshape(s.seeds, -1)
-        lab.band(left, after, first, spread="deviation", **line)
+        first = np.asarray(of.lives.accuracy)[of.chosen["own"], ..., 0]
+        lab.band(left, after, first.reshape(s.seeds, -1), **line)
         if method not in ("joint", "ewc"):
             mean = [of.scores[name].mean(-1) for name in ("learned", "forgotten")]
             right.plot(*mean, marker="o", ms=3, lw=0.8, **line)

@@ -100,3 +100,11 @@ def test_equal_is_the_best_of_those_that_learn_as_much():
     assert chosen == {"own": 0, "equal": 0, "fast": 2} and learned == 0.5
     assert seeds_optimizers.choose(s, scores, 0.6)[0]["equal"] == 1
     assert seeds_optimizers.choose(s, scores, 0.95)[0]["equal"] == 2  # comes nearest
+
+
+def test_where_no_rate_arrives_the_best_is_called_fast():
+    s = settings(scale="full")
+    same = np.full((3, 1), 200.0)
+    error = np.array([[0.9], [0.4], [0.5]])
+    scores = {"error": error, "learned": 1.0 - error, "steps": same}
+    assert seeds_optimizers.choose(s, scores, None)[0]["fast"] == 1
