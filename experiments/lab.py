@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from scipy import stats
 
 from hope_jax.core import config as config_lib
 from hope_jax.core.config import did_you_mean
@@ -538,6 +539,32 @@ def spread(name: str, values: np.ndarray, **how: Any) -> dict[str, float]:
     {'loss': 2.0, 'loss_sd': 1.0}
     """
     return {name: float(values.mean()), f"{name}_sd": float(values.std(**how))}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The mean of independent numbers, and half of its 95 % interval (Student's).
+
+    >>> mean, half = interval(np.array([1.0, 2.0, 3.0]))
+    >>> round(mean, 3), round(half, 3)
+    (2.0, 2.484)
+    """
+    count = len(values)
+    wide = float(stats.t.ppf(0.975, count - 1)) if count > 1 else np.inf
+    deviation = float(np.std(values, ddof=1)) if count > 1 else 1.0
+    return float(np.mean(values)), wide * deviation / count**0.5
+
+
+def below(values: np.ndarray, than: np.ndarray) -> tuple[float, float]:
+    """By which share the mean of `values` is below that of `than`, run by run, and half
+    of the 95 % interval of that share (of a ratio of means, to first order).
+
+    >>> share, half = below(np.array([1.0, 3.0]), np.array([2.0, 6.0]))
+    >>> round(share, 3), round(half, 3)
+    (0.5, 0.0)
+    """
+    ratio = values.mean() / than.mean()
+    _, half = interval(values - ratio * than)
+    return float(1.0 - ratio), half / abs(float(than.mean()))
 
 
 def flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

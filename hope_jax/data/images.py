@@ -1,4 +1,4 @@
-"""Images and their classes: digits on every machine, folders, TensorFlow Datasets.
+"""Images and their classes: digits on every machine, Omniglot, folders, TFDS.
 
 An `Images` is a random-access source of one split, decoded as it is read, so a set may
 be larger than memory. `batches` shuffles and groups it for training as
@@ -10,6 +10,7 @@ state (a few numbers) goes on at the exact example. Store `fingerprint` with it 
 import dataclasses
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,11 @@ from hope_jax.data import reading
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 PARTS = {"valid": 0.15, "test": 0.2}  # of each class; the rest is "train"
+OMNIGLOT = {  # split -> alphabets, which no other has
+    "train": ("Japanese_(katakana)", "Korean", "Latin", "Sanskrit"),
+    "valid": ("Greek",),
+    "test": ("Balinese", "Early_Aramaic", "Tagalog"),
+}
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name
 _SPLIT_SEED = 0
 _LEAST_AREA = 0.25  # of an image, that a random crop keeps
@@ -181,13 +187,18 @@ def load(
         `digits`: scikit-learn's 1,797 handwritten digits, 8 x 8; nothing is downloaded;
         `tfds:NAME`: a set of TensorFlow Datasets with the features `image` and `label`,
         prepared as array records under `data_dir` (TensorFlow is not needed);
+        `omniglot`: 242 characters of eight alphabets, 20 drawings of each, black on
+        white, from the zip files of its two small background sets
+        (github.com/brendenlake/omniglot) in `data_dir`;
         a folder, whose sub-folders are the classes and hold their images at any depth.
       split: `train`, `valid` or `test`. Digits and folders are divided 65 : 15 : 20 in
-        each class, always alike. If the folder has a sub-folder `train`, its
+        each class, always alike; Omniglot by alphabet, so that no split has a class of
+        another (`OMNIGLOT`). If the folder has a sub-folder `train`, its
         sub-folders are the splits instead, with the classes below. Of `tfds:NAME` any
         split that it knows, or a part: `train[:98%]`.
       size, channels: of what comes out; see `Images`.
-      data_dir: where `tfds:NAME` was prepared; TFDS's own default, if None.
+      data_dir: where `tfds:NAME` was prepared, TFDS's own default if None; where the
+        files of Omniglot are.
 
     Raises:
       FileNotFoundError: no such folder, or a set that is not prepared; the message says
@@ -198,6 +209,8 @@ def load(
     data = os.fspath(data)
     if data == "digits":
         source, classes = _digits(split)
+    elif data == "omniglot":
+        source, classes = _omniglot(split, data_dir)
     elif data.startswith("tfds:"):
         source, classes = _tfds(data.removeprefix("tfds:"), split, data_dir)
     else:
@@ -264,6 +277,21 @@ def evaluation_batches(images: Images, batch: int) -> Iterator[dict[str, np.ndar
         }
 
     return (group(start) for start in range(0, len(images), batch))
+
+
+def by_class(images: Images) -> np.ndarray:
+    """`float32[C, D, S, S, N]`: of each class its first D images, as many as the class
+    with the fewest has.
+
+    >>> by_class(load("digits", split="test")).shape
+    (10, 35, 8, 8, 1)
+    """
+    rows = [images[i] for i in range(len(images))]
+    labels = np.array([row["label"] for row in rows])
+    classes = range(len(images.classes))
+    count = min(int((labels == label).sum()) for label in classes)
+    each = [np.flatnonzero(labels == label)[:count] for label in classes]
+    return np.stack([np.stack([rows[i]["image"] for i in of]) for of in each])
 
 
 def fingerprint(
@@ -349,6 +377,38 @@ def _digits(split):
     chosen = _part("digits", found.target, split)
     source = _InMemory(pixels[chosen], found.target[chosen])
     return source, [str(name) for name in found.target_names]
+
+
+def _omniglot(split, data_dir):
+    if split not in OMNIGLOT:
+        raise ValueError(
+            f"split of omniglot must be one of {', '.join(OMNIGLOT)}, got {split!r}."
+        )
+    found: dict[str, list[np.ndarray]] = {}
+    have: set[str] = set()  # the sets share Greek and Latin, to the byte
+    for number in (1, 2):
+        path = Path(data_dir or "") / f"images_background_small{number}.zip"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"data='omniglot' needs {path.name} in data_dir, got "
+                f"{None if data_dir is None else os.fspath(data_dir)!r}; it is in "
+                "python/ of github.com/brendenlake/omniglot."
+            )
+        with zipfile.ZipFile(path) as files:
+            drawings = sorted(n for n in files.namelist() if n.endswith(".png"))
+            for name in drawings:
+                alphabet, character, drawing = Path(name).parts[-3:]
+                wanted = alphabet in OMNIGLOT[split] and drawing not in have
+                have.add(drawing)
+                if wanted:
+                    with files.open(name) as file, Image.open(file) as picture:
+                        pixels = np.asarray(picture.convert("L"))
+                    found.setdefault(f"{alphabet}/{character}", []).append(pixels)
+    classes = sorted(found)
+    pixels = np.stack([one for name in classes for one in found[name]])[..., None]
+    counts = [len(found[name]) for name in classes]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+    return _InMemory(pixels, labels), classes
 
 
 def _folder(root: Path, split: str):

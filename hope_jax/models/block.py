@@ -312,3 +312,13 @@ def repeated(config: ModelConfig, *, rngs: nnx.Rngs) -> Block | Group:
     if len(config.pattern) == 1:
         return Block(config, rngs=rngs)
     return Group(config, rngs=rngs)
+
+
+def stacked(config: ModelConfig, *, rngs: nnx.Rngs) -> Block | Group:
+    """What is repeated, with parameters that lead with its repetitions."""
+    keys = jax.random.split(rngs.params(), config.layers // len(config.pattern))
+    graphdef = nnx.graphdef(repeated(config, rngs=nnx.Rngs(0)))
+    each = jax.vmap(
+        lambda key: nnx.state(repeated(config, rngs=nnx.Rngs(key)), nnx.Param)
+    )(keys)
+    return nnx.merge(graphdef, each)

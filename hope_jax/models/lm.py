@@ -32,7 +32,7 @@ from hope_jax.kernels.select import scan_chunks, scan_padded
 from hope_jax.memory.compose import Tokens
 from hope_jax.memory.consolidation import starts_of
 from hope_jax.models import cms, learning
-from hope_jax.models.block import BlockState, repeated
+from hope_jax.models.block import BlockState, stacked
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.layers import DTYPES, rms_norm
 from hope_jax.models.learning import Learning
@@ -139,12 +139,7 @@ class LanguageModel(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        keys = jax.random.split(rngs.params(), config.layers // len(config.pattern))
-        graphdef = nnx.graphdef(repeated(config, rngs=nnx.Rngs(0)))
-        stacked = jax.vmap(
-            lambda key: nnx.state(repeated(config, rngs=nnx.Rngs(key)), nnx.Param)
-        )(keys)
-        self.blocks = nnx.merge(graphdef, stacked)
+        self.blocks = stacked(config, rngs=rngs)
         self.norm = rms_norm(width, dtype, rngs, config.norm_epsilon)
         if not config.tied_embedding:
             init = nnx.initializers.normal(width**-0.5)

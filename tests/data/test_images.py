@@ -358,3 +358,37 @@ def test_real_characters_from_files(tmp_path):
     assert len(part.classes) == 9 and len(part) == 9 * 13
     pixels = part[0]["image"]
     assert pixels.shape == (28, 28, 1) and pixels.mean() > 0.7 > 0.3 > pixels.min()
+
+
+def test_splits_of_omniglot_share_no_character():
+    root = os.environ.get("HOPE_DATA_DIR", Path(__file__).parents[2] / "../shared/data")
+    folder = Path(root) / "omniglot-small"
+    if not folder.exists():
+        pytest.skip("needs omniglot-small under HOPE_DATA_DIR")
+    found = {
+        split: images.load("omniglot", split=split, size=14, data_dir=folder)
+        for split in images.OMNIGLOT
+    }
+    sizes = {split: len(part.classes) for split, part in found.items()}
+    assert sizes == {"train": 155, "valid": 24, "test": 63}  # Greek and Latin once
+    assert len(set().union(*(part.classes for part in found.values()))) == 242
+    grouped = images.by_class(found["valid"])
+    assert grouped.shape == (24, 20, 14, 14, 1)  # all drawings there are
+    assert grouped.mean() > 0.7 > 0.3 > grouped.min()  # black on white
+
+
+def test_omniglot_says_what_it_needs(tmp_path):
+    with pytest.raises(FileNotFoundError, match="small1.zip in data_dir, got None"):
+        images.load("omniglot", split="test")
+    with pytest.raises(FileNotFoundError, match="needs images_background_small1.zip"):
+        images.load("omniglot", split="test", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="one of train, valid, test, got 'all'"):
+        images.load("omniglot", split="all", data_dir=tmp_path)
+
+
+def test_images_by_class():
+    pixels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    source = images._InMemory(pixels, np.array([1, 0, 1, 0, 1], np.int32))
+    given = images.Images(source, classes=("a", "b"), size=1, channels=1)
+    found = np.round(255 * images.by_class(given)[..., 0, 0, 0])
+    assert found.tolist() == [[1, 3], [0, 2]]
