@@ -17,6 +17,7 @@ from hope_jax.core.level import Level, Seen
 from hope_jax.core.system import Box, Edge, Kind, System
 from hope_jax.memory.flow import Transformation, transformation
 from hope_jax.models import cms, lm
+from hope_jax.models.block import Block
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers.base import MixerConfig
 from hope_jax.optim.leaves import path_names, wide
@@ -311,9 +312,11 @@ def _no_objective(params, item):
     return jnp.zeros(())
 
 
-def _only_block(model: lm.LanguageModel):
+def _only_block(model: lm.LanguageModel) -> Block:
     graphdef, params = nnx.split(model.blocks, nnx.Param)
-    return nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
+    block = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
+    assert isinstance(block, Block)
+    return block
 
 
 def _start(graphdef, i, params):
