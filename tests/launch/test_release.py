@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hope_jax import restore
+from hope_jax.core import config as config_lib
 from hope_jax.train import checkpoint, loop, metrics, release
 from launch import evaluate, generate
 from launch import release as program
@@ -20,7 +21,11 @@ from tests.train import tiny
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "tiny"
-    assert loop.train(tiny.rows("smoke")["tiny"], workdir).finished
+    text = workdir.with_name("mine.txt")
+    text.write_text("".join(f"line {i} of what I wrote\n" for i in range(400)))
+    config = tiny.rows("smoke")["tiny"]
+    config = config_lib.override(config, [f"data.path={text}"])
+    assert loop.train(config, workdir).finished
     return workdir
 
 
@@ -98,6 +103,7 @@ def test_the_card_says_what_config_log_and_results_say(trained, released):
     for said in (
         "# tiny, tiny",
         "licence Apache-2.0",
+        "| text | mine.txt, SHA-256 `",
         f"{restore(released).config.model.kinds}",
         "12 steps of 4 rows of 16 tokens: 768 tokens",
         f"{last:.3f} bits a byte of training",
