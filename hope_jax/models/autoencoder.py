@@ -13,8 +13,9 @@ are of one size whatever the depth.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from hope_jax.models import lm
 from hope_jax.models.config import ModelConfig
@@ -60,7 +61,7 @@ def build(config: ModelConfig, key: Array) -> tuple[nnx.GraphDef, nnx.State]:
 def apply(
     graphdef: nnx.GraphDef,
     params: PyTree,
-    tokens: Int[Array, "B T"],
+    tokens: Array | np.ndarray,
     *,
     learn: bool | Learning = True,
 ) -> Float[Array, "B T N"]:
@@ -68,7 +69,7 @@ def apply(
 
     Args:
       graphdef, params: of `build`.
-      tokens: ids in `[0, vocab)` of fresh rows.
+      tokens: `[B, T]`, ids in `[0, vocab)` of fresh rows.
       learn: static; as of `hope_jax.models.lm.apply`.
 
     Raises:

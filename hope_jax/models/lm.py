@@ -402,7 +402,7 @@ def apply(
 def vectors(
     graphdef: nnx.GraphDef,
     params: PyTree,
-    tokens: Int[Array, "B T"],
+    tokens: Array | np.ndarray,
     *,
     learn: bool | Learning = True,
 ) -> Float[Array, "B T D"]:
@@ -410,7 +410,7 @@ def vectors(
 
     Args:
       graphdef, params: of `build`.
-      tokens: ids in `[0, vocab)`.
+      tokens: `[B, T]`, ids in `[0, vocab)`.
       learn: static; as of `apply`.
 
     Raises:

@@ -15,7 +15,7 @@ close = compare.within_both(2e-5)
 TOKENS = small.some_tokens()
 
 
-@pytest.mark.parametrize("name", ["hope", "transformer"])
+@pytest.mark.parametrize("name", ["hope_attention", "transformer"])
 def test_some_logits_are_those_of_all(name):
     """With levels that move, by the loss of every token, and without."""
     graphdef, params = small.built(small.MODELS[name])

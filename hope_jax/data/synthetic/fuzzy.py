@@ -73,12 +73,6 @@ class FuzzyConfig(Task):
         return dataclasses.replace(self, every=False)
 
     def row(self, key: Array) -> Asked:
-        """As `Task.row` says.
-
-        >>> made = FuzzyConfig(every=False).batch(jax.random.key(0), 2)
-        >>> made.tokens.shape, made.mask[:, -1].tolist()
-        ((2, 128), [True, True])
-        """
         of_keys, of_values, of_place = jax.random.split(key, 3)
         half, motif = (self.vocab - 1) // 2, self.motif
         fewest = 2 if self.every else motif + 1  # tokens of a pair

@@ -77,12 +77,6 @@ class InContextConfig(Task):
         return dataclasses.replace(self, every=False)
 
     def row(self, key: Array) -> Asked:
-        """As `Task.row` says.
-
-        >>> made = InContextConfig(vocab=8, length=12).batch(jax.random.key(0), 2)
-        >>> made.tokens.shape, made.mask.sum(1).tolist()
-        ((2, 12), [11, 11])
-        """
         of_keys, of_values, of_noise, of_last, of_tokens, of_kept = jax.random.split(
             key, 6
         )
