@@ -37,7 +37,7 @@ from hope_jax.evaluate.probe import ProbeConfig
 from hope_jax.memory import named
 from hope_jax.models import lm
 from hope_jax.models.mixers import MIXERS
-from hope_jax.models.mixers.self_modifying import MATRIX, SelfModifyingConfig
+from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
 from hope_jax.plot import COLOURS, Figure
 from hope_jax.train.config import OptimizerConfig
 from launch import command
@@ -52,14 +52,14 @@ PROBE = ProbeConfig(
     heads=2,
     hidden=64,
     optimizer=OptimizerConfig(warmup_steps=20, weight_decay=0.0),
-    steps=2000,
+    steps=1500,
     enough=0.05,
 )
 MODELS: dict[str, Any] = {
     "attention": MIXERS.get("attention"),
     "gated_delta_net": MIXERS.get("gated_delta_net"),
     "hope_matrix": SelfModifyingConfig(memory=MATRIX),
-    "hope": SelfModifyingConfig(),
+    "hope": SelfModifyingConfig(memory=dataclasses.replace(MLP, expansion=2)),
     "titans": MIXERS.get("titans"),
     "rwkv7": MIXERS.get("rwkv7"),
     "mamba2": MIXERS.get("mamba2"),
