@@ -4,8 +4,8 @@ Run:     python -m experiments.in_context_continual --data_dir=DATA
          (some rows: --rows=acl_hope,plain_hope --seeds=0)
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table.
-Cost:    not settled: a step of 16 rows takes 0.3 s of one CPU core with Hope, 0.1 s with
-         matrices, 0.02 to 0.05 s with others; see experiments/log.md.
+Cost:    not settled: a step of 16 rows takes 0.3 s of one CPU core with Hope, 0.1 s
+         with matrices, 0.02 to 0.05 s with others; see experiments/log.md.
 
 The two-task test of "Metalearning Continual Learning Algorithms" (Irie et al.,
 arXiv:2312.00276; github.com/IDSIA/automated-cl). A row shows five images of each of
