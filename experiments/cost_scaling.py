@@ -3,7 +3,8 @@
 Run:     python -m experiments.cost_scaling  (a part: --rows=hope)
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table and the picture.
-Cost:    two to four minutes a row, twelve in all, on one CPU core; 3 GB.
+Cost:    two to four minutes a row, twelve in all, on one CPU core; 3 GB. Other work ran
+         beside what was measured last; CPU seconds were counted.
 
 Language models of one layer and width 64 on bytes, one row, read once (forward) and
 with the gradient of its loss (training). The programs of a model are timed in

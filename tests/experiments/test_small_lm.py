@@ -51,13 +51,24 @@ def test_each_row_of_table_6_lacks_one_thing():
     assert models["whole"].mixer.memory.inertia and len(models["whole"].fast) == 3
 
 
-def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys):
+def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys, monkeypatch):
     row = "library_gated_delta_net"
     flags = ["--scale=smoke", f"--out={tmp_path}", f"--rows={row}", "--seeds=1"]
+    tried = []
+    trained = lab.trained
+
+    def train(config, folder):
+        tried.append((config.seed, folder.name))
+        if config.seed == 0:  # chooses the rate
+            return [{"step": 1, "bits_per_byte": 8.0}]
+        return trained(config, folder)
+
+    monkeypatch.setattr(lab, "trained", train)
     flags += [f"--workdir={tmp_path / 'runs'}"]
     made = small_lm.main(flags)
     found = read_result(tmp_path / "small_lm" / f"{row}-s1.json")
     m = found["metrics"]
+    assert tried == [(0, f"{row}-s0-0.001"), (1, f"{row}-s1-0.001")]
     assert found["config"]["run"]["seed"] == 1 and m["rate"] == 1e-3
     for mode in ("reset", "carried", "frozen"):
         assert 1 < m[f"perplexity/{mode}"] < 300
