@@ -4,7 +4,7 @@ Run:     python -m experiments.mqar  (some rows: --rows=64x4_hope,64x4_attention
          python -m experiments.mqar --group=longer  (or named)
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table and the picture.
-Cost:    TODO
+Cost:    not known in full: a row says what its steps took (`seconds_at_`).
 
 Keys and values, then questions among zeros (`data.synthetic.recall`, its draws as in
 Zoology's code), of a vocabulary of 8,192: figure 2 of arXiv:2312.04927. Two layers of

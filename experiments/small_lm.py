@@ -6,8 +6,8 @@ Larger:  --scale=4m or 10m with --out=DIR, for accelerators.
 Smoke:   add --scale=smoke --out=DIR.
 Goal:    Hope's perplexity at most 1.05 of Gated DeltaNet's, then below it.
 Expect:  experiments/README.md has the tables.
-Cost:    of each text and seed under two hours of one CPU core, by what steps take: Hope
-         12 minutes, a row with matrices 7, peers 3.
+Cost:    by what steps take, of a text and seed 0 two hours of one CPU core: Hope 15
+         minutes, a row with matrices 9, peers 4; of other seeds, with one rate, half.
 
 Two texts: `library`, the Python standard library, files of code, and `plays`, which is
 DATA/tinyshakespeare/input.txt (by default in the environment's HOPE_DATA_DIR), whose
