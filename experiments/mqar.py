@@ -158,6 +158,15 @@ def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """Of Hope and attention, at each point that was run."""
+    lines = []
+    for (length, pairs), model in itertools.product(POINTS, ("hope", "attention")):
+        ours = lab.values(found, f"{length}x{pairs}_{model}", "accuracy")
+        lines += lab.compared(f"MQAR, {pairs} pairs in {length} tokens, {model}", ours)
+    return lines
+
+
 def _define(define) -> None:
     define.enum("group", "main", (*GROUPS, "all"), "whose rows")
 

@@ -307,6 +307,30 @@ def measure(task: lab.Task) -> dict[str, float]:
     return summary(task.config, found)
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """For how many rules two claims of an article hold, where labels are right."""
+    lines = []
+    for result in found:
+        for claim in ("fewer steps", "forgets less"):
+            if result["config"]["labels"]:
+                continue
+            *_, least = CLAIMS[claim]
+            held = said = 0
+            for rule in CLAIMED:
+                by = result["metrics"].get(f"{rule}_{claim}_by")
+                if by is None:
+                    continue
+                half = result["metrics"][f"{rule}_{claim}_half"]
+                held, said = held + (verdict(by, half, least) == "holds"), said + 1
+            if said:
+                what = f"Optimizers of section 4, {claim} than AdamW, {result['row']}"
+                claimed = f"{least:.0%} (an article)"
+                lines.append(
+                    lab.Evidence(what, f"so for {held} of {said} rules", claimed)
+                )
+    return lines
+
+
 main = lab.Experiment(name=NAME, doc=__doc__, rows=rows, measure=measure, table=table)
 
 if __name__ == "__main__":

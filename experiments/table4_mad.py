@@ -138,6 +138,23 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return lab.table(["model", *(at.replace("_", " ") for at in TASKS)], lines)
 
 
+def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
+    """Of each task that the paper has, and each model of its table."""
+    lines = []
+    for (name, paper), (column, at) in itertools.product(
+        PAPER.items(), enumerate(TASKS)
+    ):
+        ours = lab.values(found, f"{at}_{name}", "accuracy")
+        if paper[column] is not None:
+            lines += lab.compared(
+                f"Table 4, {at.replace('_', ' ')}, {name}",
+                {seed: 100 * share for seed, share in ours.items()},
+                paper[column],
+                "{:.1f} %",
+            )
+    return lines
+
+
 main = lab.Experiment(
     name=NAME, doc=__doc__, rows=rows, measure=measure, table=table, seeds=(0, 1, 2)
 )
