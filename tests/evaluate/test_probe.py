@@ -81,7 +81,7 @@ def test_a_text_is_learned_by_its_last_vector():
     """Who guesses has one of two tokens, and the last."""
     task = CompressionConfig(vocab=3, length=3)
     config = dataclasses.replace(
-        settings("d_model=16", "hidden=16", "batch=16", "steps=120"), task=task
+        settings("d_model=16", "hidden=16", "batch=16", "steps=240"), task=task
     )
     model = probe.model_for(config, "softmax_attention")
     made = probe.train(config, model, seed=0)

@@ -55,8 +55,8 @@ def test_bytes_are_those_of_the_arrays(mesh):
     assert said.tokens == 4 * 16
     if mesh == "data:2,fsdp:2":
         found = fits.measure(lab.Task("tiny", config, 0, None, Path()))
-        assert found["said"] == said.params + said.optimizer
-        assert found["arguments"] == pytest.approx(found["said"], rel=0.1)
+        kept = said.params + said.optimizer
+        assert found["arguments"] == pytest.approx(kept, rel=0.1)
         assert min(found["temporaries"], found["compiling"]) > 0
 
 
