@@ -110,7 +110,11 @@ def write(
     files = [FILE] if count == 1 else [_shard(i, count) for i in range(count)]
     for file, names in zip(files, shards, strict=True):
         made = {n: np.asarray(tensors[n].make(), dtype, order="C") for n in names}
-        save_file(made, Path(folder) / file, metadata={"format": "pt"})
+        path = Path(folder) / file
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(made, path, metadata={"format": "pt"})
+        path.chmod(mode)  # the library's own lets nobody else read it
     if count > 1:
         where = {n: f for f, ns in zip(files, shards, strict=True) for n in ns}
         total = {"total_size": sum(sizes.values())}

@@ -81,6 +81,12 @@ def test_one_line_gives_the_same_logits_bit_for_bit(trained, released):
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
 
 
+def test_who_may_read_one_file_may_read_all(released):
+    assert (
+        len({path.stat().st_mode for path in released.iterdir() if path.is_file()}) == 1
+    )
+
+
 def test_float16_is_near(trained, released, tmp_path, capsys):
     """Within a hundredth of the largest logit; the card says a thousandth or so."""
     out, whole = tmp_path / "half", logits(restore(trained))
