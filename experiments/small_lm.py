@@ -69,7 +69,7 @@ WHOLE = 12.24
 PEERS_OF_PAPER = {  # Table 2, Wikitext, but for the last: in whose words, Hope over it
     "gated_delta_net": ("Gated DeltaNet's", 18.68 / 24.52, "over DeltaNet's, 760M"),
     "transformer": ("Transformer++'s", 18.68 / 24.18, "760M"),
-    "transformer_115": ("that of one with 15 % more of them", 1.0, "an article"),
+    "transformer_115": ("a larger Transformer++'s (15 %)", 1.0, "an article"),
 }
 
 
@@ -215,6 +215,12 @@ def _rows(scale: str, group: str, data_dir: str | None) -> dict[str, Row]:
 
 def measure(task: lab.Task) -> dict[str, float]:
     """Trains what is not trained yet, and asks it."""
+    path = task.config.run.data.path
+    if path is not None and not Path(path).is_file():
+        raise ValueError(
+            f"--data_dir={task.flags.data_dir} has no tinyshakespeare/input.txt: give "
+            "the folder that has, or set HOPE_DATA_DIR."
+        )
     run, s, began = task.config.run, SCALES[task.config.run.scale], time.process_time()
     made, folder = _trained(task, 0, task.config.rates)
     if folder is not None and task.seed:

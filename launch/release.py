@@ -140,12 +140,22 @@ def make(
         said = card(config, about, found, log)
         (made / CARD).write_text(said, encoding="utf-8")
         release.seal(made)
-        if out.exists():
-            out.rename(beside / "old")
-        made.rename(out)
+        _replace(out, made, beside / "old")
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return out
+
+
+def _replace(out: Path, made: Path, old: Path) -> None:
+    """Puts `made` where `out` is, or leaves that as it was."""
+    if out.exists():
+        out.rename(old)
+    try:
+        made.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
 
 
 def _ours(out: Path) -> bool:

@@ -85,6 +85,13 @@ def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys, monkeypatch):
     assert "step" not in capsys.readouterr().out
 
 
+def test_plays_that_are_not_there_are_asked_for(tmp_path):
+    flags = ["--group=plays", f"--data_dir={tmp_path}", f"--workdir={tmp_path / 'w'}"]
+    with pytest.raises(ValueError, match="has no tinyshakespeare/input.txt: give"):
+        small_lm.main([*flags, "--scale=smoke", f"--out={tmp_path / 'out'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_best_finite_rate_is_taken(monkeypatch, tmp_path):
     config = small_lm.rows("smoke")["library_transformer"]
 

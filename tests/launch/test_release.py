@@ -184,6 +184,14 @@ def test_only_a_release_as_it_was_is_replaced(trained, copied, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+def test_a_release_that_cannot_be_put_in_place_leaves_the_one_before(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("before")
+    with pytest.raises(OSError):
+        program._replace(tmp_path / "out", tmp_path / "none", tmp_path / "old")
+    assert (tmp_path / "out" / "kept").read_text() == "before"
+
+
 def test_mistakes_are_told_before_anything_is_made(trained, scores, tmp_path):
     out, run = f"--out={tmp_path / 'out'}", f"--checkpoint={trained}"
     assert "Give --licence" in fails(run, out)
