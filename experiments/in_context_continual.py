@@ -149,13 +149,19 @@ def measure(task: lab.Task) -> dict[str, float]:
             optimizer = dataclasses.replace(row.config.optimizer, learning_rate=rate)
             at = dataclasses.replace(row.config, optimizer=optimizer)
             given = (model, task.seed, images["train"])
-            tried, log = in_context.train(at, *given, backward=row.backward)
+            try:
+                tried, log = in_context.train(at, *given, backward=row.backward)
+            except FloatingPointError as error:
+                print(error)
+                continue
             valid = {"valid": images["valid"]}
             told = in_context.score(at, model, tried, task.seed, valid)["valid"]
             loss = float(told.loss[:, : 3 if row.backward else 2].mean())
             made |= {f"loss_at_{rate:g}": loss, f"seconds_at_{rate:g}": log["seconds"]}
             if loss < best:
                 best, params, made["rate"] = loss, tried, rate
+        if params is None:
+            raise ValueError(f"{task.row}: no rate of {row.rates} gave a finite loss.")
     for kind, told in in_context.score(
         row.config, model, params, task.seed, asked
     ).items():

@@ -73,8 +73,8 @@ def apply(
       learn: static; as of `hope_jax.models.lm.apply`.
 
     Raises:
-      ValueError: as `hope_jax.models.lm.vectors`.
+      ValueError: as `hope_jax.models.lm.hidden_states`.
     """
     model = nnx.merge(graphdef, params)
-    x = lm.vectors(*nnx.split(model.encoder, nnx.Param), tokens, learn=learn)
+    x = lm.hidden_states(*nnx.split(model.encoder, nnx.Param), tokens, learn=learn)
     return model.decode(x[:, -1], tokens.shape[1])

@@ -51,6 +51,7 @@ __all__ = [
     "build",
     "count_parameters",
     "fold",
+    "hidden_states",
     "ids",
     "initial_state",
     "learned",
@@ -58,7 +59,6 @@ __all__ = [
     "serve",
     "state_bytes",
     "unfold",
-    "vectors",
     "watch",
     "write",
 ]
@@ -394,7 +394,7 @@ def apply(
     return said, _rows_first(state)
 
 
-def vectors(
+def hidden_states(
     graphdef: nnx.GraphDef,
     params: PyTree,
     tokens: Array | np.ndarray,

@@ -53,7 +53,9 @@ def test_a_smoke_run_writes_results_and_a_table(tmp_path):
 
 def test_the_rate_with_the_least_loss_of_what_was_trained_is_asked(monkeypatch):
     """On images that are neither those of the training nor those that are asked."""
-    row = dataclasses.replace(rows("smoke")["plain_lstm"], rates=(0.1, 0.01, 0.001))
+    row = dataclasses.replace(
+        rows("smoke")["plain_lstm"], rates=(1.0, 0.1, 0.01, 0.001)
+    )
     images = {kind: kind for kind in ("train", "valid", "omniglot", "digits")}
     monkeypatch.setattr(in_context_continual, "characters", lambda *_: images)
     # Of task 1 after task 2, which is not in its loss, 0.1 has the least.
@@ -62,6 +64,8 @@ def test_the_rate_with_the_least_loss_of_what_was_trained_is_asked(monkeypatch):
 
     def train(config, model, seed, given, *, backward):
         assert given == "train" and seed == 7 and not backward
+        if config.optimizer.learning_rate == 1.0:
+            raise FloatingPointError("it diverged")
         return config.optimizer.learning_rate, {"seconds": 1.0}
 
     def score(config, model, params, seed, given):
@@ -76,5 +80,6 @@ def test_the_rate_with_the_least_loss_of_what_was_trained_is_asked(monkeypatch):
     task = types.SimpleNamespace(config=row, seed=7, flags=flags)
     made = in_context_continual.measure(task)
     assert made["rate"] == 0.01 and made["loss_at_0.001"] == 1.25
+    assert "loss_at_1" not in made
     assert asked[-1] == (0.01, ("omniglot", "digits"))
     assert made["digits/task 1 after task 2"] == pytest.approx(0.9)

@@ -112,6 +112,13 @@ def test_the_picture_tells_who_has_more_for_less():
     assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
 
 
+def test_mad_reads_as_many_rows_as_its_authors():
+    made = rows(table4_mad)
+    examples = {name: row.probe.examples for name, row in made.items()}
+    assert examples.pop("memorisation_hope") == 256
+    assert examples["copying_hope"] == examples["compression_titans"] == 12_800
+
+
 def test_tasks_of_mad_are_those_of_the_paper_and_one_more():
     numbers = list(itertools.chain(*table4_mad.PAPER.values()))
     assert all(len(row) == len(table4_mad.TASKS) for row in table4_mad.PAPER.values())

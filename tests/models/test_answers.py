@@ -55,13 +55,13 @@ def test_vectors_are_what_the_head_reads():
 
     def both(params):
         logits, _ = lm.apply(graphdef, params, TOKENS)
-        x = lm.vectors(graphdef, params, TOKENS)
+        x = lm.hidden_states(graphdef, params, TOKENS)
         return logits, x @ params["embed"]["embedding"][...].T
 
     close(*jax.jit(both)(params))
     graphdef, params = small.built(small.HOPE)
     with pytest.raises(ValueError, match="'hope' has CMS levels of periods 4, 8"):
-        lm.vectors(graphdef, params, TOKENS)
+        lm.hidden_states(graphdef, params, TOKENS)
 
 
 def test_a_text_is_told_from_its_last_vector():
