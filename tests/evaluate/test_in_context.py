@@ -75,6 +75,22 @@ def test_only_what_is_in_the_loss_is_learned_and_seeds_are_pure():
     assert any(jax.tree.leaves(differ))
 
 
+def test_every_step_reads_rows_of_its_own(monkeypatch):
+    seen, batch = [], EpisodeConfig.batch
+
+    def told(self, key, images, rows):
+        jax.debug.callback(lambda k: seen.append(k.tobytes()), jax.random.key_data(key))
+        return batch(self, key, images, rows)
+
+    monkeypatch.setattr(EpisodeConfig, "batch", told)
+    steps = in_context._STRIDE + 2  # of which two are of a second call
+    config = dataclasses.replace(CONFIG, steps=steps, batch=2)
+    model = in_context.model_for(config, "attention")
+    in_context.train(config, model, 0, some(), backward=True)
+    jax.effects_barrier()
+    assert len(seen) == len(set(seen)) == steps
+
+
 def test_the_nearest_shot_of_the_task_that_is_asked_answers(key):
     """Of images that name their class, and both tasks share the labels."""
     config = EpisodeConfig(ways=3, shots=2, queries=4)
