@@ -64,6 +64,10 @@ def test_what_is_kept_is_a_subset_of_its_size(key):
         chosen = rows[: counts[0]]
         assert counts[0] == min(2, all_[0]) == len(set(chosen))
         assert set(chosen) <= set(own[: all_[0]])
+    of_all = jax.vmap(lambda k: incremental.keep(stream, 2, k))
+    many = of_all(jax.random.split(key, 100))  # no vector twice, where there are two
+    alike = many.rows[..., 0] == many.rows[..., 1]
+    assert not (alike & (many.counts == 2)).any()
     again = jax.vmap(lambda k: incremental.keep(stream, 1, k).rows)(
         jax.random.split(key, 300)
     )

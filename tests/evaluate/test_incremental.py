@@ -42,6 +42,12 @@ def test_measures_by_hand():
         np.testing.assert_allclose(found[name], [value], rtol=1e-9, err_msg=name)
 
 
+def test_what_gets_better_later_is_forgotten_less_than_nothing():
+    points = np.array([[[0.5, 0.0]], [[0.9, 0.7]]])  # two tasks, one point in each
+    found = incremental.measures(Life(points, np.zeros((2, 4))))
+    assert found["forgotten"] == pytest.approx(0.5 - 0.9) == -found["bwt"]
+
+
 def test_arrival_by_hand():
     losses = np.array([[4.0, 1.0, 2.0, 0.0, 5.0], [3.0] * 5, [1.0, np.nan, 1, 1, 1]])
     steps = incremental.arrival(Life(np.zeros((3, 1, 3)), losses), 1.5, window=2)
@@ -105,6 +111,25 @@ def test_tasks_are_forgotten_and_replay_and_joint_training_keep_them(life):
     assert found["joint"]["acc"] > found["alone"]["acc"] + 0.2
     assert lives["alone"].accuracy.shape == (2, 2, 2)
     assert lives["alone"].losses.shape == (2, 60)
+
+
+def test_what_is_replayed_is_of_the_past(monkeypatch):
+    seen, draw = [], tasks.draw
+
+    def told(of, stream, which, key):
+        if stream.rows.shape[-1] == 3:  # of what is kept
+            jax.debug.callback(lambda w: seen.append(int(w.max())), which)
+        return draw(of, stream, which, key)
+
+    monkeypatch.setattr(tasks, "draw", told)
+    digits = noise.load()
+    of = tasks.pool(*digits["train"], 10)
+    stream = tasks.split(of, 5, jax.random.key(0))
+    lesson = dataclasses.replace(LESSON, steps=4, replay=3)
+    given = optax.sgd(0.1), of, digits["valid"], stream, jax.random.key(0), lesson
+    jax.jit(lambda: incremental.live(*given))()
+    jax.effects_barrier()
+    assert len(seen) == 5 * 4 and max(seen) == 3  # never the last of five, or own
 
 
 def test_weights_that_mattered_are_held(life):

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.data.synthetic.in_context import InContextConfig
+from hope_jax.data.synthetic.recall import RecallConfig
+from hope_jax.evaluate import answers
 from hope_jax.models import autoencoder, lm
 from tests import compare
 from tests.models import small
@@ -36,6 +39,15 @@ def test_other_logits_are_not_made():
     at = jnp.zeros((2, 3), jnp.int32)
     made = jax.make_jaxpr(lambda p: lm.apply(graphdef, p, TOKENS, at=at)[0])(params)
     assert "f32[2,3,13]" in str(made) and "f32[2,21,13]" not in str(made)
+
+
+def test_most_tasks_ask_of_few_places(key):
+    task = RecallConfig(vocab=32, pairs=2, length=12)
+    at, there = answers.questions(task, task.batch(key, 3))
+    assert at is not None and at.shape == there.mask.shape == (3, task.asked)
+    assert task.asked < 12 and there.mask.all()
+    task = InContextConfig(length=12)  # of all
+    assert answers.questions(task, task.batch(key, 3))[0] is None
 
 
 def test_places_are_of_rows_that_stand_at_a_boundary():
