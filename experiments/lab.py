@@ -558,9 +558,9 @@ def below(values: np.ndarray, than: np.ndarray) -> tuple[float, float]:
     """By which share the mean of `values` is below that of `than`, run by run, and half
     of the 95 % interval of that share (of a ratio of means, to first order).
 
-    >>> share, half = below(np.array([1.0, 3.0]), np.array([2.0, 6.0]))
+    >>> share, half = below(np.array([1.0, 3.0]), np.array([4.0, 12.0]))
     >>> round(share, 3), round(half, 3)
-    (0.5, 0.0)
+    (0.75, 0.0)
     """
     ratio = values.mean() / than.mean()
     _, half = interval(values - ratio * than)
