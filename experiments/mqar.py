@@ -52,7 +52,7 @@ PROBE = ProbeConfig(
     heads=2,
     hidden=64,
     optimizer=OptimizerConfig(warmup_steps=20, weight_decay=0.0),
-    steps=1500,
+    steps=3000,
     enough=0.05,
 )
 MODELS: dict[str, Any] = {
