@@ -51,8 +51,8 @@ from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConf
 from launch import command
 
 NAME = "in_context_continual"
-CHUNK = 8
-RATES = (1e-3, 3e-3)
+CHUNK = 16
+RATES = (2e-3,)
 TOLERANCE = 0.02  # of parameters
 KINDS = ("omniglot", "digits")
 
@@ -63,7 +63,7 @@ def _hope(memory) -> SelfModifyingConfig:
 
 
 MODELS: dict[str, Any] = {
-    "hope": _hope(MLP),
+    "hope": _hope(dataclasses.replace(MLP, expansion=2)),
     "hope_matrix": _hope(MATRIX),
     **{
         name: MIXERS.get(name)
@@ -86,12 +86,12 @@ class Row:
 
     mixer: Mixer | None
     backward: bool
-    config: InContextConfig = InContextConfig()
+    config: InContextConfig
     rates: tuple[float, ...] = RATES
 
 
 def rows(flags: Any) -> dict[str, Row]:
-    config = InContextConfig()
+    config = InContextConfig(hidden=64, batch=8, steps=3000)
     if flags.scale == "smoke":
         config = InContextConfig(
             episode=EpisodeConfig(ways=2, shots=2, queries=2),
