@@ -278,8 +278,8 @@ def printable(text: str, stream: TextIO) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keeps to itself what Orbax says of folders that it may not write to, and of each
-    file of a save that failed: the error says it once."""
+    """Keeps to itself what Orbax says of each file of a save that failed: the error
+    says it once."""
     logging.getLogger("absl").addFilter(_not_orbax)
     if sys.unraisablehook is not _but_for_closed_loops:
         _hooks.append(sys.unraisablehook)

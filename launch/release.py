@@ -114,7 +114,9 @@ def make(
     else:
         place, meta = checkpoint.find(source).parent, checkpoint.saved_meta(source)
         corpus = meta["fingerprint"]["corpus"]
+        lineage = _lineage(meta.get("lineage", []))
         training = {"corpus_sha256": corpus, "versions": meta["versions"]}
+        training |= {"lineage": lineage}
 
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -144,6 +146,22 @@ def make(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return out
+
+
+def _lineage(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What happened to a run, and to that which it began from, without paths."""
+
+    def said(event):
+        if "origin" not in event:
+            return dict(event)
+        before = event["origin"]
+        name = {"path": Path(before["path"]).name}
+        return {
+            **event,
+            "origin": {**before, **name, "lineage": _lineage(before["lineage"])},
+        }
+
+    return [said(event) for event in events]
 
 
 def _replace(out: Path, made: Path, old: Path) -> None:
@@ -258,6 +276,7 @@ def card(
         _table(
             ("", ""),
             [
+                *_began(about),
                 ("text", f"{text}, SHA-256 `{about['training']['corpus_sha256']}`"),
                 (
                     "budget",
@@ -285,6 +304,20 @@ def card(
         "says whether it is as it was made; reading it checks that as well.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _origin(about: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The model that the run began from, if it was not drawn from a seed."""
+    events = about["training"].get("lineage", [])
+    return next((event["origin"] for event in events if "origin" in event), None)
+
+
+def _began(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    began = _origin(about)
+    if began is None:
+        return []
+    said = f"step {began['step']:,} of `{began['path']}`, SHA-256 of its parameters"
+    return [("began with", f"{said} `{began['sha256']}`")]
 
 
 def _trained_to(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -323,9 +356,11 @@ def _scored(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _limits(config: Any, about: Mapping[str, Any], tokens: int, learns: bool):
     """What should not be expected of it, as far as its config says."""
+    before = " since it began with another model" if _origin(about) else ""
     yield (
-        f"It has read {tokens / about['parameters']:.2g} tokens a parameter, in rows "
-        f"of {config.train.seq_len}. Scores are of the text that they were measured on."
+        f"It has read {tokens / about['parameters']:.2g} tokens a parameter{before}, "
+        f"in rows of {config.train.seq_len}. Scores are of the text that they were "
+        "measured on."
     )
     yield "It continues text. It was not taught to follow, refuse or be right."
     if learns:

@@ -5,8 +5,9 @@
 Any field of the row's config can be set: --set model.d_model=256 --set train.steps=100.
 SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save and stop (status 128 + signal); --resume goes
 on from there, also to more steps than the run had. --init_from=DIR begins another run
-with the parameters of one. Status 75: something hung and was shown; try --resume.
-Started once on every host with --coordinator, it is one run over all their devices.
+with the parameters of one, or of a release. Status 75: something hung and was shown;
+try --resume. Started once on every host with --coordinator, it is one run over all
+their devices.
 """
 
 import importlib
@@ -52,8 +53,8 @@ def _define(define) -> None:
     define.string(
         "init_from",
         None,
-        "the workdir of a run, whose newest parameters and tokenizer this one starts "
-        "with; without --experiment and --config its config too",
+        "the workdir of a run, or a release, whose newest parameters and tokenizer "
+        "this one starts with; without --experiment and --config its config too",
     )
     define.string("profile", None, "steps first:last of which a trace is kept")
     define.string("wandb", None, "project of Weights & Biases that shows the run")
@@ -230,7 +231,7 @@ def config_of(given: Any, from_run: str = ""):
 
     Args:
       given: the flags.
-      from_run: the workdir of a run that has it, where they name none.
+      from_run: the workdir of a run, or a release, that has it where they name none.
 
     Raises:
       ValueError: no such row, or settings that do not fit it.
@@ -247,13 +248,15 @@ def config_of(given: Any, from_run: str = ""):
                 raise ValueError(f"--{flag} is of an --experiment; give that too.")
 
     from hope_jax.core import config as config_lib
-    from hope_jax.train import checkpoint
+    from hope_jax.train import checkpoint, release
     from hope_jax.train.config import RunConfig, check_rows, read_config
 
     if given.experiment is not None:
         config = load_row(given.experiment, given.row, given.scale)
     elif given.config is not None:
         config = read_config(RunConfig, given.config)
+    elif release.is_release(from_run):
+        config = release.read_config(from_run)
     else:
         config = checkpoint.saved_config(from_run)
     settings = list(given.set)

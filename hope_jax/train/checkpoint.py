@@ -150,10 +150,9 @@ class Checkpoints:
                     f"{self.directory} cannot be made: {error.strerror}. Move away "
                     "what is there, or give another folder."
                 ) from None
+        # Its own read_only warns that it is, and does no more where nothing is saved.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
-            create=not self._read_only,
-            read_only=self._read_only,
+            max_to_keep=self._keep, create=not self._read_only
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
@@ -189,6 +188,8 @@ class Checkpoints:
         Raises:
           SaveFailed: the save before this one failed, or this one cannot start.
         """
+        if self._read_only:
+            raise _save_failed(step, self.directory, "it was opened to be read")
         self.wait()
         try:  # Orbax would wait for minutes for a folder that cannot be made
             if processes.writes():
@@ -615,6 +616,11 @@ def manifest(arrays: Mapping[str, Any], format: int = _FORMAT) -> dict[str, list
         # Gathered here, in one order, for that takes all processes.
         hosts = (np.asarray(jax.device_get(_addressable(a))) for a in arrays.values())
         return dict(zip(arrays, pool.map(entry, hosts), strict=True))
+
+
+def params_digest(params: PyTree) -> str:
+    """What `restore_origin` says of these parameters, if they are a checkpoint's."""
+    return _json_digest(manifest(_arrays(params, "params")))
 
 
 def _addressable(array: Any) -> Any:

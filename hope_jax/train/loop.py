@@ -34,6 +34,7 @@ from hope_jax.train import (
     limits,
     lock,
     processes,
+    release,
     sharding,
     signals,
     watchdog,
@@ -43,7 +44,7 @@ from hope_jax.train import metrics as metrics_lib
 from hope_jax.train import state as state_lib
 from hope_jax.train import step as step_lib
 from hope_jax.train.config import DataConfig, GuardConfig, RunConfig, check_rows
-from hope_jax.train.folder import check_folder
+from hope_jax.train.folder import ForeignFolder, check_folder
 from hope_jax.train.kept import Kept, Moment, bits
 from hope_jax.train.kept import NonFinite as NonFinite
 from hope_jax.train.progress import say
@@ -137,9 +138,10 @@ def train(
       resume: go on from the newest intact checkpoint; from the start if there is none.
       params: where the model starts, as of `lm.build`, for example pre-trained
         (`hope_jax.models.pretrained`); by default drawn from the seed.
-      init_from: the workdir of another run, or its checkpoints: the model starts at its
-        newest parameters, with its tokenizer, and all else is new: data, rates,
-        optimizer, length of rows. Checkpoints say so in their lineage.
+      init_from: the workdir of another run, its checkpoints, or a folder that
+        `launch.release` made: the model starts at its newest parameters, with its
+        tokenizer, and all else is new: data, rates, optimizer, length of rows.
+        Checkpoints say so in their lineage.
       profile, wandb: see `hope_jax.train.watching.Watch`.
 
     Raises:
@@ -178,9 +180,9 @@ def train(
                 saved_before.check_config(config)
         origin = None
         if init_from is not None and not begun:
-            restored, origin = checkpoint.restore_origin(init_from)
-            params = restored.params
-            _check_tokenizer(config, init_from)
+            origin = release.origin(init_from)
+            params = origin.params
+            _check_tokenizer(config, origin)
         source = load_source(config, workdir if begun else init_from)
         readers = workers.Workers()
         iterator, fingerprint = _data(config, source, mesh)
@@ -209,8 +211,8 @@ def train(
             f"{sharding.describe(mesh)}"
         )
         if origin is not None:
-            checkpoints.tell("branched", 0, origin=origin)
-            say(f"starts at step {origin['step']} of {init_from}")
+            checkpoints.tell("branched", 0, origin=origin.lineage)
+            say(f"starts at step {origin.lineage['step']} of {init_from}")
         like = jax.tree.map(_spec, state)
         kept: Kept | None = None
         dog = stack.enter_context(
@@ -399,8 +401,8 @@ def _prepared_source(
 ) -> Source:
     """As `load_source`, of which nothing but counts is read."""
     tokens = corpus.tokenizer
-    kept = None if workdir is None else Path(workdir) / checkpoint.TOKENIZER
-    if kept is not None and kept.exists():
+    kept = _kept_tokenizer(workdir)
+    if kept is not None:
         before = tokenizer.load(kept).fingerprint
         if before != tokens.fingerprint:
             raise checkpoint.ConfigMismatch(
@@ -450,12 +452,9 @@ def load_tokenizer(
     data: DataConfig, corpus: text.Corpus, workdir: str | os.PathLike | None
 ) -> tokenizer.Tokenizer:
     """The tokenizer kept in `workdir`, or beside its checkpoints; a new one without."""
-    if workdir is not None:
-        for folder in (Path(workdir), Path(workdir).parent):
-            if (folder / checkpoint.TOKENIZER).exists():
-                return tokenizer.load(folder / checkpoint.TOKENIZER)
-            if Path(workdir).name != checkpoint.FOLDER:
-                break
+    kept = _kept_tokenizer(workdir)
+    if kept is not None:
+        return tokenizer.load(kept)
     if data.tokenizer == "bytes":
         return tokenizer.ByteTokenizer()
     if data.tokenizer != "bpe":
@@ -463,18 +462,28 @@ def load_tokenizer(
     return tokenizer.train_bpe((d.data for d in corpus.train), data.vocab)
 
 
-def _check_tokenizer(config: RunConfig, origin: str | os.PathLike) -> None:
+def _kept_tokenizer(workdir: str | os.PathLike | None) -> Path | None:
+    if workdir is None:
+        return None
+    folders = [Path(workdir)]
+    if folders[0].name == checkpoint.FOLDER:
+        folders.append(folders[0].parent)
+    paths = (folder / checkpoint.TOKENIZER for folder in folders)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _check_tokenizer(config: RunConfig, origin: release.Origin) -> None:
     """Refuses other tokens than those that a model to start from has learned."""
-    found, asked = checkpoint.restore_tokenizer(origin), config.data.tokenizer
-    same = True
+    found, asked = origin.tokenizer, config.data.tokenizer
+    same = asked in ("bpe", origin.config.data.tokenizer)  # a file need not be here
     if asked == "bytes":
         same = isinstance(found, tokenizer.ByteTokenizer)
-    elif asked != "bpe":
+    elif not same:
         same = tokenizer.load(asked).fingerprint == found.fingerprint
     if not same:
         raise checkpoint.ConfigMismatch(
             f"data.tokenizer={asked!r} is not the tokenizer of the run to start from, "
-            f"{os.fspath(origin)!r}: leave it at that run's value."
+            f"{origin.lineage['path']!r}: leave it at that run's value."
         )
 
 
@@ -699,9 +708,17 @@ def check_workdir(workdir: str | os.PathLike) -> Path:
     """The folder of a run, new, empty or of this program; only looks.
 
     Raises:
-      hope_jax.train.folder.ForeignFolder: any other.
+      hope_jax.train.folder.ForeignFolder: any other; a release, of which training would
+        spoil the files.
     """
-    return check_folder("--workdir", workdir, _FILES, is_run)
+    folder = check_folder("--workdir", workdir, _FILES, is_run)
+    if release.is_release(folder):
+        given = os.fspath(workdir)
+        raise ForeignFolder(
+            f"--workdir={given!r} is a release, whose files are to stay as they are. "
+            f"Give another folder, and --init_from={given} to begin with its model."
+        )
+    return folder
 
 
 def is_run(folder: Path) -> bool:

@@ -7,7 +7,8 @@
     SHA256SUMS          of every file, as `sha256sum -c` reads it
 
 and what `launch.release` adds: README.md, metrics.jsonl, result files. A folder without
-optimizer and data state cannot be gone on with; `hope_jax.restore` reads it.
+optimizer and data state cannot be gone on with; `hope_jax.restore` reads it, and a new
+run can begin with it (`origin`).
 """
 
 import dataclasses
@@ -29,8 +30,8 @@ from hope_jax.data import tokenizer
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.models import lm, shards
 from hope_jax.optim.leaves import path_names
+from hope_jax.train import checkpoint, limits, metrics
 from hope_jax.train import config as run_config
-from hope_jax.train import limits, metrics
 from hope_jax.train.checkpoint import TOKENIZER, ConfigMismatch, Damaged
 from hope_jax.train.config import RunConfig
 
@@ -57,6 +58,23 @@ class Release(NamedTuple):
     params: PyTree
     tokenizer: Tokenizer
     about: Mapping[str, Any]
+
+
+class Origin(NamedTuple):
+    """What another run can begin from.
+
+    Attributes:
+      config: of the run that made it.
+      params: float32, as of `lm.build`.
+      tokenizer: of that run.
+      lineage: `path`, `step`, `sha256` of the parameters, which a float32 release and
+        its checkpoint have in common, and the `lineage` of that run.
+    """
+
+    config: RunConfig
+    params: PyTree
+    tokenizer: Tokenizer
+    lineage: dict[str, Any]
 
 
 def write(
@@ -179,6 +197,30 @@ def read(folder: str | os.PathLike) -> Release:
     limits.check_model(config.model)
     params = _load(folder, config, said)
     return Release(config, params, tokenizer.load(folder / TOKENIZER), about)
+
+
+def origin(directory: str | os.PathLike) -> Origin:
+    """What a run can begin from that is in `directory`: a run, or a release.
+
+    Raises:
+      FileNotFoundError: neither.
+      hope_jax.train.checkpoint.ConfigMismatch: a tokenizer of another run.
+      hope_jax.train.checkpoint.Damaged: no step is intact, or a released file is not
+        what it was.
+      ValueError: as of `read`.
+    """
+    if not is_release(directory):
+        (config, params, _), lineage = checkpoint.restore_origin(directory)
+        tokens = checkpoint.restore_tokenizer(directory)
+        return Origin(config, params, tokens, lineage)
+    config, params, tokens, about = read(directory)
+    lineage = {
+        "path": str(Path(directory).absolute()),
+        "step": about["step"],
+        "sha256": checkpoint.params_digest(params),
+        "lineage": about.get("training", {}).get("lineage", []),
+    }
+    return Origin(config, params, tokens, lineage)
 
 
 def read_config(folder: str | os.PathLike) -> RunConfig:

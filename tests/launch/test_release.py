@@ -11,8 +11,9 @@ import pytest
 
 from hope_jax import restore
 from hope_jax.core import config as config_lib
+from hope_jax.data.tokenizer import train_bpe
 from hope_jax.train import checkpoint, loop, metrics, release
-from launch import evaluate, generate
+from launch import evaluate, generate, train
 from launch import release as program
 from tests.launch.test_evaluate import refusal
 from tests.train import tiny
@@ -216,3 +217,72 @@ def test_weights_that_float16_cannot_hold_are_refused(trained, tmp_path):
 def test_nothing_is_added_to_a_release(released):
     said = refusal(evaluate, f"--checkpoint={released}", "--ablate")
     assert "Give --output, a folder" in said
+
+
+def test_a_run_begins_with_it(trained, released, tmp_path, capsys):
+    """As with the run that it was made of, whose config, tokens and digest it has; what
+    is released of that run says so, without paths."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question\n" * 200)
+    more = [f"--data={text}", "--set=train.steps=1", "--set=optimizer.warmup_steps=0"]
+    runs = tmp_path / "a", tmp_path / "b"
+    for origin, workdir in zip((trained, released), runs, strict=True):
+        line = [f"--init_from={origin}", f"--workdir={workdir}", *more]
+        assert train.main(line) == 0
+    assert f"starts at step 12 of {released}" in capsys.readouterr().out
+    ours, theirs = (restore(folder).params for folder in runs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    (a,), (b,) = (checkpoint.saved_meta(folder)["lineage"] for folder in runs)
+    assert a["origin"].pop("path") == str(trained)
+    assert b["origin"].pop("path") == str(released)
+    assert a == b and b["event"] == "branched" and b["origin"]["step"] == 12
+
+    out = tmp_path / "again"
+    program.main([f"--checkpoint={runs[1]}", f"--out={out}", "--licence=MIT"])
+    (said,) = json.loads((out / release.ABOUT).read_text())["training"]["lineage"]
+    assert said == b | {"origin": b["origin"] | {"path": released.name}}
+    card = (out / "README.md").read_text()
+    assert (
+        f"step 12 of `tiny`, SHA-256 of its parameters `{b['origin']['sha256']}`"
+        in card
+    )
+    assert "a parameter since it began with another model" in card
+    assert "began with" not in (released / "README.md").read_text()
+
+
+def test_a_run_begins_with_its_tokens(tmp_path):
+    """Wherever the file lies that the first run had them from."""
+    text = "".join(f"line {i} of what I wrote\n" for i in range(400)).encode()
+    kept = tmp_path / "kept.json"
+    train_bpe([text], 300).save(kept)
+    (tmp_path / "text.txt").write_bytes(text)
+    settings = [
+        f"data.path={tmp_path / 'text.txt'}",
+        "model.vocab=300",
+        "train.steps=1",
+    ]
+    settings += ["optimizer.warmup_steps=0", f"data.tokenizer={kept}"]
+    config = config_lib.override(tiny.rows("smoke")["tiny"], settings)
+    loop.train(config, tmp_path / "run")
+    out = program.make(tmp_path / "run", tmp_path / "out", licence="MIT")
+    kept.unlink()
+    line = [f"--init_from={out}", f"--data={tmp_path / 'text.txt'}"]
+    assert train.main([*line, f"--workdir={tmp_path / 'next'}"]) == 0
+    assert restore(tmp_path / "next").tokenizer == restore(out).tokenizer
+
+
+def test_no_run_begins_with_what_was_changed(copied, tmp_path, capsys):
+    with (copied / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    line = [f"--init_from={copied}", f"--workdir={tmp_path / 'no'}"]
+    assert train.main(line) == 1
+    assert "is not the file that was released" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_no_run_is_trained_in_it(released, capsys):
+    before = release.verify(released)
+    for how in (["--resume"], ["--experiment=tests.train.tiny", "--scale=smoke"]):
+        assert train.main([f"--workdir={released}", *how]) == 1
+        assert f"--init_from={released}" in capsys.readouterr().err
+    assert release.verify(released) == before

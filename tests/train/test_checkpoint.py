@@ -403,6 +403,14 @@ def test_donated_right_after_the_save(copied, state):
     assert_same(restored, state)
 
 
+def test_what_is_opened_to_be_read_stays_as_it_is(copied, state):
+    before = sorted(copied.rglob("*"))
+    with checkpoint.Checkpoints(copied, read_only=True) as checkpoints:
+        with pytest.raises(checkpoint.SaveFailed, match="opened to be read"):
+            save(checkpoints, 30, state, some_iterator())
+    assert sorted(copied.rglob("*")) == before
+
+
 def test_what_a_crash_left_unfinished_is_cleared(tmp_path):
     (tmp_path / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with checkpoint.Checkpoints(tmp_path, read_only=True):

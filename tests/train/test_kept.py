@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -46,6 +47,18 @@ def test_one_line_has_it_back_and_meta_says_with_what_it_was_made(trained):
     said = meta(trained)
     assert {"jax", "hope_jax", "orbax-checkpoint"} <= set(said["versions"])
     assert said["versions"]["jax"] == jax.__version__ and said["lineage"] == []
+
+
+def test_it_comes_back_without_a_word(trained, tmp_path, monkeypatch, caplog):
+    """Also where no program has silenced Orbax; a step that is damaged is told."""
+    monkeypatch.setattr(logging.getLogger("absl"), "filters", [])
+    hope_jax.restore(trained)
+    assert not caplog.messages
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(trained, spoilt)
+    (spoilt / "checkpoints" / "12" / "meta" / "metadata").write_text("{")
+    assert hope_jax.restore(spoilt).step == 9
+    assert "Trying the step before" in caplog.text
 
 
 def test_a_run_is_extended(copied, capsys):
