@@ -9,6 +9,7 @@ again, and makes the same bytes.
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -54,10 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prepares a folder, and prints what is in it."""
     options = command.parse(__doc__, _define, arguments, compiles=False)
     from hope_jax.data import prepare, prepared, sources
+    from hope_jax.train.folder import check_place
 
     with command.fail_in_words(OSError, ImportError):
         if not options.out:
             raise ValueError("Give --out, the folder that is made.")
+        if options.processes is not None and options.processes < 1:
+            raise ValueError(
+                f"--processes must be at least 1, got {options.processes}."
+            )
+        out = check_place("--out", os.path.expanduser(options.out))
+        prepare.begun(out)
         how = sources.Reading(
             field=options.field,
             separator=options.separator or None,
@@ -66,19 +74,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config=options.config,
             folder=options.cache,
         )
-        tokens = _tokenizer(options, how, Path(options.out).expanduser())
         plan = prepare.Plan(
             sources=tuple(options.source),
             how=how,
             held_out=options.held_out,
             shard_bytes=options.shard_bytes,
             tokenizer=_asked(options),
-            fingerprint=tokens.fingerprint,
+            fingerprint="",  # of a tokenizer that takes long to train
         )
+        tokens = _tokenizer(options, how, out)
+        plan = dataclasses.replace(plan, fingerprint=tokens.fingerprint)
         processes = options.processes or len(os.sched_getaffinity(0))
         with _Bar() as bar:
             made = prepare.prepare(
-                options.out, plan, tokens, processes=processes, told=bar.told
+                out, plan, tokens, processes=processes, told=bar.told
             )
         print(command.printable(made.summary(), sys.stdout))
         for reason, (count, first) in prepare.skipped(made).items():

@@ -169,29 +169,37 @@ def _make(
         told(progress, sum(sizes))
 
 
-def _check(folder: Path, said: Mapping[str, Any]) -> None:
-    """Refuses a folder that holds anything but what this plan began; only looks."""
+def begun(folder: Path) -> Mapping[str, Any] | None:
+    """What a plan has begun in a folder, None where there is nothing; only looks.
+
+    Raises:
+      Preparing: it is no folder, or holds something else.
+    """
     if folder.exists() and not folder.is_dir():
         raise Preparing(f"{str(folder)!r} is no folder; give another.")
-    if folder.is_dir() and any(folder.iterdir()):
-        try:
-            before = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            if {path.name for path in folder.iterdir()} <= {f".{PLAN}", _LOCK}:
-                before = said
-            else:
-                raise Preparing(
-                    f"{str(folder)!r} holds something else already; give a folder for "
-                    "this alone."
-                ) from None
-        if before != said:
-            plans = before.get("plan", {}), said["plan"]
-            fields = [key for key in plans[1] if plans[0].get(key) != plans[1][key]]
-            what = ", ".join(fields) or "files of its sources have changed since"
-            raise Preparing(
-                f"{str(folder)!r} was begun otherwise: {what}. Give the same command, "
-                "or another folder."
-            )
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names <= {f".{PLAN}", _LOCK}:  # a kill may leave these
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        if isinstance(before, dict) and isinstance(before.get("plan"), dict):
+            return before
+    raise Preparing(
+        f"{str(folder)!r} holds something else already; give a folder for this alone."
+    )
+
+
+def _check(folder: Path, said: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds anything but what this plan began; only looks."""
+    before = begun(folder)
+    if before not in (None, said):
+        plans = before["plan"], said["plan"]
+        fields = [key for key in plans[1] if plans[0].get(key) != plans[1][key]]
+        what = ", ".join(fields) or "files of its sources have changed since"
+        raise Preparing(
+            f"{str(folder)!r} was begun otherwise: {what}. Give the same command, or "
+            "another folder."
+        )
 
 
 def _begin(folder: Path, said: Mapping[str, Any], tokens: tokenizer.Tokenizer) -> None:
@@ -393,8 +401,9 @@ def _finish(
             total = sum(s[of]["documents"] for s in shards for of in prepared.SPLITS)
             raise ValueError(
                 f"None of {total:,} documents is for {split}: choose another held_out "
-                f"than {said['plan']['held_out']}, or give more documents (a text file "
-                "is one, unless a separator says where others begin)."
+                f"than {said['plan']['held_out']}, in another folder, or give more "
+                "documents (a text file is one, unless a separator says where others "
+                "begin)."
             )
     manifest = {
         "format": prepared.FORMAT,

@@ -6,12 +6,14 @@ It is cut into units, which are read apart from each other: a file, a stretch of
 lines of a large one, a row group, some examples of a data set.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import importlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,12 +78,14 @@ def units(source: str, how: Reading) -> list[Unit]:
     """All units of a source, in a fixed order.
 
     Raises:
-      FileNotFoundError: nothing there, or no such data set.
+      FileNotFoundError: nothing there.
+      Unreadable: no such data set, or a file that its library cannot read; names it.
       ImportError: a library that is not installed; says which.
     """
     kind, colon, name = source.partition(":")
     if colon and kind in ("hf", "tfds"):
-        count = len(_dataset(kind, name, how))
+        with _named(source):
+            count = len(_dataset(kind, name, how))
         return [
             Unit(kind, name, start, min(start + _EXAMPLES, count), _EXAMPLES)
             for start in range(0, count, _EXAMPLES)
@@ -103,7 +107,8 @@ def _of_file(path: Path) -> list[Unit]:
         which = "lines" if inner in JSON_LINES else "text"
         return [Unit(which, name, size=size, changed=changed)]
     if kind == ".parquet":
-        groups = _parquet(path).metadata
+        with _named(name):
+            groups = _parquet(path).metadata
         return [
             Unit(
                 "parquet", name, i, i + 1, groups.row_group(i).total_byte_size, changed
@@ -134,9 +139,10 @@ def documents(unit: Unit, how: Reading, skipped: text.Skipped) -> Iterator[bytes
       skipped: gets what is left out, by reason.
 
     Raises:
-      Unreadable: under `raise`, what is no text; names the file and the place.
+      Unreadable: under `raise`, what is no text; names the file and the place. Always,
+        a file that its library cannot read; names it.
     """
-    for place, found in _found(unit, how):
+    for place, found in _readable(unit, how):
         where = f"{unit.name}:{place}"
         try:
             data = _data(found, how, where)
@@ -175,6 +181,25 @@ def _data(found: Any, how: Reading, where: str) -> bytes:
                 f"0x{found[error.start]:02x}. Use --undecodable=skip to leave it out."
             ) from None
     return found
+
+
+def _readable(unit: Unit, how: Reading) -> Iterator[tuple[int, Any]]:
+    with _named(unit.name):
+        yield from _found(unit, how)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Names a file, or a data set, in what a library says of it."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise Unreadable(f"{name} cannot be read: {first}") from error
 
 
 def _found(unit: Unit, how: Reading) -> Iterator[tuple[int, Any]]:

@@ -300,8 +300,9 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int = 4096) -> BpeTokenizer:
         of pairs to merge and give fewer.
 
     Raises:
-      ValueError: `vocab_size` below 257, or no text.
+      ValueError: `vocab_size` below 257 or above 4,194,304, or no text.
     """
+    _at_most("ids", vocab_size, _MOST_IDS)
     if vocab_size < 257:
         raise ValueError(
             f"vocab_size must be at least 257 (256 bytes and bos), got {vocab_size}."
