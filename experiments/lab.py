@@ -32,7 +32,8 @@ from hope_jax.train.config import RunConfig
 from hope_jax.train.folder import check_place
 from launch import command
 
-RESULTS = Path(__file__).parent / "results"
+_KEPT = Path(__file__).parent / "results"
+RESULTS = _KEPT if _KEPT.is_dir() else Path("results")  # installed, it has none
 
 
 class Task(NamedTuple):

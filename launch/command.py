@@ -23,6 +23,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 _ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("hope_jax", "launch", "experiments")  # there may be an environment beside
 # Of absl: `DEFINE_` is before each name.
 _KINDS = ("string", "integer", "float", "bool", "enum", "list", "multi_string", "alias")
 
@@ -264,7 +265,8 @@ def _ours(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).resolve().is_relative_to(_ROOT)
+    raised = Path(frame.f_code.co_filename).resolve()
+    return any(raised.is_relative_to(_ROOT / package) for package in _PACKAGES)
 
 
 def printable(text: str, stream: TextIO) -> str:

@@ -207,6 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = command.parse(__doc__, _define, arguments, compiles=False)
     file = None if given.write is None else Path(given.write)
     try:
+        if not _TESTS.is_dir():  # installed
+            raise ValueError(
+                "the tables are of a copy of the repository; run it there."
+            )
         if file is None:
             print(TABLES[given.table]())
         else:

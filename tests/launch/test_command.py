@@ -40,6 +40,16 @@ def parsed(*arguments):
     return command.parse("What it does.", define, arguments)
 
 
+@pytest.mark.parametrize("file, ours", [("launch/x.py", True), ("env/lib/x.py", False)])
+def test_an_error_of_a_library_says_how_to_see_where(file, ours):
+    """Of one in an environment in the repository too."""
+    code = compile("raise ValueError('too deep')", str(ROOT / file), "exec")
+    with pytest.raises(ValueError) as raised:
+        exec(code)
+    said = command.in_words(raised.value)
+    assert said == "too deep" + ("" if ours else " (--verbosity=1 shows where.)")
+
+
 def test_flags_are_read_as_absl_reads_them(tmp_path):
     given = parsed("--name=a", "--set=x=1", "--set", "y=2", "--loud")
     assert (given.name, given.count_all, given.loud) == ("a", 3, True)

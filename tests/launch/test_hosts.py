@@ -326,7 +326,8 @@ def test_a_job_that_used_up_its_time_is_queued_again(tmp_path, status, again):
 
 @pytest.mark.slow
 def test_an_installed_package_runs_from_any_folder(tmp_path):
-    """It holds the programs, and the experiments that they train."""
+    """It holds the programs, and the experiments that they train; what these measure
+    stays there, and pages that are not there are not written."""
     source, site = tmp_path / "source", tmp_path / "site"
     kept = ("hope_jax", "launch", "experiments", "setup.py", "pyproject.toml")
     for name in (*kept, "requirements.txt", "README.md", "LICENSE", "MANIFEST.in"):
@@ -338,13 +339,22 @@ def test_an_installed_package_runs_from_any_folder(tmp_path):
     build = ["setup.py", "--quiet", "build_py", f"--build-lib={site}"]
     subprocess.run([sys.executable, *build], cwd=source, check=True)
     assert (site / "launch" / "tpu_pod.sh").exists()
+
+    def runs(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+        )
+
     flags = ["--experiment=quickstart", "--row=hope", "--describe"]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.train", *flags],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-    )
+    done = runs("-m", "launch.train", *flags)
     assert done.returncode == 0, done.stderr
     assert "The outer optimizer:" in done.stdout
+    done = runs("-m", "launch.table")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "run it there" in done.stderr
+    done = runs("-c", "from experiments import lab; print(lab.RESULTS)")
+    assert done.stdout == "results\n", done.stderr
