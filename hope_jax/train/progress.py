@@ -40,7 +40,7 @@ class Progress:
                 completed=self._done,
                 numbers="compiling",
             )
-        else:
+        elif self._done < self._config.train.steps:
             say("compiling the step, once")
         return self
 

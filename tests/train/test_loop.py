@@ -79,12 +79,13 @@ def test_a_workdir_holds_one_run(finished):
         loop.train(SMOKE, workdir)
 
 
-def test_resuming_a_finished_run_does_nothing(finished):
+def test_resuming_a_finished_run_does_nothing(finished, capsys):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     same = config("train.validate_every=5", "train.validate_batches=2")
     outcome = loop.train(same, workdir, resume=True)
     assert (outcome.step, outcome.finished) == (12, True)
+    assert "compiling" not in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 

@@ -113,8 +113,9 @@ def test_data_is_bound_to_its_tokenizer(folder, tmp_path):
     found = loop.load_source(config(other, by_path, vocab), None)
     assert found.tokenizer == learned
     ByteTokenizer().save(tmp_path / checkpoint.TOKENIZER)
-    with pytest.raises(checkpoint.ConfigMismatch, match="with another tokenizer than"):
-        loop.load_source(config(other, by_path, vocab), tmp_path)
+    for origin in (tmp_path, tmp_path / checkpoint.FOLDER):
+        with pytest.raises(checkpoint.ConfigMismatch, match="with another tokenizer"):
+            loop.load_source(config(other, by_path, vocab), origin)
 
 
 @pytest.mark.parametrize(
