@@ -115,6 +115,13 @@ class _Iterator(grain.DatasetIterator):
         self._inner.close()
 
 
+def shared(state: Mapping[str, Any], before: int, now: int) -> dict[str, Any]:
+    """Where each of `now` processes goes on when `before` of them stood at `state`."""
+    if before == now:
+        return dict(state)
+    return {"next_index": _items(state) * before // now}
+
+
 def _items(state: Mapping[str, Any]) -> int:
     """How many items were read; also of states of grain's own, of workers each.
 

@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from hope_jax.core import config as config_lib
-from hope_jax.data import stream, tokenizer
+from hope_jax.data import reading, stream, tokenizer
 from hope_jax.memory.flow import FlowState
 from hope_jax.models import lm
 from hope_jax.optim.groups import path_names
@@ -282,7 +282,8 @@ class Checkpoints:
           iterator: grain's iterator, which is moved to where the step left it; None for
             none.
           config: of this run; must be the saved one.
-          fingerprint: of this run's data; must be the saved one.
+          fingerprint: of this run's data; must be the saved one, but for the number of
+            processes.
 
         Raises:
           ConfigMismatch: config, data, or the type or shape of an array differs.
@@ -292,8 +293,10 @@ class Checkpoints:
         def read(step):
             meta = self._meta(step)
             _check_config(meta["config"], config, step)
+            then = dict(meta["fingerprint"])
+            count = {"process_count": then.get("process_count", 1)}  # is free
             try:
-                stream.check_fingerprint(meta["fingerprint"], fingerprint)
+                stream.check_fingerprint({**then, **count}, {**fingerprint, **count})
             except ValueError as error:
                 raise ConfigMismatch(str(error)) from None
             params = self._tree(step, "params", like.params, meta)
@@ -302,7 +305,7 @@ class Checkpoints:
                 known = None  # of a version without one: it begins
             rest = self._tree(step, "state", _rest(like._replace(guard=known)), meta)
             if iterator is not None:
-                self._iterator(step, iterator, meta)
+                iterator.set_state(self._place(step, meta, fingerprint))
             guard = rest.get("guard")
             if guard is None and like.guard is not None:
                 places = jax.tree.map(lambda leaf: leaf.sharding, like.guard)
@@ -449,14 +452,25 @@ class Checkpoints:
             )
         return flat
 
-    def _iterator(self, step: int, iterator: Any, meta: Mapping) -> None:
-        place = Place(None)
-        self._item(step, "data", grain.checkpoint.CheckpointRestore(place))
-        if _json_digest(place.get_state()) != meta["data"]:
+    def _place(self, step: int, meta: Mapping, now: Mapping) -> dict[str, Any]:
+        """Where this process's data goes on. All that saved it said the same, for they
+        read in step; `now` they may be more, or fewer."""
+        try:
+            (file,) = (self.directory / str(step) / "data").glob("process_0-of-*.json")
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            if not _says_damage(error):
+                raise
+            text = f"{type(error).__name__} in data: {str(error)[:300]}"
+            raise _damaged(step, self.directory, text) from error
+        if _json_digest(state) != meta["data"]:
             raise _damaged(
                 step, self.directory, "the state of its data is not as saved"
             )
-        iterator.set_state(place.get_state())
+        before, count = (
+            said.get("process_count", 1) for said in (meta["fingerprint"], now)
+        )
+        return reading.shared(state, before, count)
 
     def _item(self, step: int, item: str, arguments: Any) -> Any:
         try:

@@ -70,7 +70,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_two_processes_are_one_run(tmp_path, monkeypatch):
     """As one process with two devices, but for the order of sums; killed once and asked
-    to stop once. What is computed again is so byte for byte."""
+    to stop once. What is computed again is so byte for byte. One process can go on."""
     shared = tmp_path / "shared"
     process = start(tmp_path, "shared")
     stop_when(process, lambda: lines(shared) >= 45, 0)
@@ -109,6 +109,9 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.sharding, "make_mesh", functools.partial(mesh_of, 2))
     config = override(tiny.rows("full")["tiny"], SETTINGS)
     loop.train(config, tmp_path / "alone")
+    longer = override(config, ["train.steps=63"])
+    for name in ("alone", "shared"):  # which one process goes on with
+        assert loop.train(longer, tmp_path / name, resume=True).finished
     one, two = (checkpoint.restore_params(tmp_path / n) for n in ("alone", "shared"))
     for a, b in zip(
         jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True

@@ -212,6 +212,47 @@ def test_a_changed_place_in_the_data_is_found(copied, state):
     assert step == 10
 
 
+@pytest.mark.parametrize("before, now", [(2, 1), (1, 4), (4, 2), (2, 2)])
+def test_other_processes_go_on_with_the_same_rows(tmp_path, state, before, now):
+    """Of a step all together read what they would have read; grain names files by
+    process."""
+
+    def iterators(count):
+        documents = [np.arange(200, dtype=np.int32) % 250]
+        rows = stream.Rows(documents, seq_len=4, vocab_size=257)
+        settings = stream.StreamConfig(seq_len=4, batch=4, seed=1)
+        return [
+            iter(stream.batches(rows, settings, process_index=i, process_count=count))
+            for i in range(count)
+        ]
+
+    def step(each):
+        read = np.concatenate([next(iterator)["tokens"] for iterator in each])
+        return read[np.lexsort(read.T)]
+
+    saved, folder = iterators(before), tmp_path / checkpoint.FOLDER
+    for _ in range(3):
+        step(saved)
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(
+            20,
+            state,
+            iterator=saved[0],
+            config=CONFIG,
+            fingerprint={**FINGERPRINT, "process_count": before},
+        )
+    (file,) = (folder / "20" / "data").glob("*.json")
+    place = file.read_bytes()
+    file.unlink()
+    for i in range(before):
+        file.with_name(f"process_{i}-of-{before}.json").write_bytes(place)
+    each, wanted = iterators(now), step(saved)
+    for iterator in each:
+        fingerprint = {**FINGERPRINT, "process_count": now}
+        assert restore(folder, spec(state), iterator=iterator, fingerprint=fingerprint)
+    np.testing.assert_array_equal(step(each), wanted)
+
+
 def test_a_damaged_step_is_set_aside_and_written_again(copied, state):
     damage(copied / "20" / "meta" / "metadata", 0.5)
     iterator = some_iterator()
