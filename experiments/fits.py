@@ -4,7 +4,7 @@ Run:     pip install libtpu==0.0.42.1
          python -m experiments.fits  (one: --rows=hope_760m_v5e-64)
 Smoke:   --scale=smoke --out=DIR (a tiny Transformer, on the devices that are here).
 Expect:  experiments/README.md has the table.
-Cost:    two to three minutes of one CPU core a row, and 4 GB.
+Cost:    half a minute to three minutes of one CPU core a row, and 4 GB.
 
 The step of each row is compiled whole, at its full size, with all its collectives, for
 all devices of the machine; nothing runs, so it says nothing of speed. XLA is asked for
@@ -27,7 +27,10 @@ from hope_jax.train.config import RunConfig
 from launch import command
 
 NAME = "plan"
-MODELS = ("hope_760m", "hope_1b3")
+MODELS = (
+    *("hope_760m", "hope_1b3", "transformer_760m", "transformer_1b3"),
+    *("llama3_8b_stacked", "llama3_8b_copied"),
+)
 POD = ("v5e-64", "v5p-128")  # those whose compiler libtpu has
 
 
@@ -42,6 +45,7 @@ def rows(scale: str) -> dict[str, RunConfig]:
         f"{model}_{machine}": paper.rows(machine)[model]
         for model in MODELS
         for machine in POD
+        if model in paper.rows(machine)
     }
 
 
