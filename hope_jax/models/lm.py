@@ -999,35 +999,33 @@ class _Read(NamedTuple):
     opened: PyTree | None
 
 
-def _read(
-    model, tokens, mixers, fast, *, aligned, learn, targets=None, at=None, share=None
-):
-    """What `[B, T]` tokens make of a model, the fast weights fixed."""
-    x, (mixers, opened) = _through(
-        *(model, tokens, mixers, fast), aligned=aligned, learn=learn, share=share
-    )
+def _read(model, tokens, mixers, fast, *, targets=None, at=None, **how):
+    """What `[B, T]` tokens make of a model, the fast weights fixed; `how` as of
+    `_through`."""
+    x, (mixers, opened) = _through(model, tokens, mixers, fast, **how)
     return _Read(_say(model, _there(x, at), targets), mixers, opened)
 
 
-def _through(model, tokens, mixers, fast, *, aligned, learn, share=None):
-    """What the last block makes of tokens, and the mixers' states and factors of it."""
+def _through(model, tokens, mixers, fast, *, aligned, learn, share=None, blamed=False):
+    """What the last block makes of tokens, and the mixers' states and factors of it;
+    `blamed` for a gradient of the fast weights and of nothing else."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
     x, parts = model.embedded(tokens), _parts(model)
+    first = jnp.arange(_count(params), dtype=jnp.int32) == 0 if blamed else None
 
     def layer(x, block):
-        params, mixer, fast = block
+        params, mixer, fast, first = block
         if parts is not None:
             params = parts.layer(params)
-        x, state = nnx.merge(graphdef, params)(
-            x, BlockState(mixer, fast), aligned=aligned, learn=learn, share=share
-        )
+        how = {"aligned": aligned, "learn": learn, "share": share, "first": first}
+        x, state = nnx.merge(graphdef, params)(x, BlockState(mixer, fast), **how)
         return x, (state.mixer, state.opened)
 
     if model.config.remat:
         layer = jax.checkpoint(layer)
     elif parts is not None:
         layer = jax.checkpoint(layer, policy=NOT_KEPT)
-    return jax.lax.scan(layer, x, (params, mixers, fast))
+    return jax.lax.scan(layer, x, (params, mixers, fast, first))
 
 
 def _there(x, at):
@@ -1112,8 +1110,8 @@ class _Chunk(NamedTuple):
     fast: tuple
 
 
-@_traced_once
-def _read_chunk(graphdef, params, chunk):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _read_chunk(graphdef, params, chunk, blamed=False):
     model = nnx.merge(graphdef, params)
     return _read(
         model,
@@ -1123,6 +1121,7 @@ def _read_chunk(graphdef, params, chunk):
         aligned=model.config.nests,
         learn=model.learning,
         targets=chunk.labels if model.losses else None,
+        blamed=blamed,
     )
 
 
@@ -1132,7 +1131,7 @@ def _blame(graphdef, params, chunk):
     moving = _moving(model.config, chunk.fast)
 
     def objective(fast):
-        read = _read_chunk(graphdef, params, chunk._replace(fast=fast))
+        read = _read_chunk(graphdef, params, chunk._replace(fast=fast), True)
         losses = read.said
         if not model.losses:
             losses = next_token_loss(read.said, chunk.labels)
