@@ -76,6 +76,7 @@ def memory_scan(
         )
 
     tokens = _accepted(config, state, tokens)
+    _check_widths(config, state, tokens)
     length = tokens.k.shape[0]
     if not isinstance(count, Tracer | None) and not 1 <= int(count) <= length:
         raise ValueError(f"count must be of the {length} tokens, got {count}.")
@@ -150,7 +151,6 @@ def _accepted(config: MemoryConfig, state: MemoryState, tokens: Tokens) -> Token
             f"{jnp.shape(tokens.eta)}."
         )
     _check_ranks(config, tokens)
-    _check_widths(config, state, tokens)
     if not isinstance(tokens.alpha, Tracer):
         alpha = np.asarray(tokens.alpha)
         wrong = alpha[~((alpha >= 0) & (alpha <= 1))]
