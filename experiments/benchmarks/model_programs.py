@@ -4,7 +4,8 @@ It uses what every version of `hope_jax` has had, so that an older checkout can 
 beside this one. A program is asked for by a spec:
 
     model     a name of the zoo
-    task      compile, training, forward, prefill or decode
+    task      compile, training, forward, prefill or decode; a step of training is that
+              of `launch.train` (`lm.apply(after=)`) where the checkout has it
     rows, T   of the tokens; of decode, as many are read one after another
     turns     parts in which the rows of a training step are read, one after another,
               where the checkout knows how; 1 by default
@@ -13,6 +14,7 @@ beside this one. A program is asked for by a spec:
 
 import functools
 import importlib.metadata
+import inspect
 from typing import Any
 
 import jax
@@ -54,11 +56,16 @@ def _training_step(config, rows, length, turns=1):
     graphdef, params, tokens = _parts(config, rows, length)
     tx = optax.adam(1e-3, eps=np.float32(1e-8))
 
+    def losses(params, tokens):
+        before = graphdef, params, tokens[:, :-1]
+        read = functools.partial(lm.apply, *before, horizon=length)
+        if "after" in inspect.signature(lm.apply).parameters:  # as training does
+            return read(after=tokens[:, -1])[0]
+        logits, _ = read(labels=tokens[:, 1:])
+        return lm.next_token_loss(logits, tokens[:, 1:])
+
     def loss(params, tokens):
-        logits, _ = lm.apply(
-            graphdef, params, tokens[:, :-1], labels=tokens[:, 1:], horizon=length
-        )
-        return lm.next_token_loss(logits, tokens[:, 1:]).mean(), ()
+        return losses(params, tokens).mean(), ()
 
     differentiate = jax.value_and_grad(loss, has_aux=True)
     if turns > 1 and hasattr(sharding, "in_turn"):

@@ -11,7 +11,14 @@ from jaxtyping import Array, Float, Int, PyTree
 from hope_jax.core.level import LevelState, unroll
 from hope_jax.kernels.chunk import piece
 from hope_jax.memory.architecture import Weights
-from hope_jax.memory.compose import MemoryConfig, Tokens, level_context, memory_level
+from hope_jax.memory.compose import (
+    MemoryConfig,
+    Tokens,
+    build_architecture,
+    key_width,
+    level_context,
+    memory_level,
+)
 from hope_jax.memory.state import MemoryState, commit, commit_if, next_recent
 
 Implementation = Literal["auto", "reference", "chunk"]
@@ -50,9 +57,10 @@ def memory_scan(
       The state after the last token, and a read per token, in the type of the weights.
 
     Raises:
-      ValueError: arguments out of range, tokens that are of several lengths or none, or
-        `alpha` outside [0, 1]; a state in the middle of a chunk, whose anchor is not
-        where it stands. Values that are traced cannot be looked at.
+      ValueError: arguments out of range, tokens that are of several lengths or none, of
+        other ranks or widths, or `alpha` outside [0, 1]; a state of another memory, of
+        several, or in the middle of a chunk, whose anchor is not where it stands.
+        Values that are traced cannot be looked at.
     """
     if impl not in ("auto", "reference", "chunk"):
         raise ValueError(f"impl must be auto, reference or chunk, got {impl!r}.")
@@ -67,7 +75,11 @@ def memory_scan(
             f"and truncate={truncate}."
         )
 
-    tokens = _accepted(state, tokens)
+    tokens = _accepted(config, state, tokens)
+    _check_widths(config, state, tokens)
+    length = tokens.k.shape[0]
+    if not isinstance(count, Tracer | None) and not 1 <= int(count) <= length:
+        raise ValueError(f"count must be of the {length} tokens, got {count}.")
     chunk = _by_chunk(config, start, count)
 
     def read(state, tokens):
@@ -95,7 +107,7 @@ def memory_end(
 ) -> MemoryState:
     """The state in which `memory_scan` ends, of the same arguments; nothing is read."""
     chunk = _by_chunk(config, start, None, reads=False)
-    tokens = _accepted(state, tokens)
+    tokens = _accepted(config, state, tokens)
     return scan_padded(chunk, config.chunk, state, tokens, remat)[0]
 
 
@@ -116,8 +128,13 @@ def _by_chunk(config, start, count, reads=True):
     return chunk
 
 
-def _accepted(state: MemoryState, tokens: Tokens) -> Tokens:
+def _accepted(config: MemoryConfig, state: MemoryState, tokens: Tokens) -> Tokens:
     """The tokens in the type of the weights, once they can be read from `state`."""
+    if not isinstance(state, MemoryState):
+        raise ValueError(
+            f"state must be a MemoryState, of begin_memory or an earlier call, got "
+            f"{type(state).__name__}."
+        )
     lengths = {
         name: jnp.shape(leaf)[:1]
         for name, leaf in tokens._asdict().items()
@@ -133,6 +150,7 @@ def _accepted(state: MemoryState, tokens: Tokens) -> Tokens:
             f"tokens.k must be [T, K] and eta [T], got {jnp.shape(tokens.k)} and "
             f"{jnp.shape(tokens.eta)}."
         )
+    _check_ranks(config, tokens)
     if not isinstance(tokens.alpha, Tracer):
         alpha = np.asarray(tokens.alpha)
         wrong = alpha[~((alpha >= 0) & (alpha <= 1))]
@@ -154,6 +172,47 @@ def _accepted(state: MemoryState, tokens: Tokens) -> Tokens:
         )
     (dtype,) = {leaf.dtype for leaf in state.weights.values()}
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tokens)
+
+
+def _check_ranks(config, tokens):
+    """Refuses leaves that have not the axes of `Tokens`."""
+    channels = config.chosen.retention.channels
+    vectors = {"k": "K", "v": "V", "q": "K", "weights": "W", "erase_key": "K"}
+    for name, leaf in tokens._asdict().items():
+        asked = ["T"] if name not in vectors else [f"T, {vectors[name]}"]
+        if name == "erase_rate" or (name == "alpha" and channels):
+            asked.append("T, K")
+        if config.steps > 1:
+            asked += [axes.replace("T", "T, S", 1) for axes in asked]
+        ranks = {axes.count(",") + 1 for axes in asked}
+        if leaf is not None and jnp.ndim(leaf) not in ranks:
+            forms = " or ".join(f"[{axes}]" for axes in asked)
+            raise ValueError(
+                f"tokens.{name} must be {forms} of one stream and one head, got "
+                f"{jnp.shape(leaf)}: map memory_scan over streams and heads."
+            )
+
+
+def _check_widths(config, state, tokens):
+    """Refuses vectors of widths that the weights are not for, and weights of another
+    memory or of several."""
+    width = jnp.shape(tokens.v)[-1]
+    function = build_architecture(config, width)
+    expected = jax.eval_shape(function.init, jax.random.key(0))
+    shapes = [{n: w.shape for n, w in of.items()} for of in (expected, state.weights)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"state must be of one memory of this config, whose weights for values of "
+            f"width {width} are {shapes[0]}, got {shapes[1]}."
+        )
+    wide = key_width(config, width)
+    for name in ("k", "q", "erase_key"):
+        leaf = getattr(tokens, name)
+        if leaf is not None and jnp.shape(leaf)[-1] != wide:
+            raise ValueError(
+                f"tokens.{name} must be {wide} wide, for values of width {width}, got "
+                f"{jnp.shape(leaf)}."
+            )
 
 
 Carry = TypeVar("Carry")

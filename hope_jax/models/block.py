@@ -172,11 +172,14 @@ class Block(nnx.Module):
         learn: bool | Learning = True,
         ends: bool = True,
         share: Share | None = None,
+        first: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], BlockState]:
         """Any T >= 1; see the mixer for `aligned` and `learn`, and for `ends` and
         `share`, which are for those that have a `stride`, or let devices share rows.
 
         A fresh state reads the learned CMS weights themselves, without a copy a row.
+        `first` is for gradients of `fast` alone: where it is true `x` is the embedding,
+        which does not depend on them, and no pullback goes through the mixer.
         """
         aligned = state is None if aligned is None else aligned
         mixer = None if state is None else state.mixer
@@ -185,7 +188,18 @@ class Block(nnx.Module):
             fast = dict(zip(self.config.fast, state.fast, strict=False))
         own: dict[str, Any] = {} if ends else {"ends": False}
         own |= {} if share is None else {"share": share}
-        y, mixer = self.mixer(self.norm(x), mixer, aligned=aligned, learn=learn, **own)
+        own |= {"aligned": aligned, "learn": learn}
+        if first is None:
+            y, mixer = self.mixer(self.norm(x), mixer, **own)
+        else:
+            graphdef, params = nnx.split(self.mixer, nnx.Param)
+
+            def mix(given, x):
+                params, state = given
+                return nnx.merge(graphdef, params)(x, state, **own)
+
+            made: Any = _blamed_beyond(mix, first, (params, mixer), self.norm(x))
+            y, mixer = made
         opened = None
         if self.config.cms.rates == "generated":
             opened = 2.0 * jax.nn.sigmoid(self.open(wide(y)))
@@ -230,6 +244,30 @@ class Block(nnx.Module):
         return self.mixer.ended(mixer) if self.modifies_itself else mixer
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blamed_beyond(mix, first, given, x):
+    """`mix(given, x)`, a value and a state, with a pullback of the value to `x` alone,
+    which where it is `first` is zero and takes no time."""
+    del first
+    return mix(given, x)
+
+
+def _blamed_beyond_forward(mix, first, given, x):
+    y, pullback, state = jax.vjp(functools.partial(mix, given), x, has_aux=True)
+    return (y, state), (first, pullback)
+
+
+def _blamed_beyond_backward(mix, residuals, cotangents):
+    del mix
+    (first, pullback), (y, _) = residuals, cotangents
+    zeros = lambda y: jax.tree.map(jnp.zeros_like, jax.eval_shape(pullback, y))  # noqa: E731
+    (x,) = jax.lax.cond(first, zeros, pullback, y)
+    return None, None, x
+
+
+_blamed_beyond.defvjp(_blamed_beyond_forward, _blamed_beyond_backward)
+
+
 class Group(nnx.Module):
     """The blocks of a whole pattern in a row, with the interface of one `Block`.
 
@@ -255,13 +293,13 @@ class Group(nnx.Module):
         learn: bool | Learning = True,
         ends: bool = True,
         share: Share | None = None,
+        first: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], BlockState]:
         """As `Block`."""
-        states = []
+        states, own = [], {"aligned": aligned, "learn": learn, "ends": ends}
         for part, mine in zip(self.parts, self._states(state), strict=True):
-            x, mine = part(
-                x, mine, aligned=aligned, learn=learn, ends=ends, share=share
-            )
+            x, mine = part(x, mine, share=share, first=first, **own)
+            first = None  # what follows reads what levels say
             states.append(mine)
         return x, _join(states)
 

@@ -218,7 +218,10 @@ def periods(config: ModelConfig, params: PyTree, seq_len: int) -> PyTree:
 
 
 def initial_state(graphdef: nnx.GraphDef, params: PyTree, batch: int) -> LMState:
-    """`batch` rows at the learned initial states, before their first token."""
+    """`batch` rows, one at least, at the learned initial states, before their first
+    token."""
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}.")
     model = _merged(graphdef, params)
     return _rows_first(_begin(model, batch))
 
@@ -290,10 +293,7 @@ def apply(
         model, more tokens than `config.most` (inside `jit`, logits beyond it are NaN),
         or arguments that do not go together.
     """
-    if tokens.ndim != 2 or min(tokens.shape) < 1:
-        raise ValueError(
-            f"tokens must be [B, T] with B >= 1 and T >= 1, got {tokens.shape}."
-        )
+    _check_rows(tokens)
     anywhere = state is not None and aligned is None
     if count is not None and not anywhere:
         raise ValueError("count needs a state, and aligned=None.")
@@ -409,8 +409,10 @@ def hidden_states(
       learn: static; as of `apply`.
 
     Raises:
-      ValueError: CMS levels move while the model reads, by the loss of its logits.
+      ValueError: no `[B, T]` ids of the vocabulary; CMS levels move while the model
+        reads, by the loss of its logits.
     """
+    _check_rows(tokens)
     model = _merged(graphdef, params)
     config = model.config
     if config.fast:
@@ -556,12 +558,16 @@ def write(
 
     Returns:
       The tokens, the logits after the last of them and the state.
+
+    Raises:
+      ValueError: no tokens are asked for, or the state is of other rows or of another
+        model.
     """
     model = _merged(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
     model.losses = False
     _check_state(model, state, logits.shape[0], False)
-    steps = jax.tree.leaves(xs)[0].shape[0]
+    steps = _steps_of(xs)
 
     def chosen(logits, i):
         return choose(logits, jax.tree.map(lambda a: a[i], xs))
@@ -611,7 +617,7 @@ def serve(
     model = _merged(graphdef, params)
     model.learning = learn = learning.resolve(model.config, learn)
     model.losses = False
-    rows, steps = logits.shape[0], jax.tree.leaves(xs)[0].shape[0]
+    rows, steps = logits.shape[0], _steps_of(xs)
     _check_state(model, state, rows, False)
 
     def chosen(logits, i):
@@ -772,6 +778,22 @@ def _written(model, tokens, blocks, learn):
 
     x = model.embedded(tokens)
     return jax.lax.scan(layer, x, (params, blocks.mixer, blocks.fast))[1]
+
+
+def _check_rows(tokens):
+    """Refuses what is not a token at least of each row."""
+    if jnp.ndim(tokens) != 2 or min(jnp.shape(tokens)) < 1:
+        raise ValueError(
+            f"tokens must be [B, T] with B >= 1 and T >= 1, got {jnp.shape(tokens)}."
+        )
+
+
+def _steps_of(xs):
+    """How many tokens `choose` is asked for."""
+    steps = jax.tree.leaves(xs)[0].shape[0]
+    if steps < 1:
+        raise ValueError(f"xs must lead with at least one token, got {steps}.")
+    return steps
 
 
 def ids(name: str, tokens: Array | np.ndarray, vocab: int) -> Int[Array, "..."]:
@@ -999,35 +1021,33 @@ class _Read(NamedTuple):
     opened: PyTree | None
 
 
-def _read(
-    model, tokens, mixers, fast, *, aligned, learn, targets=None, at=None, share=None
-):
-    """What `[B, T]` tokens make of a model, the fast weights fixed."""
-    x, (mixers, opened) = _through(
-        *(model, tokens, mixers, fast), aligned=aligned, learn=learn, share=share
-    )
+def _read(model, tokens, mixers, fast, *, targets=None, at=None, **how):
+    """What `[B, T]` tokens make of a model, the fast weights fixed; `how` as of
+    `_through`."""
+    x, (mixers, opened) = _through(model, tokens, mixers, fast, **how)
     return _Read(_say(model, _there(x, at), targets), mixers, opened)
 
 
-def _through(model, tokens, mixers, fast, *, aligned, learn, share=None):
-    """What the last block makes of tokens, and the mixers' states and factors of it."""
+def _through(model, tokens, mixers, fast, *, aligned, learn, share=None, blamed=False):
+    """What the last block makes of tokens, and the mixers' states and factors of it;
+    `blamed` for a gradient of the fast weights and of nothing else."""
     graphdef, params = nnx.split(model.blocks, nnx.Param)
     x, parts = model.embedded(tokens), _parts(model)
+    first = jnp.arange(_count(params), dtype=jnp.int32) == 0 if blamed else None
 
     def layer(x, block):
-        params, mixer, fast = block
+        params, mixer, fast, first = block
         if parts is not None:
             params = parts.layer(params)
-        x, state = nnx.merge(graphdef, params)(
-            x, BlockState(mixer, fast), aligned=aligned, learn=learn, share=share
-        )
+        how = {"aligned": aligned, "learn": learn, "share": share, "first": first}
+        x, state = nnx.merge(graphdef, params)(x, BlockState(mixer, fast), **how)
         return x, (state.mixer, state.opened)
 
     if model.config.remat:
         layer = jax.checkpoint(layer)
     elif parts is not None:
         layer = jax.checkpoint(layer, policy=NOT_KEPT)
-    return jax.lax.scan(layer, x, (params, mixers, fast))
+    return jax.lax.scan(layer, x, (params, mixers, fast, first))
 
 
 def _there(x, at):
@@ -1112,8 +1132,8 @@ class _Chunk(NamedTuple):
     fast: tuple
 
 
-@_traced_once
-def _read_chunk(graphdef, params, chunk):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _read_chunk(graphdef, params, chunk, blamed=False):
     model = nnx.merge(graphdef, params)
     return _read(
         model,
@@ -1123,6 +1143,7 @@ def _read_chunk(graphdef, params, chunk):
         aligned=model.config.nests,
         learn=model.learning,
         targets=chunk.labels if model.losses else None,
+        blamed=blamed,
     )
 
 
@@ -1132,7 +1153,7 @@ def _blame(graphdef, params, chunk):
     moving = _moving(model.config, chunk.fast)
 
     def objective(fast):
-        read = _read_chunk(graphdef, params, chunk._replace(fast=fast))
+        read = _read_chunk(graphdef, params, chunk._replace(fast=fast), True)
         losses = read.said
         if not model.losses:
             losses = next_token_loss(read.said, chunk.labels)

@@ -72,11 +72,37 @@ def but_third(tokens, retained):
         (lambda t: but_third(t, 1.5), r"\[0, 1\], got 1.5"),
         (lambda t: but_third(t, -0.5), r"\[0, 1\], got -0.5"),
         (lambda t: but_third(t, np.nan), "got nan"),
+        (lambda t: t._replace(v=np.asarray(t.v)[:, 0]), r"v must be \[T, V\]"),
+        (lambda t: t._replace(eta=np.asarray(t.k)), r"eta must be \[T\] of one"),
+        (lambda t: t._replace(alpha=np.ones_like(t.k)), r"alpha must be \[T\] of"),
+        (lambda t: t._replace(theta=np.zeros_like(t.k)), r"theta must be \[T\] of"),
+        (lambda t: jax.tree.map(lambda a: np.asarray(a)[:, None], t), "k must be"),
+        (lambda t: t._replace(k=np.asarray(t.k)[:, 1:]), "k must be . wide"),
+        (lambda t: t._replace(q=np.asarray(t.q)[:, 1:]), "q must be . wide"),
     ],
 )
 def test_tokens_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
         memory_scan(CONFIG, some_state(0, CONFIG), change(some_tokens(0, 6)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (tuple, "must be a MemoryState, .* got tuple"),
+        (lambda s: jax.tree.map(lambda a: np.stack([a, a]), s), "of one memory of"),
+        (lambda s: jax.tree.map(lambda a: np.asarray(a)[1:], s), "of one memory of"),
+    ],
+)
+def test_states_of_no_memory_of_this_kind(change, message):
+    with pytest.raises(ValueError, match=message):
+        memory_scan(CONFIG, change(some_state(0, CONFIG)), some_tokens(0, 6))
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_no_more_tokens_than_there_are(count):
+    with pytest.raises(ValueError, match=f"count must be of the 6 tokens, got {count}"):
+        memory_scan(CONFIG, some_state(0, CONFIG), some_tokens(0, 6), count=count)
 
 
 def test_a_state_in_the_middle_of_a_chunk_is_refused():

@@ -47,6 +47,21 @@ def test_labels_and_prompts_too():
         generate.prefill(reader, params, np.array([1, 13]))
 
 
+@pytest.mark.parametrize("tokens", [np.zeros((2, 0), int), np.zeros(3, int)])
+def test_hidden_states_are_of_rows_of_tokens(tokens):
+    with pytest.raises(ValueError, match=r"tokens must be \[B, T\] with B >= 1"):
+        lm.hidden_states(*small.built(small.TRANSFORMER), tokens)
+
+
+def test_no_rows_and_no_tokens_are_asked_for():
+    graphdef, params = small.built(CONFIG)
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        lm.initial_state(graphdef, params, 0)
+    given = small.start(CONFIG), jnp.zeros((2, 13)), lambda logits, x: logits
+    with pytest.raises(ValueError, match="xs must lead with at least one token, got 0"):
+        lm.write(graphdef, params, *given, jnp.zeros((0,)))
+
+
 def test_any_integers_are_tokens():
     expected, _ = read(TOKENS)
     for dtype in (np.int64, np.int8, np.uint8):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from hope_jax.core.level import Collected
-from hope_jax.models import cms, lm
+from hope_jax.models import cms, learning, lm
 from tests.models import small
 
 LENGTH = 17
@@ -197,6 +197,42 @@ def test_first_order_is_its_definition():
             continue
         assert np.abs(a).max() > 0, name
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["hope", "hybrid"])
+def test_a_chunk_blames_levels_through_every_mixer_but_the_first(name):
+    """A gradient of the fast weights alone takes no pullback through the mixer that
+    reads the embedding, and all through those that read what levels say."""
+    config = small.HOPE if name == "hope" else small.HYBRID
+    graphdef, params = small.built(config)
+    blocks = jax.jit(lm._layers_first)(small.start(config)).blocks
+    tokens = jnp.asarray(small.some_tokens(length=config.base_chunk + 1))
+    chunk = lm._Chunk(
+        tokens[:, :-1], tokens[:, 1:], config.bare(blocks.mixer), blocks.fast
+    )
+
+    @jax.jit
+    def both(params, chunk):
+        model = nnx.merge(graphdef, params)
+        model.learning, model.losses = learning.resolve(config, True), False
+        learned, _ = lm._blame(*nnx.split(model, nnx.Param), chunk)
+
+        def objective(fast):
+            mixers, how = config.full(chunk.mixers), {"aligned": config.nests}
+            read = lm._read(
+                model, chunk.tokens, mixers, fast, learn=model.learning, **how
+            )
+            return lm.next_token_loss(read.said, chunk.labels).sum()
+
+        return [one.gradient for one in learned], jax.grad(objective)(chunk.fast)
+
+    found, want = both(params, chunk)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(want), strict=True
+    ):
+        where = jax.tree_util.keystr(path)
+        assert np.abs(b).max() > 0, where
+        np.testing.assert_allclose(a, b, atol=1e-6, err_msg=where)
 
 
 @pytest.mark.slow
