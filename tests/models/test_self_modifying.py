@@ -37,6 +37,7 @@ TURNING = dict(
     recall="after",
     erases="written",
 )
+BEFORE = dict(recall="before", erases="all")
 LITERAL = dict(
     inputs="slice",
     conv_activation="none",
@@ -176,6 +177,15 @@ LAYERS = {
     "the same, token by token": (
         4,
         remembering(1, 1, TURNING, rate=2.0, rate_start=0.9, half_life_start=64.0),
+    ),
+    "matrix that erases by a gate": (7, remembering(memory=TURNING, erase="gate")),
+    "the same, one clock, toward a start": (
+        6,
+        remembering(4, 4, TURNING | BEFORE, erase="gate", rate=2.0),
+    ),
+    "the same, token by token, momentum": (
+        4,
+        remembering(1, 1, TURNING | dict(rule="momentum"), erase="gate"),
     ),
     "matrix, l2, chunks of one clock": (
         6,

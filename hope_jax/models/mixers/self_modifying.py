@@ -108,6 +108,13 @@ class SelfModifyingConfig(MixerConfig):
         key round, the eigenvalue `α − η` (`α (1 − η)` with `memory.recall="after"`) of
         its transition going down to −1 and no further (`memory.rates.within`).
       rate_start: where η starts, as a fraction of its bound.
+      erase: how much the delta term erases: the `rate` η, as in equation 88, or a
+        `gate` of its own, β in [0, 2], read like η from what the memory of rates
+        answers. With one rate for both, a token cannot add to what is stored along its
+        key without taking from it: no head counts. The gate is for an exact gradient of
+        the dot product; the projections take the same share of it as of η.
+      erase_start: where β starts, as a fraction of its bound: of the first head and of
+        the last, those between in equal steps of the logit.
       projection_rate: where the share of η that each projection memory takes starts; it
         is learned, in (0, 1). None is all of it, to the letter of the equations.
       half_life_start: tokens after which the head that forgets most quickly has
@@ -138,6 +145,8 @@ class SelfModifyingConfig(MixerConfig):
     targets: Literal["all", "projections", "none"] = "projections"
     rate: float | None = None
     rate_start: float = 0.5
+    erase: Literal["rate", "gate"] = "rate"
+    erase_start: tuple[float, float] = (0.95, 0.02)
     projection_rate: float | None = 0.1
     half_life_start: float = 256.0
     momentum_start: float = 0.5
@@ -174,8 +183,10 @@ class SelfModifyingConfig(MixerConfig):
         most = 2 / max(1, memory.erasures) if exact else 1
         if self.rate is not None and not 0 < self.rate <= most:
             raise ValueError(f"rate must lie in (0, {most:g}], got {self.rate}.")
+        starts = dict(zip(("erase_start[0]", "erase_start[1]"), self.erase_start))
         for name in ("rate_start", "momentum_start", "projection_rate"):
-            value = getattr(self, name)
+            starts[name] = getattr(self, name)
+        for name, value in starts.items():
             if value is not None and not 0 < value < 1:
                 raise ValueError(
                     f"{name} must lie strictly between 0 and 1, got {value}."
@@ -186,6 +197,15 @@ class SelfModifyingConfig(MixerConfig):
                 f"{self.half_life_start}; retention 'none' forgets nothing."
             )
         one_of(self, **_CHOICES)
+        refuse_unread(self, "erase_start", "erase", self.erase, ("gate",))
+        apart = exact and memory.dgd != "none" and not memory.chosen.bias.recalls
+        if self.erase == "gate" and not apart:
+            raise ValueError(
+                "erase='gate' is the rate of a delta term beside an exact gradient of "
+                "the dot product: it needs memory.gradient 'exact', bias 'dot', rate_law "
+                f"'token' and dgd 'both', got {memory.gradient!r}, {memory.bias!r}, "
+                f"{memory.rate_law!r} and {memory.dgd!r}."
+            )
         if not found.features.plain:
             raise ValueError(
                 f"memory.features must be 'none', got {memory.features!r}: keys are "
@@ -270,6 +290,7 @@ class SelfModifyingConfig(MixerConfig):
             eta=gate,
             alpha=gate,
             theta=gate if self.memory.inertia else None,
+            erase=gate if self.erase == "gate" else None,
             count=jnp.zeros(heads[:-1], jnp.int32),
         )
 
@@ -326,6 +347,7 @@ class SelfModifyingConfig(MixerConfig):
 
 
 _CHOICES = {
+    "erase": ("rate", "gate"),
     "conv_activation": ("silu", "none"),
     "inputs": ("dense", "slice"),
     "targets": ("all", "projections", "none"),
@@ -350,7 +372,8 @@ class Waiting(NamedTuple):
     Attributes:
       k: the keys, `[B, H, C, K]`.
       targets: what each memory is to answer, `[B, H, P, C, V]`.
-      eta, alpha, theta: of these tokens, `[B, H, C]`; theta None without momentum.
+      eta, alpha, theta, erase: of these tokens, `[B, H, C]`; theta None without
+        momentum, erase without a gate of its own.
       count: how many wait; a token that was read without learning does not.
     """
 
@@ -359,6 +382,7 @@ class Waiting(NamedTuple):
     eta: Float[Array, "*B H C"]
     alpha: Float[Array, "*B H C"]
     theta: Float[Array, "*B H C"] | None
+    erase: Float[Array, "*B H C"] | None
     count: Int[Array, "*B"]
 
 
@@ -502,6 +526,15 @@ class SelfModifyingTitans(nnx.Module):
             jnp.full((heads,), _logit(config.momentum_start), jnp.float32)
         )
 
+        if config.erase == "gate":
+            self.read_erase = nnx.Param(
+                jax.random.normal(rngs.params(), shape) * small()
+            )
+            first, last = map(_logit, config.erase_start)
+            self.bias_erase = nnx.Param(
+                jnp.linspace(first, last, heads, dtype=jnp.float32)
+            )
+
         if config.projection_rate is not None:
             shares = jnp.full(
                 (heads, len(config.projections)), _logit(config.projection_rate)
@@ -636,9 +669,10 @@ class SelfModifyingTitans(nnx.Module):
                 (tokens, own), _ = self._generate(state, seen)
                 stored = self._main_value(state.main.anchor, tokens.v)
             made = tuple(
-                tokens._replace(
-                    v=stored if i < 0 else own[:, :, i],
-                    eta=tokens.eta * shares[None, :, i, None],
+                _taking(
+                    tokens,
+                    stored if i < 0 else own[:, :, i],
+                    shares[None, :, i, None],
                 )
                 for i in (*range(len(config.projections)), -1)
             )
@@ -688,7 +722,8 @@ class SelfModifyingTitans(nnx.Module):
         waiting, (start, shares) = state.waiting, self._given()
         k, theta = waiting.k, waiting.theta
         theta = jnp.zeros_like(waiting.eta) if theta is None else theta
-        tokens = Tokens(k, k, k, waiting.eta, waiting.alpha, theta)
+        gates = waiting.eta, waiting.alpha, theta
+        tokens = Tokens(k, k, k, *gates, erase_rate=waiting.erase)
         projection = self._write_projections(
             state.projection,
             Generated(tokens, waiting.targets),
@@ -800,6 +835,7 @@ class SelfModifyingTitans(nnx.Module):
             eta=kept(tokens.eta),
             alpha=kept(tokens.alpha),
             theta=kept(tokens.theta) if self.config.memory.inertia else None,
+            erase=None if tokens.erase_rate is None else kept(tokens.erase_rate),
             count=jnp.broadcast_to(waits, position.shape),
         )
         return (Boundary(memories, tails, position), (main, waiting)), y
@@ -823,8 +859,8 @@ class SelfModifyingTitans(nnx.Module):
         tokens = generated.tokens if learn.main else learning.still(generated.tokens)
 
         def write(state, tokens, target, start, share):
-            tokens = tokens._replace(v=target, eta=tokens.eta * share)
-            return kernel.write(config, state, tokens, start, count)
+            given = _taking(tokens, target, share)
+            return kernel.write(config, state, given, start, count)
 
         def live(memories, tokens, targets, start, shares):
             after, written = jax.vmap(write, (0, None, 0, 0, 0))(
@@ -892,11 +928,17 @@ class SelfModifyingTitans(nnx.Module):
         eta = _read_out(self.read_eta, self.bias_eta, made["eta"])
         alpha = _read_out(self.read_alpha, self.bias_alpha, made["alpha"])
         eta, alpha = jax.nn.sigmoid(eta), jax.nn.sigmoid(alpha)
-        eta = rates.within(config.memory, config.rate_bound, eta, alpha)
+        erase = None
+        if config.erase == "gate":
+            erase = _read_out(self.read_erase, self.bias_erase, made["eta"])
+            erase = rates.within(config.memory, 2.0, jax.nn.sigmoid(erase), alpha)
+            eta = config.rate_bound * eta
+        else:
+            eta = rates.within(config.memory, config.rate_bound, eta, alpha)
         # Momentum averages writes, it adds none; a rate law sees to that itself.
         if config.memory.inertia and config.memory.rate_law == "token":
             eta = eta * (1.0 - theta)
-        tokens = Tokens(k, v, q, eta, alpha, theta)
+        tokens = Tokens(k, v, q, eta, alpha, theta, erase_rate=erase)
         own = jnp.broadcast_to(
             v[:, :, None], (*v.shape[:2], answers.shape[2], *v.shape[2:])
         )
@@ -945,9 +987,9 @@ class SelfModifyingTitans(nnx.Module):
         own_chunk = dataclasses.replace(config.memory, chunk=config.projection_chunk)
 
         def write(state, tokens, target, start, share, count):
-            tokens = tokens._replace(v=target, eta=tokens.eta * share)
+            given = _taking(tokens, target, share)
             return piece(
-                own_chunk, state, tokens, reads=False, start=start, count=count
+                own_chunk, state, given, reads=False, start=start, count=count
             )[0]
 
         over_memories = jax.vmap(write, (0, None, 0, 0, 0, None))
@@ -1016,8 +1058,18 @@ def _and_one_more(waiting: Waiting, tokens: Tokens, targets: Array) -> Waiting:
         eta=put(waiting.eta, tokens.eta, 2),
         alpha=put(waiting.alpha, tokens.alpha, 2),
         theta=None if waiting.theta is None else put(waiting.theta, tokens.theta, 2),
+        erase=None
+        if waiting.erase is None
+        else put(waiting.erase, tokens.erase_rate, 2),
         count=waiting.count + 1,
     )
+
+
+def _taking(tokens: Tokens, target: Array, share: Array) -> Tokens:
+    """Tokens of which a memory stores its own target, at a share of their rates."""
+    erase = tokens.erase_rate
+    erase = None if erase is None else erase * share
+    return tokens._replace(v=target, eta=tokens.eta * share, erase_rate=erase)
 
 
 def _length(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B 1"]:
