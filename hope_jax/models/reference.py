@@ -201,10 +201,8 @@ def _live(
             rate, left = ration(share * eta, left)
             own = v if config.targets == "none" else target(anchor, v)
             own = own / _norm(v) if config.scale_free else own
-            own = token._replace(v=own, eta=rate)
-            if erase is not None:
-                own = own._replace(erase_rate=share * erase)
-            return tick(level, state, own)[0], left
+            given = token._replace(v=own, eta=rate, erase_rate=None)
+            return tick(level, state, given)[0], left
 
         projection, left = jax.vmap(learn)(
             memories.projection, anchors, head.share, left

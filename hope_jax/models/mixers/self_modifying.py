@@ -108,11 +108,11 @@ class SelfModifyingConfig(MixerConfig):
         key round, the eigenvalue `α − η` (`α (1 − η)` with `memory.recall="after"`) of
         its transition going down to −1 and no further (`memory.rates.within`).
       rate_start: where η starts, as a fraction of its bound.
-      erase: how much the delta term erases: the `rate` η, as in equation 88, or a
-        `gate` of its own, β in [0, 2], read like η from what the memory of rates
-        answers. With one rate for both, a token cannot add to what is stored along its
-        key without taking from it: no head counts. The gate is for an exact gradient of
-        the dot product; the projections take the same share of it as of η.
+      erase: how much the delta term of the main memory erases: the `rate` η, as in
+        equation 88, or a `gate` of its own, β in [0, 2], read like η from what the
+        memory of rates answers. With one rate for both, a token cannot add to what is
+        stored along its key without taking from it: no head counts. For an exact
+        gradient of the dot product; the projections erase at their share of η.
       erase_start: where β starts, as a fraction of its bound: of the first head and of
         the last, those between in equal steps of the logit.
       projection_rate: where the share of η that each projection memory takes starts; it
@@ -183,9 +183,10 @@ class SelfModifyingConfig(MixerConfig):
         most = 2 / max(1, memory.erasures) if exact else 1
         if self.rate is not None and not 0 < self.rate <= most:
             raise ValueError(f"rate must lie in (0, {most:g}], got {self.rate}.")
-        starts = dict(zip(("erase_start[0]", "erase_start[1]"), self.erase_start))
-        for name in ("rate_start", "momentum_start", "projection_rate"):
-            starts[name] = getattr(self, name)
+        starts = {
+            name: getattr(self, name)
+            for name in ("rate_start", "momentum_start", "projection_rate")
+        } | {f"erase_start[{i}]": start for i, start in enumerate(self.erase_start)}
         for name, value in starts.items():
             if value is not None and not 0 < value < 1:
                 raise ValueError(
@@ -198,13 +199,13 @@ class SelfModifyingConfig(MixerConfig):
             )
         one_of(self, **_CHOICES)
         refuse_unread(self, "erase_start", "erase", self.erase, ("gate",))
-        apart = exact and memory.dgd != "none" and not memory.chosen.bias.recalls
+        apart = exact and memory.dgd != "none" and not found.bias.recalls
         if self.erase == "gate" and not apart:
             raise ValueError(
                 "erase='gate' is the rate of a delta term beside an exact gradient of "
-                "the dot product: it needs memory.gradient 'exact', bias 'dot', rate_law "
-                f"'token' and dgd 'both', got {memory.gradient!r}, {memory.bias!r}, "
-                f"{memory.rate_law!r} and {memory.dgd!r}."
+                "the dot product: it needs memory.gradient 'exact', rate_law 'token', "
+                f"bias 'dot' and dgd 'both', got {memory.gradient!r}, "
+                f"{memory.rate_law!r}, {memory.bias!r} and {memory.dgd!r}."
             )
         if not found.features.plain:
             raise ValueError(
@@ -290,7 +291,6 @@ class SelfModifyingConfig(MixerConfig):
             eta=gate,
             alpha=gate,
             theta=gate if self.memory.inertia else None,
-            erase=gate if self.erase == "gate" else None,
             count=jnp.zeros(heads[:-1], jnp.int32),
         )
 
@@ -372,8 +372,7 @@ class Waiting(NamedTuple):
     Attributes:
       k: the keys, `[B, H, C, K]`.
       targets: what each memory is to answer, `[B, H, P, C, V]`.
-      eta, alpha, theta, erase: of these tokens, `[B, H, C]`; theta None without
-        momentum, erase without a gate of its own.
+      eta, alpha, theta: of these tokens, `[B, H, C]`; theta None without momentum.
       count: how many wait; a token that was read without learning does not.
     """
 
@@ -382,7 +381,6 @@ class Waiting(NamedTuple):
     eta: Float[Array, "*B H C"]
     alpha: Float[Array, "*B H C"]
     theta: Float[Array, "*B H C"] | None
-    erase: Float[Array, "*B H C"] | None
     count: Int[Array, "*B"]
 
 
@@ -669,10 +667,10 @@ class SelfModifyingTitans(nnx.Module):
                 (tokens, own), _ = self._generate(state, seen)
                 stored = self._main_value(state.main.anchor, tokens.v)
             made = tuple(
-                _taking(
-                    tokens,
-                    stored if i < 0 else own[:, :, i],
-                    shares[None, :, i, None],
+                tokens._replace(
+                    v=stored if i < 0 else own[:, :, i],
+                    eta=tokens.eta * shares[None, :, i, None],
+                    erase_rate=tokens.erase_rate if i < 0 else None,
                 )
                 for i in (*range(len(config.projections)), -1)
             )
@@ -722,8 +720,7 @@ class SelfModifyingTitans(nnx.Module):
         waiting, (start, shares) = state.waiting, self._given()
         k, theta = waiting.k, waiting.theta
         theta = jnp.zeros_like(waiting.eta) if theta is None else theta
-        gates = waiting.eta, waiting.alpha, theta
-        tokens = Tokens(k, k, k, *gates, erase_rate=waiting.erase)
+        tokens = Tokens(k, k, k, waiting.eta, waiting.alpha, theta)
         projection = self._write_projections(
             state.projection,
             Generated(tokens, waiting.targets),
@@ -835,7 +832,6 @@ class SelfModifyingTitans(nnx.Module):
             eta=kept(tokens.eta),
             alpha=kept(tokens.alpha),
             theta=kept(tokens.theta) if self.config.memory.inertia else None,
-            erase=None if tokens.erase_rate is None else kept(tokens.erase_rate),
             count=jnp.broadcast_to(waits, position.shape),
         )
         return (Boundary(memories, tails, position), (main, waiting)), y
@@ -858,13 +854,18 @@ class SelfModifyingTitans(nnx.Module):
         targets = jnp.concatenate([generated.targets, own[:, :, None]], axis=2)
         tokens = generated.tokens if learn.main else learning.still(generated.tokens)
 
-        def write(state, tokens, target, start, share):
-            given = _taking(tokens, target, share)
-            return kernel.write(config, state, given, start, count)
+        def write(state, tokens, target, start, share, erase):
+            eta = tokens.eta * share
+            tokens = tokens._replace(v=target, eta=eta, erase_rate=erase)
+            return kernel.write(config, state, tokens, start, count)
 
         def live(memories, tokens, targets, start, shares):
-            after, written = jax.vmap(write, (0, None, 0, 0, 0))(
-                memories, tokens, targets, start, shares
+            erase = tokens.erase_rate
+            if erase is not None:  # which is the main memory's
+                own = tokens.eta[None] * shares[:-1, None]
+                erase = jnp.concatenate([own, erase[None]])
+            after, written = jax.vmap(write, (0, None, 0, 0, 0, 0))(
+                memories, tokens, targets, start, shares, erase
             )
             main = jax.tree.map(lambda a: a[-1], written)
             return after, kernel.read(config, main, tokens.q)
@@ -987,9 +988,9 @@ class SelfModifyingTitans(nnx.Module):
         own_chunk = dataclasses.replace(config.memory, chunk=config.projection_chunk)
 
         def write(state, tokens, target, start, share, count):
-            given = _taking(tokens, target, share)
+            tokens = tokens._replace(v=target, eta=tokens.eta * share, erase_rate=None)
             return piece(
-                own_chunk, state, given, reads=False, start=start, count=count
+                own_chunk, state, tokens, reads=False, start=start, count=count
             )[0]
 
         over_memories = jax.vmap(write, (0, None, 0, 0, 0, None))
@@ -1058,18 +1059,8 @@ def _and_one_more(waiting: Waiting, tokens: Tokens, targets: Array) -> Waiting:
         eta=put(waiting.eta, tokens.eta, 2),
         alpha=put(waiting.alpha, tokens.alpha, 2),
         theta=None if waiting.theta is None else put(waiting.theta, tokens.theta, 2),
-        erase=None
-        if waiting.erase is None
-        else put(waiting.erase, tokens.erase_rate, 2),
         count=waiting.count + 1,
     )
-
-
-def _taking(tokens: Tokens, target: Array, share: Array) -> Tokens:
-    """Tokens of which a memory stores its own target, at a share of their rates."""
-    erase = tokens.erase_rate
-    erase = None if erase is None else erase * share
-    return tokens._replace(v=target, eta=tokens.eta * share, erase_rate=erase)
 
 
 def _length(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B 1"]:
