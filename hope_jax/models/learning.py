@@ -80,7 +80,9 @@ def of(learn: bool | Learning) -> Learning:
 
 def still(tokens: Any) -> Any:
     """Tokens that no memory learns from: nothing written, forgotten or coasting on."""
+    erased = tokens.erase_rate
     return tokens._replace(
+        erase_rate=None if erased is None else jnp.zeros_like(erased),
         eta=jnp.zeros_like(tokens.eta),
         alpha=jnp.ones_like(tokens.alpha),
         theta=jnp.zeros_like(tokens.theta),

@@ -114,7 +114,12 @@ def _heads(layer: SelfModifyingTitans) -> _Head:
             "eta": (layer.read_eta[...], layer.bias_eta[...]),
             "alpha": (layer.read_alpha[...], layer.bias_alpha[...]),
             "theta": (layer.read_theta[...], layer.bias_theta[...]),
-        },
+        }
+        | (
+            {"erase": (layer.read_erase[...], layer.bias_erase[...])}
+            if layer.config.erase == "gate"
+            else {}
+        ),
         share=jnp.ones((layer.heads, len(layer.config.projections)), jnp.float32)
         if layer.config.projection_rate is None
         else jax.nn.sigmoid(layer.shares[...]),
@@ -173,7 +178,12 @@ def _live(
         k, v, q = (activate(jnp.sum(head.conv[n] * windows[n], axis=0)) for n in "kvq")
         theta = gate("theta", seen["gates"])
         alpha = gate("alpha", made["alpha"])
-        eta = rates.within(memory, config.rate_bound, gate("eta", made["eta"]), alpha)
+        eta, erase = gate("eta", made["eta"]), None
+        if config.erase == "gate":
+            erase = rates.within(memory, 2.0, gate("erase", made["eta"]), alpha)
+            eta = config.rate_bound * eta
+        else:
+            eta = rates.within(memory, config.rate_bound, eta, alpha)
         if memory.inertia and memory.rate_law == "token":
             eta = eta * (1.0 - theta)
         v = _unit(v) if config.unit_values else v
@@ -184,13 +194,15 @@ def _live(
             eta=eta,
             alpha=alpha,
             theta=theta,
+            erase_rate=erase,
         )
 
         def learn(state, anchor, share, left):
             rate, left = ration(share * eta, left)
             own = v if config.targets == "none" else target(anchor, v)
             own = own / _norm(v) if config.scale_free else own
-            return tick(level, state, token._replace(v=own, eta=rate))[0], left
+            given = token._replace(v=own, eta=rate, erase_rate=None)
+            return tick(level, state, given)[0], left
 
         projection, left = jax.vmap(learn)(
             memories.projection, anchors, head.share, left

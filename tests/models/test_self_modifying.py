@@ -11,6 +11,7 @@ from flax import nnx
 
 from hope_jax.core import config as config_lib
 from hope_jax.memory.compose import MemoryConfig, build_architecture, with_choices
+from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.self_modifying import (
     MATRIX,
     MLP,
@@ -37,6 +38,7 @@ TURNING = dict(
     recall="after",
     erases="written",
 )
+BEFORE = dict(recall="before", erases="all")
 LITERAL = dict(
     inputs="slice",
     conv_activation="none",
@@ -177,6 +179,15 @@ LAYERS = {
         4,
         remembering(1, 1, TURNING, rate=2.0, rate_start=0.9, half_life_start=64.0),
     ),
+    "matrix that erases by a gate": (7, remembering(memory=TURNING, erase="gate")),
+    "the same, one clock, toward a start": (
+        6,
+        remembering(4, 4, TURNING | BEFORE, erase="gate", rate=2.0),
+    ),
+    "the same, token by token, momentum": (
+        4,
+        remembering(1, 1, TURNING | dict(rule="momentum"), erase="gate"),
+    ),
     "matrix, l2, chunks of one clock": (
         6,
         remembering(
@@ -226,9 +237,17 @@ def layer():
     return read
 
 
-def test_pieces_share_the_budget_of_their_chunk():
-    """Rows cut anywhere: what a chunk has left is kept, and whole again in the next."""
-    config = remembering(memory=dict(rate_law="budget"))
+@pytest.mark.parametrize(
+    "config",
+    [
+        remembering(memory=dict(rate_law="budget")),
+        remembering(memory=TURNING, erase="gate"),
+    ],
+    ids=["a budget", "a gate"],
+)
+def test_pieces_are_read_as_their_chunk(config):
+    """Rows cut anywhere: what a chunk has left of its budget is kept, and whole again
+    in the next; a gate erases alike."""
     graphdef, params = build(config)
     run = jax.jit(lambda x, state: call(graphdef, params, x, state, aligned=False))
     x = tokens(12)
@@ -290,6 +309,42 @@ def test_without_learning_the_memory_stays(layer, aligned, read):
     assert int(after.position[0]) == 13
 
 
+def test_a_gate_erases_nothing_without_learning():
+    config = remembering(2, 2, TURNING, erase="gate")
+    graphdef, params = build(config)
+    run = jax.jit(
+        lambda x, state, learn: call(graphdef, params, x, state, learn=learn),
+        static_argnums=2,
+    )
+    _, state = run(tokens(5), initial_state(config), True)
+    _, after = run(tokens(3), state, False)
+    equal(after.main.weights, state.main.weights)
+
+
+def test_an_open_gate_that_never_erases_adds_what_it_is_given():
+    """The same token again and again: its answer grows by as much each time."""
+    config = remembering(
+        1,
+        1,
+        EXACT | dict(rate_law="token", retention="none", toward="zero", dgd="both"),
+        erase="gate",
+        targets="projections",
+        conv=1,
+    )
+    graphdef, params = build(config)
+    never = jax.tree.map(lambda b: jnp.full_like(b, -40.0), params["bias_erase"])
+    params = params | {"bias_erase": never}
+    alone = Learning(projections=False)  # which make the rate
+    run = jax.jit(lambda x, state: call(graphdef, params, x, state, learn=alone))
+    x, state, sums = tokens(1), initial_state(config), []
+    for _ in range(6):
+        sums.append(np.asarray(state.main.weights["w"]))
+        _, state = run(x, state)
+    steps = np.diff(np.stack(sums), axis=0)
+    assert np.abs(steps[0]).max() > 1e-2
+    close(steps, np.broadcast_to(steps[0], steps.shape))
+
+
 @pytest.mark.parametrize("asked, given", [(2.0, 128), (256.0, 256), (1024.0, 1024)])
 def test_at_the_start_a_memory_outlives_its_chunk(asked, given):
     """The half-life that a fresh layer gives every token is at least its chunk; that
@@ -342,6 +397,17 @@ def test_fresh_memories_pass_their_input_on():
         (dict(inputs="all"), "inputs must be one of dense, slice, got 'all'"),
         (dict(targets="k"), "targets must be one of all, projections, none, got 'k'"),
         (dict(projection_rate=1.0), "projection_rate must lie strictly .* got 1.0"),
+        (dict(erase="key"), "erase must be one of rate, gate, got 'key'"),
+        (dict(erase="gate"), "erase='gate' is .* got 'anchored'"),
+        (
+            dict(erase="gate", memory=EXACT | dict(dgd="none")),
+            "erase='gate' is .* 'dot' and 'none'",
+        ),
+        (
+            dict(erase="gate", memory=EXACT | dict(bias="l2", dgd="both")),
+            "erase='gate' is .* 'l2' and 'both'",
+        ),
+        (dict(erase_start=(0.9, 0.5)), "erase_start=.* is read by nothing"),
     ],
 )
 def test_configs_that_cannot_be(options, message):
@@ -357,6 +423,7 @@ def test_configs_that_cannot_be(options, message):
         (dict(half_life_start=0.5), "half_life_start must be a number of tokens"),
         (dict(half_life_start=float("inf")), "got inf; retention 'none' forgets"),
         (dict(momentum_start=0.0), "momentum_start must lie strictly .* got 0.0"),
+        (dict(erase_start=(0.5, 1.0)), r"erase_start\[1\] must .* got 1.0"),
     ],
 )
 def test_starts_that_cannot_be(options, message):

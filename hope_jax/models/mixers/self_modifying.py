@@ -108,6 +108,13 @@ class SelfModifyingConfig(MixerConfig):
         key round, the eigenvalue `α − η` (`α (1 − η)` with `memory.recall="after"`) of
         its transition going down to −1 and no further (`memory.rates.within`).
       rate_start: where η starts, as a fraction of its bound.
+      erase: how much the delta term of the main memory erases: the `rate` η, as in
+        equation 88, or a `gate` of its own, β in [0, 2], read like η from what the
+        memory of rates answers. With one rate for both, a token cannot add to what is
+        stored along its key without taking from it: no head counts. For an exact
+        gradient of the dot product; the projections erase at their share of η.
+      erase_start: where β starts, as a fraction of its bound: of the first head and of
+        the last, those between in equal steps of the logit.
       projection_rate: where the share of η that each projection memory takes starts; it
         is learned, in (0, 1). None is all of it, to the letter of the equations.
       half_life_start: tokens after which the head that forgets most quickly has
@@ -138,6 +145,8 @@ class SelfModifyingConfig(MixerConfig):
     targets: Literal["all", "projections", "none"] = "projections"
     rate: float | None = None
     rate_start: float = 0.5
+    erase: Literal["rate", "gate"] = "rate"
+    erase_start: tuple[float, float] = (0.95, 0.02)
     projection_rate: float | None = 0.1
     half_life_start: float = 256.0
     momentum_start: float = 0.5
@@ -174,8 +183,11 @@ class SelfModifyingConfig(MixerConfig):
         most = 2 / max(1, memory.erasures) if exact else 1
         if self.rate is not None and not 0 < self.rate <= most:
             raise ValueError(f"rate must lie in (0, {most:g}], got {self.rate}.")
-        for name in ("rate_start", "momentum_start", "projection_rate"):
-            value = getattr(self, name)
+        starts = {
+            name: getattr(self, name)
+            for name in ("rate_start", "momentum_start", "projection_rate")
+        } | {f"erase_start[{i}]": start for i, start in enumerate(self.erase_start)}
+        for name, value in starts.items():
             if value is not None and not 0 < value < 1:
                 raise ValueError(
                     f"{name} must lie strictly between 0 and 1, got {value}."
@@ -186,6 +198,15 @@ class SelfModifyingConfig(MixerConfig):
                 f"{self.half_life_start}; retention 'none' forgets nothing."
             )
         one_of(self, **_CHOICES)
+        refuse_unread(self, "erase_start", "erase", self.erase, ("gate",))
+        apart = exact and memory.dgd != "none" and not found.bias.recalls
+        if self.erase == "gate" and not apart:
+            raise ValueError(
+                "erase='gate' is the rate of a delta term beside an exact gradient of "
+                "the dot product: it needs memory.gradient 'exact', rate_law 'token', "
+                f"bias 'dot' and dgd 'both', got {memory.gradient!r}, "
+                f"{memory.rate_law!r}, {memory.bias!r} and {memory.dgd!r}."
+            )
         if not found.features.plain:
             raise ValueError(
                 f"memory.features must be 'none', got {memory.features!r}: keys are "
@@ -326,6 +347,7 @@ class SelfModifyingConfig(MixerConfig):
 
 
 _CHOICES = {
+    "erase": ("rate", "gate"),
     "conv_activation": ("silu", "none"),
     "inputs": ("dense", "slice"),
     "targets": ("all", "projections", "none"),
@@ -502,6 +524,15 @@ class SelfModifyingTitans(nnx.Module):
             jnp.full((heads,), _logit(config.momentum_start), jnp.float32)
         )
 
+        if config.erase == "gate":
+            self.read_erase = nnx.Param(
+                jax.random.normal(rngs.params(), shape) * small()
+            )
+            first, last = map(_logit, config.erase_start)
+            self.bias_erase = nnx.Param(
+                jnp.linspace(first, last, heads, dtype=jnp.float32)
+            )
+
         if config.projection_rate is not None:
             shares = jnp.full(
                 (heads, len(config.projections)), _logit(config.projection_rate)
@@ -639,6 +670,7 @@ class SelfModifyingTitans(nnx.Module):
                 tokens._replace(
                     v=stored if i < 0 else own[:, :, i],
                     eta=tokens.eta * shares[None, :, i, None],
+                    erase_rate=tokens.erase_rate if i < 0 else None,
                 )
                 for i in (*range(len(config.projections)), -1)
             )
@@ -822,13 +854,18 @@ class SelfModifyingTitans(nnx.Module):
         targets = jnp.concatenate([generated.targets, own[:, :, None]], axis=2)
         tokens = generated.tokens if learn.main else learning.still(generated.tokens)
 
-        def write(state, tokens, target, start, share):
-            tokens = tokens._replace(v=target, eta=tokens.eta * share)
+        def write(state, tokens, target, start, share, erase):
+            eta = tokens.eta * share
+            tokens = tokens._replace(v=target, eta=eta, erase_rate=erase)
             return kernel.write(config, state, tokens, start, count)
 
         def live(memories, tokens, targets, start, shares):
-            after, written = jax.vmap(write, (0, None, 0, 0, 0))(
-                memories, tokens, targets, start, shares
+            erase = tokens.erase_rate
+            if erase is not None:  # which is the main memory's
+                own = tokens.eta[None] * shares[:-1, None]
+                erase = jnp.concatenate([own, erase[None]])
+            after, written = jax.vmap(write, (0, None, 0, 0, 0, 0))(
+                memories, tokens, targets, start, shares, erase
             )
             main = jax.tree.map(lambda a: a[-1], written)
             return after, kernel.read(config, main, tokens.q)
@@ -892,11 +929,17 @@ class SelfModifyingTitans(nnx.Module):
         eta = _read_out(self.read_eta, self.bias_eta, made["eta"])
         alpha = _read_out(self.read_alpha, self.bias_alpha, made["alpha"])
         eta, alpha = jax.nn.sigmoid(eta), jax.nn.sigmoid(alpha)
-        eta = rates.within(config.memory, config.rate_bound, eta, alpha)
+        erase = None
+        if config.erase == "gate":
+            erase = _read_out(self.read_erase, self.bias_erase, made["eta"])
+            erase = rates.within(config.memory, 2.0, jax.nn.sigmoid(erase), alpha)
+            eta = config.rate_bound * eta
+        else:
+            eta = rates.within(config.memory, config.rate_bound, eta, alpha)
         # Momentum averages writes, it adds none; a rate law sees to that itself.
         if config.memory.inertia and config.memory.rate_law == "token":
             eta = eta * (1.0 - theta)
-        tokens = Tokens(k, v, q, eta, alpha, theta)
+        tokens = Tokens(k, v, q, eta, alpha, theta, erase_rate=erase)
         own = jnp.broadcast_to(
             v[:, :, None], (*v.shape[:2], answers.shape[2], *v.shape[2:])
         )
@@ -945,7 +988,7 @@ class SelfModifyingTitans(nnx.Module):
         own_chunk = dataclasses.replace(config.memory, chunk=config.projection_chunk)
 
         def write(state, tokens, target, start, share, count):
-            tokens = tokens._replace(v=target, eta=tokens.eta * share)
+            tokens = tokens._replace(v=target, eta=tokens.eta * share, erase_rate=None)
             return piece(
                 own_chunk, state, tokens, reads=False, start=start, count=count
             )[0]
