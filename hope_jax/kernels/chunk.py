@@ -130,7 +130,10 @@ def _several_steps(config, state, tokens, reads, start, count):
         return state, y if y is None else y[config.steps - 1 :: config.steps]
 
     # Anchored memories of chunk 1 (the only ones with several steps) move at each.
-    assert count is None  # a chunk of one token has no part
+    if count is not None:  # the token is there, or is not
+        after, y = _several_steps(config, state, tokens, reads, start, None)
+        keep = lambda new, old: jnp.where(count > 0, new, old)  # noqa: E731
+        return jax.tree.map(keep, after, state), y
 
     def step(state, token):
         state, _ = piece(single, state, token, reads=False, start=start)
