@@ -13,6 +13,7 @@ rates, of which the loss on 128 elements chooses. Accuracy is over all places; c
 
 A memory that writes one key a token with rates up to 1 can only forget or keep along
 it; up to 2 it can reflect, and two reflections make a rotation: the rows turn both.
+DeltaProduct writes two keys a token, `hope_2` too, `hope` one.
 """
 
 import dataclasses
@@ -58,6 +59,8 @@ MODELS: dict[str, Any] = {
     "delta_product_to_2": _mixer("delta_product", 2.0),
     "hope_to_1": hope(rate=1.0),
     "hope_to_2": hope(),
+    "hope_2_to_1": hope(rate=1.0, steps=2),
+    "hope_2_to_2": hope(steps=2),
 }
 
 

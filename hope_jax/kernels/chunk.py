@@ -171,13 +171,16 @@ def write(
     start: Weights | None = None,
     count: Int[Array, ""] | None = None,
 ) -> tuple[MemoryState, Written]:
-    """Of a memory whose `form` is rank one, the part of `piece` that no read needs.
+    """Of a memory whose `form` is rank one, the part of `piece` that no read needs; of
+    one with several steps a token, if its gradient is exact.
 
     Memories of one shape may so be written as a batch, and one of them be read.
     """
     with jax.default_matmul_precision("float32"):
         tokens, state = _prepared(config, state, tokens, count)
         start = _nearest(state, start) if config.returns else None
+        if config.steps > 1:
+            count = None if count is None else count * config.steps
         return _write(config, state, tokens, start, count)
 
 
@@ -186,7 +189,10 @@ def read(
 ) -> Float[Array, "C V"]:
     """What a query of every token gets from a chunk that `write` wrote."""
     with jax.default_matmul_precision("float32"):
-        return _read(config, written, q)
+        if config.steps == 1:
+            return _read(config, written, q)
+        y = _read(config, written, jnp.repeat(q, config.steps, axis=0))
+        return y[config.steps - 1 :: config.steps]
 
 
 def _rank_one(config, state, tokens, reads, start, count):

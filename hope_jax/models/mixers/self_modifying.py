@@ -845,7 +845,8 @@ class SelfModifyingTitans(nnx.Module):
         return (
             self.config.projection_chunk == memory.chunk
             and learn.projections == learn.main
-            and learn.controls.steps == memory.steps == 1
+            and learn.controls.steps == 1
+            and (memory.steps == 1 or memory.gradient == "exact")
         )
 
     def _live_as_one(self, memories, generated, learn, given, count):
