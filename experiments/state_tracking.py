@@ -13,7 +13,7 @@ rates, of which the loss on 128 elements chooses. Accuracy is over all places; c
 
 A memory that writes one key a token with rates up to 1 can only forget or keep along
 it; up to 2 it can reflect, and two reflections make a rotation: the rows turn both.
-DeltaProduct writes two keys a token, `hope_2` too, `hope` one.
+DeltaProduct and `hope_2` write two keys a token, the gated delta net and `hope` one.
 """
 
 import dataclasses
