@@ -187,10 +187,13 @@ LAYERS = {
         11,
         remembering(memory=TURNING | dict(steps=2), rate=2.0, rate_start=0.9),
     ),
-    "two writes, one clock, recalled before retention": (
+    "two writes, one clock, momentum, remainder": (
         6,
         remembering(
-            4, 4, EXACT | dict(rate_law="token", dgd="both", steps=2), rate=2.0
+            4,
+            4,
+            EXACT | dict(rate_law="token", rule="momentum", steps=2),
+            rate=2.0,
         ),
     ),
     "three writes, momentum, adaptive query, static keys": (
