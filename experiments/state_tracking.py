@@ -3,7 +3,8 @@
 Run:     python -m experiments.state_tracking  (some rows: --rows=s3_hope,s3_lstm)
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table.
-Cost:    two to six minutes a row, seed and rate on one CPU core.
+Cost:    two to six minutes a row, seed and rate on one CPU core; `hope_2` twice as long
+         as `hope`.
 
 S3, A5 and S5, words of 128 elements, scored on 128 and on 512 (the protocol of
 DeltaProduct, arXiv:2502.10297, which reads 100,000 words 100 times: `rows` of a result
