@@ -3,7 +3,8 @@
 Run:     python -m experiments.state_tracking  (some rows: --rows=s3_hope,s3_lstm)
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table.
-Cost:    two to six minutes a row, seed and rate on one CPU core.
+Cost:    two to six minutes a row, seed and rate on one CPU core; `hope_2` twice as long
+         as `hope`.
 
 S3, A5 and S5, words of 128 elements, scored on 128 and on 512 (the protocol of
 DeltaProduct, arXiv:2502.10297, which reads 100,000 words 100 times: `rows` of a result
@@ -13,6 +14,7 @@ rates, of which the loss on 128 elements chooses. Accuracy is over all places; c
 
 A memory that writes one key a token with rates up to 1 can only forget or keep along
 it; up to 2 it can reflect, and two reflections make a rotation: the rows turn both.
+DeltaProduct and `hope_2` write two keys a token, the gated delta net and `hope` one.
 """
 
 import dataclasses
@@ -58,6 +60,8 @@ MODELS: dict[str, Any] = {
     "delta_product_to_2": _mixer("delta_product", 2.0),
     "hope_to_1": hope(rate=1.0),
     "hope_to_2": hope(),
+    "hope_2_to_1": hope(rate=1.0, steps=2),
+    "hope_2_to_2": hope(steps=2),
 }
 
 

@@ -130,7 +130,10 @@ def _several_steps(config, state, tokens, reads, start, count):
         return state, y if y is None else y[config.steps - 1 :: config.steps]
 
     # Anchored memories of chunk 1 (the only ones with several steps) move at each.
-    assert count is None  # a chunk of one token has no part
+    if count is not None:  # the token is there, or is not
+        after, y = _several_steps(config, state, tokens, reads, start, None)
+        keep = lambda new, old: jnp.where(count > 0, new, old)  # noqa: E731
+        return jax.tree.map(keep, after, state), y
 
     def step(state, token):
         state, _ = piece(single, state, token, reads=False, start=start)
@@ -168,13 +171,16 @@ def write(
     start: Weights | None = None,
     count: Int[Array, ""] | None = None,
 ) -> tuple[MemoryState, Written]:
-    """Of a memory whose `form` is rank one, the part of `piece` that no read needs.
+    """Of a memory whose `form` is rank one, the part of `piece` that no read needs; of
+    one with several steps a token, if its gradient is exact.
 
     Memories of one shape may so be written as a batch, and one of them be read.
     """
     with jax.default_matmul_precision("float32"):
         tokens, state = _prepared(config, state, tokens, count)
         start = _nearest(state, start) if config.returns else None
+        if config.steps > 1:
+            count = None if count is None else count * config.steps
         return _write(config, state, tokens, start, count)
 
 
@@ -183,7 +189,10 @@ def read(
 ) -> Float[Array, "C V"]:
     """What a query of every token gets from a chunk that `write` wrote."""
     with jax.default_matmul_precision("float32"):
-        return _read(config, written, q)
+        if config.steps == 1:
+            return _read(config, written, q)
+        y = _read(config, written, jnp.repeat(q, config.steps, axis=0))
+        return y[config.steps - 1 :: config.steps]
 
 
 def _rank_one(config, state, tokens, reads, start, count):

@@ -44,8 +44,8 @@ class _Head(NamedTuple):
 
     projection: Weights
     main: Weights
-    conv: dict[str, Float[Array, "W K"]]
-    gate: dict[str, tuple[Float[Array, " K"], Float[Array, ""]]]
+    conv: dict[str, Float[Array, "W *N K"]]
+    gate: dict[str, tuple[Float[Array, "*N K"], Float[Array, "*N"]]]
     share: Float[Array, " P"]
 
 
@@ -65,6 +65,10 @@ def self_modifying_reference(
     for each of k, v and the gates with `inputs='dense'`, and a projection takes its
     learned share of ηₜ.
 
+    With `memory.steps` of them a token's writes follow one another, each with a key, a
+    value and a rate of its own: (86-88) once for each, the first alone with αₜ, others
+    with 1, and what is read is read at the last. Anchors stay where they are meanwhile.
+
     Args:
       layer: the layer, whose memories start at its learned initial states.
       x: at least one token a row.
@@ -74,20 +78,22 @@ def self_modifying_reference(
     """
     rows, length, _ = x.shape
 
-    def split(a):
-        return a.astype(jnp.float32).reshape(rows, length, layer.heads, layer.width)
+    def split(a, *writes):
+        a = a.astype(jnp.float32)
+        return a.reshape(rows, length, layer.heads, *writes, layer.width)
 
     dense = layer.config.inputs == "dense"
+    writes = layer.config.memory.steps
     seen = {
-        "k": layer.k(x) if dense or not layer.config.adaptive_k else x,
-        "v": layer.v(x) if dense or not layer.config.adaptive_v else x,
-        "gates": layer.gates(x) if dense else x,
-        "q": layer.q(x) if dense or not layer.config.adaptive_q else x,
+        "k": split(layer.k(x) if dense or not layer.config.adaptive_k else x, writes),
+        "v": split(layer.v(x) if dense or not layer.config.adaptive_v else x, writes),
+        "gates": split(layer.gates(x) if dense else x),
+        "q": split(layer.q(x) if dense or not layer.config.adaptive_q else x),
     }
     live = functools.partial(_live, layer.config)
     live = jax.vmap(live, in_axes=(0, 1), out_axes=(0, 1))  # heads
     live = jax.vmap(live, in_axes=(None, 0))  # rows
-    memories, y = live(_heads(layer), jax.tree.map(split, seen))
+    memories, y = live(_heads(layer), seen)
 
     y = layer.norm(y.astype(layer.dtype)).reshape(x.shape)
     return layer.out(y * jax.nn.silu(layer.gate(x))), memories
@@ -96,9 +102,11 @@ def self_modifying_reference(
 def _heads(layer: SelfModifyingTitans) -> _Head:
     """The layer's parameters, leaves that lead with heads."""
 
-    def kernel(conv):
+    writes = layer.config.memory.steps
+
+    def kernel(conv, *writes):
         width = conv.kernel.shape[0]
-        split = conv.kernel[...].reshape(width, layer.heads, layer.width)
+        split = conv.kernel[...].reshape(width, layer.heads, *writes, layer.width)
         return jnp.moveaxis(split, 1, 0)
 
     projection, main = layer.starts()
@@ -106,12 +114,15 @@ def _heads(layer: SelfModifyingTitans) -> _Head:
         projection=projection,
         main=main,
         conv={
-            "k": kernel(layer.conv_k),
-            "v": kernel(layer.conv_v),
+            "k": kernel(layer.conv_k, writes),
+            "v": kernel(layer.conv_v, writes),
             "q": kernel(layer.conv_q),
         },
         gate={
-            "eta": (layer.read_eta[...], layer.bias_eta[...]),
+            "eta": (
+                layer.read_eta[...].reshape(layer.heads, writes, layer.width),
+                layer.bias_eta[...].reshape(layer.heads, writes),
+            ),
             "alpha": (layer.read_alpha[...], layer.bias_alpha[...]),
             "theta": (layer.read_theta[...], layer.bias_theta[...]),
         }
@@ -127,11 +138,12 @@ def _heads(layer: SelfModifyingTitans) -> _Head:
 
 
 def _live(
-    config: SelfModifyingConfig, head: _Head, seen: dict[str, Float[Array, "T K"]]
+    config: SelfModifyingConfig, head: _Head, seen: dict[str, Float[Array, "T *N K"]]
 ) -> tuple[Memories, Float[Array, "T K"]]:
-    """The memories of one head live through one stream."""
+    """The memories of one head live through one stream; k and v of it, `[T, N, K]`, are
+    of N writes a token."""
     memory = config.memory
-    width = seen["k"].shape[-1]
+    width = seen["q"].shape[-1]
     apply = build_architecture(memory, width).apply
     main_level = memory_level(memory, width)
     level = memory_level(
@@ -153,7 +165,11 @@ def _live(
 
     def gate(name, of):
         weight, bias = head.gate[name]
-        return jax.nn.sigmoid(jnp.vdot(weight, of) + bias)
+        return jax.nn.sigmoid(weight @ of + bias)
+
+    def each(run):
+        """`run` of a vector, or of those of each write."""
+        return lambda x: jax.vmap(run)(x) if x.ndim == 2 else run(x)
 
     def activate(x):
         return jax.nn.silu(x) if config.conv_activation == "silu" else x
@@ -168,9 +184,10 @@ def _live(
         anchors, main_anchor = memories.anchors
         source = {"eta": seen["gates"], "alpha": seen["gates"]} | seen
 
-        inputs = jnp.stack([source[name] for name in config.projections])
-        made = jax.vmap(recall)(anchors, inputs)
-        made = seen | dict(zip(config.projections, made, strict=True))
+        made = dict(seen)
+        for i, name in enumerate(config.projections):
+            own = {n: w[i] for n, w in anchors.items()}
+            made[name] = each(functools.partial(recall, own))(source[name])
         windows = {
             name: jnp.concatenate([window[1:], made[name][None]])
             for name, window in windows.items()
@@ -186,30 +203,24 @@ def _live(
             eta = rates.within(memory, config.rate_bound, eta, alpha)
         if memory.inertia and memory.rate_law == "token":
             eta = eta * (1.0 - theta)
-        v = _unit(v) if config.unit_values else v
-        token = Tokens(
-            k=_unit(k),
-            v=v,
-            q=_unit(q),
-            eta=eta,
-            alpha=alpha,
-            theta=theta,
-            erase_rate=erase,
-        )
+        k, q = each(_unit)(k), _unit(q)
+        v = each(_unit)(v) if config.unit_values else v
+        projection, main = memories[:2]
+        for i in range(memory.steps):
+            kept = alpha if i == 0 else jnp.ones_like(alpha)
+            token = Tokens(k[i], v[i], q, eta[i], kept, theta, erase_rate=erase)
 
-        def learn(state, anchor, share, left):
-            rate, left = ration(share * eta, left)
-            own = v if config.targets == "none" else target(anchor, v)
-            own = own / _norm(v) if config.scale_free else own
-            given = token._replace(v=own, eta=rate, erase_rate=None)
-            return tick(level, state, given)[0], left
+            def learn(state, anchor, share, left, token=token):
+                rate, left = ration(share * token.eta, left)
+                own = token.v if config.targets == "none" else target(anchor, token.v)
+                own = own / _norm(token.v) if config.scale_free else own
+                given = token._replace(v=own, eta=rate, erase_rate=None)
+                return tick(level, state, given)[0], left
 
-        projection, left = jax.vmap(learn)(
-            memories.projection, anchors, head.share, left
-        )
-        own = target(main_anchor, v) if config.targets == "all" else v
-        rate, main_left = ration(eta, main_left)
-        main, y = tick(main_level, memories.main, token._replace(v=own, eta=rate))
+            projection, left = jax.vmap(learn)(projection, anchors, head.share, left)
+            own = target(main_anchor, token.v) if config.targets == "all" else token.v
+            rate, main_left = ration(token.eta, main_left)
+            main, y = tick(main_level, main, token._replace(v=own, eta=rate))
 
         count = count + 1
         refresh = lambda every, new, old: jax.tree.map(  # noqa: E731

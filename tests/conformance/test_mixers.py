@@ -24,6 +24,7 @@ from hope_jax.models.config import ModelConfig
 from hope_jax.models.mixers import MIXERS
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.models.mixers.memory import NamedConfig
+from hope_jax.models.mixers.self_modifying import MATRIX
 from hope_jax.models.rotary import Llama3
 from hope_jax.stream import saved, slots
 from tests import compare
@@ -69,13 +70,20 @@ CONSOLIDATING = {
     ),
     "titans_mac, consolidated": SMALL["titans_mac"] | dict(memory=_RETURNS),
 }
-KINDS = (*MIXERS, *CONSOLIDATING)
+VARIANTS = {
+    "self_modifying, two writes": dict(
+        memory=vars(MATRIX) | dict(chunk=2, steps=2),
+        projection_chunk=4,
+        rate=2.0,
+    )
+}
+KINDS = (*MIXERS, *CONSOLIDATING, *VARIANTS)
 each = pytest.mark.parametrize("kind", KINDS)
 
 
 def configured(kind):
     config = MIXERS.get(kind.partition(",")[0])
-    changes = dict(SMALL.get(kind, {}))
+    changes = dict(SMALL.get(kind, VARIANTS.get(kind, {})))
     if kind in CONSOLIDATING:
         changes = CONSOLIDATING[kind] | dict(consolidate=STARTS)
     if isinstance(config, NamedConfig):
@@ -270,7 +278,9 @@ def test_a_session_can_be_a_file(kind, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, arrays)
 
 
-@pytest.mark.parametrize("kind", [k for k in SMALL if configured(k).memories])
+@pytest.mark.parametrize(
+    "kind", [k for k in (*SMALL, *VARIANTS) if configured(k).memories]
+)
 def test_a_memory_is_where_what_it_was_given_takes_it(kind):
     """`watch` is a call, and its tokens, lived through by `memory_scan`, end there."""
     config, (graphdef, params) = configured(kind), built(kind)

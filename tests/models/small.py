@@ -14,7 +14,7 @@ from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
 from hope_jax.models.mixers.attention import AttentionConfig, SlidingWindowConfig
 from hope_jax.models.mixers.memory import NamedConfig
-from hope_jax.models.mixers.self_modifying import MLP, SelfModifyingConfig
+from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
 
 VOCAB, LENGTH = 13, 21
 
@@ -34,6 +34,16 @@ HOPE = ModelConfig(
             CMSLevel(period=128),
         ),
         hidden=12,
+    ),
+)
+TWO_WRITES = dataclasses.replace(
+    HOPE,
+    name="two_writes",
+    layers=1,
+    mixer=SelfModifyingConfig(
+        memory=dataclasses.replace(MATRIX, chunk=2, steps=2),
+        projection_chunk=4,
+        rate=2.0,
     ),
 )
 HOPE_ATTENTION = dataclasses.replace(

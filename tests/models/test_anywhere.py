@@ -20,6 +20,7 @@ close = compare.within_both(3e-5)
 BEFORE, LENGTH = 5, 14  # of a base chunk of 4: to its end, two whole ones and a rest
 MODELS = {
     "hope": small.HOPE,
+    "two writes": small.TWO_WRITES,
     "hybrid": small.HYBRID,
     "attention": small.TRANSFORMER,
 }

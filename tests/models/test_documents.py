@@ -20,6 +20,7 @@ STRETCH, SPLIT, LENGTH = 8, 16, 32  # a document of two stretches, and one of tw
 
 MODELS = {
     "hope": small.HOPE,
+    "two writes": small.TWO_WRITES,
     "hybrid": small.HYBRID,
     "transformer": with_context(small.TRANSFORMER, 20),
 }

@@ -194,6 +194,33 @@ LAYERS = {
             4, 4, dict(architecture="linear", gradient="exact", rate_law="token")
         ),
     ),
+    "two writes a token, both clocks, remainder": (
+        11,
+        remembering(memory=TURNING | dict(steps=2), rate=2.0, rate_start=0.9),
+    ),
+    "two writes, one clock, momentum, remainder": (
+        6,
+        remembering(
+            4,
+            4,
+            EXACT | dict(rate_law="token", rule="momentum", steps=2),
+            rate=2.0,
+        ),
+    ),
+    "three writes, momentum, adaptive query, static keys": (
+        4,
+        remembering(
+            1,
+            1,
+            TURNING | dict(rule="momentum", steps=3),
+            adaptive_k=False,
+            adaptive_q=True,
+        ),
+    ),
+    "two writes of an mlp, each with a gradient of its own": (
+        4,
+        configured(1, 1, dict(steps=2), inputs="dense", projection_rate=0.1),
+    ),
 }
 
 
@@ -235,6 +262,61 @@ def layer():
         return np.asarray(y), state
 
     return read
+
+
+@pytest.mark.parametrize("other", [1, 0])
+def test_a_write_whose_rate_is_nothing_is_none(other):
+    """Two writes a token, of which one is shut, are the other alone: the layer of one
+    write with its maps, channels and gates, in values and for good."""
+    two = remembering(memory=TURNING | dict(steps=2), targets="projections")
+    one = dataclasses.replace(two, memory=dataclasses.replace(two.memory, steps=1))
+    graphdef, params = build(two)
+    params = nnx.clone(params)
+    bias = params["bias_eta"][...].at[:, other].set(-jnp.inf)
+    params["bias_eta"] = params["bias_eta"].replace(bias)
+
+    def kept(path, leaf):
+        """Of maps and channels `[.., H N K]` and of read-outs `[H, N, ..]`."""
+        if path[0].key in ("k", "v", "conv_k", "conv_v"):
+            split = leaf.reshape(leaf.shape[0], HEADS, 2, D // HEADS)
+            return split[:, :, 1 - other].reshape(leaf.shape[0], D)
+        return leaf[:, 1 - other] if path[0].key in ("read_eta", "bias_eta") else leaf
+
+    single = jax.tree_util.tree_map_with_path(kept, params)
+    x = tokens(11)
+    ours, _ = jax.jit(functools.partial(fast, graphdef))(params, x)
+    theirs, _ = jax.jit(functools.partial(fast, build(one)[0]))(single, x)
+    close(ours, theirs)
+    changed, _ = jax.jit(functools.partial(fast, graphdef))(build(two)[1], x)
+    assert np.max(np.abs(changed - ours)) > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_two_writes_of_a_token_are_a_rotation(steps):
+    """At the highest rate each is a reflection, so that what was stored keeps its
+    length; one of them is symmetric, and turns nothing by an angle."""
+    memory = TURNING | dict(steps=steps)
+    config = remembering(memory=memory, rate=2.0, targets="projections")
+    graphdef, params = build(config)
+    params = nnx.clone(params)
+    for name in ("bias_eta", "bias_alpha"):
+        params[name] = jax.tree.map(lambda b: b + 40.0, params[name])
+
+    @jax.jit
+    def after(stored):
+        layer = nnx.merge(graphdef, params)
+        state = layer.initial_state(ROWS)
+        weights = {"w": jnp.broadcast_to(stored, state.main.weights["w"].shape)}
+        state = state._replace(main=state.main._replace(weights=weights))
+        return layer(jnp.asarray(tokens(1)), state)[1].main.weights["w"]
+
+    one = jnp.eye(D // HEADS)[None, None]
+    turn = np.asarray(after(one) - after(jnp.zeros_like(one)), np.float64)
+    turned_back = np.swapaxes(turn, -1, -2) @ turn
+    close(turned_back, np.broadcast_to(one, turn.shape), 1e-3)  # of keys nearly unit
+    np.testing.assert_allclose(np.linalg.det(turn), (-1.0) ** steps, rtol=1e-3)
+    askew = np.abs(turn - np.swapaxes(turn, -1, -2)).max(axis=(-2, -1))
+    assert np.all(askew < 1e-5 if steps == 1 else askew > 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -401,13 +483,25 @@ def test_fresh_memories_pass_their_input_on():
         (dict(erase="gate"), "erase='gate' is .* got 'anchored'"),
         (
             dict(erase="gate", memory=EXACT | dict(dgd="none")),
-            "erase='gate' is .* 'dot' and 'none'",
+            "erase='gate' is .* 'dot', 'none' and 1",
         ),
         (
             dict(erase="gate", memory=EXACT | dict(bias="l2", dgd="both")),
-            "erase='gate' is .* 'l2' and 'both'",
+            "erase='gate' is .* 'l2', 'both' and 1",
+        ),
+        (
+            dict(erase="gate", memory=EXACT | dict(dgd="both", steps=2)),
+            "erase='gate' is .* 'both' and 2",
         ),
         (dict(erase_start=(0.9, 0.5)), "erase_start=.* is read by nothing"),
+        (
+            dict(memory=EXACT | dict(steps=2)),
+            r"inputs must be 'dense' for memory.steps=2, got 'slice'",
+        ),
+        (
+            dict(chunk=1, memory=dict(steps=3), inputs="dense"),
+            r"projection_chunk must be 1 for memory.steps=3 .*'anchored', got 4",
+        ),
     ],
 )
 def test_configs_that_cannot_be(options, message):

@@ -13,6 +13,12 @@ causal), so a chunk is parallel over its tokens. The equations leave open what a
 sees of a token, how long values are and how fast each memory moves; the defaults of
 `SelfModifyingConfig` are those with which the memories recall
 (`experiments/memory.py`).
+
+With `memory.steps = n` a token writes n times: n keys and values, each of slow maps and
+convolution channels of its own, generated at the chunk's start as one is, and n rates
+read out of M_η(xₜ). Every memory takes them in turn, those of the projections too;
+retention acts in the first alone, and the token's query is read after the last. What a
+matrix holds is so multiplied by n transitions `I − η k kᵀ` a token (arXiv:2502.10297).
 `models.reference.self_modifying_reference` is the definition, token by token.
 """
 
@@ -88,8 +94,9 @@ class SelfModifyingConfig(MixerConfig):
     Attributes:
       kind: its name.
       memory: the four choices all memories share; its `chunk` and `read` are the main
-        memory's (the projection memories are read at their chunk's start). `MLP` and
-        `MATRIX` are those that recall.
+        memory's (the projection memories are read at their chunk's start), its `steps`
+        the writes of a token, in all memories. `MLP` and `MATRIX` are those that
+        recall.
       projection_chunk: tokens per chunk of the projection memories, a multiple of
         `memory.chunk`.
       adaptive_k, adaptive_v, adaptive_q: whether keys, values and queries come from
@@ -175,6 +182,19 @@ class SelfModifyingConfig(MixerConfig):
                 f"projection_chunk ({self.projection_chunk}) must be a multiple of "
                 f"memory.chunk ({memory.chunk})."
             )
+        if memory.steps > 1 and self.inputs == "slice":
+            raise ValueError(
+                f"inputs must be 'dense' for memory.steps={memory.steps}, got 'slice': "
+                "of one slice of x all writes of a token would be the same."
+            )
+        anchored = memory.gradient == "anchored"
+        if memory.steps > 1 and anchored and self.projection_chunk > 1:
+            raise ValueError(
+                f"projection_chunk must be 1 for memory.steps={memory.steps} with "
+                f"memory.gradient='anchored', got {self.projection_chunk}: gradients "
+                "taken at the chunk's start do not see the writes before. A matrix has "
+                "gradient='exact'."
+            )
         at_least(self, conv=1)
         consolidation.check(
             self.consolidate, memory, self.projection_chunk, "projection_chunk"
@@ -200,12 +220,14 @@ class SelfModifyingConfig(MixerConfig):
         one_of(self, **_CHOICES)
         refuse_unread(self, "erase_start", "erase", self.erase, ("gate",))
         apart = exact and memory.dgd != "none" and not found.bias.recalls
+        apart = apart and memory.steps == 1
         if self.erase == "gate" and not apart:
             raise ValueError(
                 "erase='gate' is the rate of a delta term beside an exact gradient of "
                 "the dot product: it needs memory.gradient 'exact', rate_law 'token', "
-                f"bias 'dot' and dgd 'both', got {memory.gradient!r}, "
-                f"{memory.rate_law!r}, {memory.bias!r} and {memory.dgd!r}."
+                f"bias 'dot', dgd 'both' and steps 1, got {memory.gradient!r}, "
+                f"{memory.rate_law!r}, {memory.bias!r}, {memory.dgd!r} and "
+                f"{memory.steps}."
             )
         if not found.features.plain:
             raise ValueError(
@@ -246,6 +268,12 @@ class SelfModifyingConfig(MixerConfig):
         made = ("k",) * self.adaptive_k + ("v",) * self.adaptive_v
         return (*made, "eta", "alpha") + ("q",) * self.adaptive_q
 
+    @property
+    def writes(self) -> tuple[int, ...]:
+        """The axis of a token's writes in what is given to memories, `[.., T, N, K]`;
+        none where there is one."""
+        return () if self.memory.steps == 1 else (self.memory.steps,)
+
     modifies_itself: ClassVar[bool] = True
 
     def build(self, d_model, heads, dtype, *, rngs) -> "SelfModifyingTitans":
@@ -283,12 +311,13 @@ class SelfModifyingConfig(MixerConfig):
         """That nothing waits for the end of a chunk, beside such a main memory."""
         one = main["w1" if "w1" in main else "w"]
         heads, width, dtype = one.shape[:-2], one.shape[-2], one.dtype
-        size = self.projection_chunk
-        gate = jnp.zeros((*heads, size), dtype)
+        time = (self.projection_chunk, *self.writes)
+        rate = jnp.zeros((*heads, *time), dtype)
+        gate = rate[..., 0] if self.writes else rate
         return Waiting(
-            k=jnp.zeros((*heads, size, width), dtype),
-            targets=jnp.zeros((*heads, len(self.projections), size, width), dtype),
-            eta=gate,
+            k=jnp.zeros((*heads, *time, width), dtype),
+            targets=jnp.zeros((*heads, len(self.projections), *time, width), dtype),
+            eta=rate,
             alpha=gate,
             theta=gate if self.memory.inertia else None,
             count=jnp.zeros(heads[:-1], jnp.int32),
@@ -302,6 +331,7 @@ class SelfModifyingConfig(MixerConfig):
         stored = recall.format("own values" if self.targets == "all" else "values")
         rule = "DGD" if self.memory.dgd != "none" else "GD"
         rule += "" if chosen.rule.plain else f" + {self.memory.rule}"
+        rule += f", {self.memory.steps} steps" if self.writes else ""
         made = [
             Part(
                 f"{_WORDS[projection]} memory",
@@ -367,7 +397,8 @@ def _readers() -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 class Waiting(NamedTuple):
     """What the memories of the projections learn at the end of their chunk, of C
-    tokens; zeros where nothing is.
+    tokens; zeros where nothing is. With several writes a token k, targets and eta have
+    them in an axis after C.
 
     Attributes:
       k: the keys, `[B, H, C, K]`.
@@ -453,7 +484,8 @@ class Seen(NamedTuple):
     """What a layer sees of its tokens whatever its memories hold, heads apart.
 
     Attributes:
-      k, v, gates: what the projection memories read, `[B, T, H, K]`.
+      k, v, gates: what the projection memories read, `[B, T, H, K]`; k and v of
+        several writes a token `[B, T, H, N, K]`.
       q: the queries; with an adaptive query what its memory reads.
       theta: inner momentum, `[B, T, H]`.
     """
@@ -499,25 +531,28 @@ class SelfModifyingTitans(nnx.Module):
             {n: nnx.Param(w[:, :-1]) for n, w in units.items()}
         )
         self.main_start = nnx.data({n: nnx.Param(w[:, -1]) for n, w in units.items()})
+        written = config.memory.steps * d_model
         if config.inputs == "dense" or not config.adaptive_k:
-            self.k = dense(d_model, d_model, dtype, rngs)
+            self.k = dense(d_model, written, dtype, rngs)
         if config.inputs == "dense" or not config.adaptive_v:
-            self.v = dense(d_model, d_model, dtype, rngs)
+            self.v = dense(d_model, written, dtype, rngs)
         if config.inputs == "dense":
             self.gates = dense(d_model, d_model, dtype, rngs)
         if config.inputs == "dense" or not config.adaptive_q:
             self.q = dense(d_model, d_model, dtype, rngs)
-        self.conv_k = CausalConv(d_model, config.conv, rngs=rngs)
-        self.conv_v = CausalConv(d_model, config.conv, rngs=rngs)
+        self.conv_k = CausalConv(written, config.conv, rngs=rngs)
+        self.conv_v = CausalConv(written, config.conv, rngs=rngs)
         self.conv_q = CausalConv(d_model, config.conv, rngs=rngs)
 
         small = lambda: 0.1 * self.width**-0.5  # noqa: E731
-        shape = (heads, self.width)
-        self.read_eta = nnx.Param(jax.random.normal(rngs.params(), shape) * small())
+        shape, rates = (heads, self.width), (heads, *config.writes)
+        self.read_eta = nnx.Param(
+            jax.random.normal(rngs.params(), (*rates, self.width)) * small()
+        )
         self.read_alpha = nnx.Param(jax.random.normal(rngs.params(), shape) * small())
         self.read_theta = nnx.Param(jax.random.normal(rngs.params(), shape) * small())
         self.bias_eta = nnx.Param(
-            jnp.full((heads,), _logit(config.rate_start), jnp.float32)
+            jnp.full(rates, _logit(config.rate_start), jnp.float32)
         )
         self.bias_alpha = nnx.Param(_retention_start(config, heads))
         self.bias_theta = nnx.Param(
@@ -666,10 +701,11 @@ class SelfModifyingTitans(nnx.Module):
             with jax.default_matmul_precision("float32"):
                 (tokens, own), _ = self._generate(state, seen)
                 stored = self._main_value(state.main.anchor, tokens.v)
+            over_time = (None,) * (tokens.eta.ndim - 2)
             made = tuple(
                 tokens._replace(
                     v=stored if i < 0 else own[:, :, i],
-                    eta=tokens.eta * shares[None, :, i, None],
+                    eta=tokens.eta * shares[None, :, i, *over_time],
                     erase_rate=tokens.erase_rate if i < 0 else None,
                 )
                 for i in (*range(len(config.projections)), -1)
@@ -719,7 +755,7 @@ class SelfModifyingTitans(nnx.Module):
         """The memories of the projections with what waits for them."""
         waiting, (start, shares) = state.waiting, self._given()
         k, theta = waiting.k, waiting.theta
-        theta = jnp.zeros_like(waiting.eta) if theta is None else theta
+        theta = jnp.zeros_like(waiting.alpha) if theta is None else theta
         tokens = Tokens(k, k, k, waiting.eta, waiting.alpha, theta)
         projection = self._write_projections(
             state.projection,
@@ -746,9 +782,10 @@ class SelfModifyingTitans(nnx.Module):
         config = self.config
         split = (*x.shape[:2], self.heads, self.width)
         heads = lambda a: wide(a).reshape(split)  # noqa: E731
+        writes = (*split[:-1], *config.writes, self.width)
         slow = config.inputs == "dense"
-        k = heads(self.k(x) if slow or not config.adaptive_k else x)
-        v = heads(self.v(x) if slow or not config.adaptive_v else x)
+        k = wide(self.k(x) if slow or not config.adaptive_k else x).reshape(writes)
+        v = wide(self.v(x) if slow or not config.adaptive_v else x).reshape(writes)
         gates = heads(self.gates(x) if slow else x)
         theta = jax.nn.sigmoid(
             jnp.einsum("bthk,hk->bth", gates, self.read_theta[...])
@@ -842,7 +879,8 @@ class SelfModifyingTitans(nnx.Module):
         return (
             self.config.projection_chunk == memory.chunk
             and learn.projections == learn.main
-            and learn.controls.steps == memory.steps == 1
+            and learn.controls.steps == 1
+            and (memory.steps == 1 or memory.gradient == "exact")
         )
 
     def _live_as_one(self, memories, generated, learn, given, count):
@@ -904,22 +942,29 @@ class SelfModifyingTitans(nnx.Module):
     def _generate_from(self, anchor, tails, seen, count=None):
         """Keys, values, gates and targets from the projections at the chunk's start."""
         config = self.config
-        rows, _, length, _ = seen.k.shape
+        rows, _, length, _ = seen.q.shape
         over_memories = jax.vmap(self._recall)
         every = lambda f: jax.vmap(jax.vmap(f))  # noqa: E731 rows, heads
-        heads = lambda a: jnp.moveaxis(  # noqa: E731 [B, T, D] -> [B, H, T, K]
-            a.reshape(rows, length, self.heads, self.width), 2, 1
+        heads = lambda a, *writes: jnp.moveaxis(  # noqa: E731 to [B, H, T, .., K]
+            a.reshape(rows, length, self.heads, *writes, self.width), 2, 1
         )
         flat = lambda a: jnp.moveaxis(a, 1, 2).reshape(rows, length, -1)  # noqa: E731
 
         sources = {"eta": seen.gates, "alpha": seen.gates} | seen._asdict()
         inputs = [sources[name] for name in config.projections]
+        if config.writes:  # in one batch, so all are asked as often as k and v
+            again = lambda a: jnp.broadcast_to(a[..., None, :], seen.k.shape)  # noqa: E731
+            inputs = [again(a) if a.ndim < seen.k.ndim else a for a in inputs]
         answers = every(over_memories)(anchor, jnp.stack(inputs, axis=2))
         made = {n: answers[:, :, i] for i, n in enumerate(config.projections)}
+        if config.writes:
+            once = [name for name in made if name not in ("k", "v")]
+            made |= {name: made[name][..., 0, :] for name in once}
         k, tail_k = self.conv_k(flat(made.get("k", seen.k)), tails.k, count)
         v, tail_v = self.conv_v(flat(made.get("v", seen.v)), tails.v, count)
         tails = tails._replace(k=tail_k, v=tail_v)
-        k, v = unit(heads(self._activate(k))), heads(self._activate(v))
+        k = unit(heads(self._activate(k), *config.writes))
+        v = heads(self._activate(v), *config.writes)
         v = unit(v) if config.unit_values else v
         q, theta = seen.q, seen.theta
         if config.adaptive_q:
@@ -938,7 +983,7 @@ class SelfModifyingTitans(nnx.Module):
             eta = rates.within(config.memory, config.rate_bound, eta, alpha)
         # Momentum averages writes, it adds none; a rate law sees to that itself.
         if config.memory.inertia and config.memory.rate_law == "token":
-            eta = eta * (1.0 - theta)
+            eta = eta * jnp.expand_dims(1.0 - theta, range(theta.ndim, eta.ndim))
         tokens = Tokens(k, v, q, eta, alpha, theta, erase_rate=erase)
         own = jnp.broadcast_to(
             v[:, :, None], (*v.shape[:2], answers.shape[2], *v.shape[2:])
@@ -1068,8 +1113,10 @@ def _length(x: Float[Array, "*B K"], epsilon: float = 1e-6) -> Float[Array, "*B 
 
 
 def _read_out(weight, bias, made):
-    """A scalar per head and token from a gate memory's output, `[B, H, T]`."""
-    return jnp.einsum("bhtk,hk->bht", made, weight[...]) + bias[...][None, :, None]
+    """A scalar per head and token from a gate memory's output, `[B, H, T]`, or as many
+    as the weight has, `[B, H, T, N]`."""
+    made = jnp.einsum("bhtk,h...k->bht...", made, weight[...])
+    return made + bias[...][None, :, None]
 
 
 def _logit(p: float) -> float:
