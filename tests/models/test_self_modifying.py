@@ -490,7 +490,11 @@ def test_fresh_memories_pass_their_input_on():
             "erase='gate' is .* 'l2', 'both' and 1",
         ),
         (
-            dict(erase="gate", memory=EXACT | dict(dgd="both", steps=2)),
+            dict(
+                erase="gate",
+                memory=EXACT | dict(dgd="both", steps=2),
+                inputs="dense",
+            ),
             "erase='gate' is .* 'both' and 2",
         ),
         (dict(erase_start=(0.9, 0.5)), "erase_start=.* is read by nothing"),
