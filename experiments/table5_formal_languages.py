@@ -78,6 +78,10 @@ def hope(chunk: int = 1, rate: float | None = 2.0, **memory) -> SelfModifyingCon
     )
 
 
+# One head starts by turning round what it stores, the other by adding to it.
+GATE = dataclasses.replace(
+    hope(rate=1.0), rate_start=0.5, erase="gate", half_life_start=1024.0
+)
 MODELS: dict[str, Any] = {
     "lstm": MIXERS.get("lstm"),
     "transformer": AttentionConfig(rotary=NoPositions()),
@@ -85,6 +89,8 @@ MODELS: dict[str, Any] = {
     "delta_net": MIXERS.get("delta_net"),
     "srwm": MIXERS.get("srwm"),
     "hope": hope(),
+    "hope_gate": GATE,
+    "hope_gate_static": dataclasses.replace(GATE, adaptive_k=False, adaptive_v=False),
 }
 
 
