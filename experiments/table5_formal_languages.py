@@ -78,9 +78,14 @@ def hope(chunk: int = 1, rate: float | None = 2.0, **memory) -> SelfModifyingCon
     )
 
 
-# One head starts by turning round what it stores, the other by adding to it.
-GATE = dataclasses.replace(
-    hope(rate=1.0), rate_start=0.5, erase="gate", half_life_start=1024.0
+# One head starts by turning round what it stores, the other by adding to it, and what
+# makes their keys and values hardly moves: a count is of equal terms.
+COUNTS = dataclasses.replace(
+    hope(rate=1.0),
+    rate_start=0.5,
+    erase="gate",
+    projection_rate=0.002,
+    half_life_start=1024.0,
 )
 MODELS: dict[str, Any] = {
     "lstm": MIXERS.get("lstm"),
@@ -89,8 +94,7 @@ MODELS: dict[str, Any] = {
     "delta_net": MIXERS.get("delta_net"),
     "srwm": MIXERS.get("srwm"),
     "hope": hope(),
-    "hope_gate": GATE,
-    "hope_gate_static": dataclasses.replace(GATE, adaptive_k=False, adaptive_v=False),
+    "hope_gate": COUNTS,
 }
 
 
