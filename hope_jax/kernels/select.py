@@ -182,7 +182,7 @@ def _check_ranks(config, tokens):
         asked = ["T"] if name not in vectors else [f"T, {vectors[name]}"]
         if name == "erase_rate" or (name == "alpha" and channels):
             asked.append("T, K")
-        if config.steps > 1:
+        if config.steps > 1 and name != "alpha":  # which acts in the first step alone
             asked += [axes.replace("T", "T, S", 1) for axes in asked]
         ranks = {axes.count(",") + 1 for axes in asked}
         if leaf is not None and jnp.ndim(leaf) not in ranks:

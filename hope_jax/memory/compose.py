@@ -594,19 +594,19 @@ def plain_tokens(config: MemoryConfig, tokens: Tokens) -> Tokens:
         return tokens
     ranks = (2, 2, 2, 1, tokens.alpha.ndim, 1, 1, 2, 2, 1)
 
-    def spread(leaf, rank):
+    def spread(name, leaf, rank):
         if leaf is None:
             return None
         if leaf.ndim == rank:  # the same in every step
             leaf = jnp.repeat(leaf[:, None], config.steps, axis=1)
         if leaf.shape[1] != config.steps:
             raise ValueError(
-                f"tokens must bring {config.steps} steps each, got {leaf.shape}."
+                f"tokens.{name} must bring {config.steps} steps each, got {leaf.shape}."
             )
         return leaf.reshape(-1, *leaf.shape[2:])
 
     first = jnp.arange(tokens.alpha.shape[0] * config.steps) % config.steps == 0
-    spread_out = Tokens._make(map(spread, tokens, ranks))
+    spread_out = Tokens._make(map(spread, Tokens._fields, tokens, ranks))
     alpha = spread_out.alpha
     first = first.reshape(-1, *[1] * (alpha.ndim - 1))
     return spread_out._replace(alpha=jnp.where(first, alpha, jnp.ones_like(alpha)))

@@ -198,9 +198,7 @@ def _live(
         eta, erase = gate("eta", made["eta"]), None
         if config.erase == "gate":
             erase = rates.within(memory, 2.0, gate("erase", made["eta"]), alpha)
-            eta = config.rate_bound * eta
-        else:
-            eta = rates.within(memory, config.rate_bound, eta, alpha)
+        eta = rates.within(memory, config.rate_bound, eta, alpha)
         if memory.inertia and memory.rate_law == "token":
             eta = eta * (1.0 - theta)
         k, q = each(_unit)(k), _unit(q)

@@ -89,6 +89,24 @@ def test_tokens_that_make_no_sense(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda t: t._replace(alpha=np.ones_like(t.eta)), r"alpha must be \[T\] of"),
+        (lambda t: t._replace(v=np.asarray(t.v)[:, :1]), "v must bring 2 steps each"),
+    ],
+)
+def test_writes_of_a_token_that_make_no_sense(change, message):
+    """Retention acts once a token, so it has no number for each write."""
+    config = MemoryConfig(architecture="linear", gradient="exact", steps=2, chunk=4)
+    tokens = some_tokens(0, 6)
+    twice = {n: np.stack([getattr(tokens, n)] * 2, axis=1) for n in ("k", "v", "eta")}
+    tokens = tokens._replace(**twice)
+    memory_scan(config, some_state(0, config), tokens)
+    with pytest.raises(ValueError, match=message):
+        memory_scan(config, some_state(0, config), change(tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (tuple, "must be a MemoryState, .* got tuple"),
         (lambda s: jax.tree.map(lambda a: np.stack([a, a]), s), "of one memory of"),
         (lambda s: jax.tree.map(lambda a: np.asarray(a)[1:], s), "of one memory of"),

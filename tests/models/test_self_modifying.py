@@ -427,6 +427,32 @@ def test_an_open_gate_that_never_erases_adds_what_it_is_given():
     close(steps, np.broadcast_to(steps[0], steps.shape))
 
 
+@pytest.mark.parametrize("erase", ["rate", "gate"])
+def test_no_memory_turns_what_it_stores_round_and_makes_it_longer(erase):
+    """However wide gates and rates are open, and however much a token forgets."""
+    config = remembering(
+        4, 4, TURNING | BEFORE, erase=erase, rate=2.0, projection_rate=None
+    )
+    graphdef, params = build(config)
+    for name, bias in (("eta", 9.0), ("erase", 9.0), ("alpha", 0.0)):
+        if f"bias_{name}" in params:
+            params = params | {
+                f"bias_{name}": jax.tree.map(
+                    functools.partial(jnp.full_like, fill_value=bias),
+                    params[f"bias_{name}"],
+                )
+            }
+
+    @jax.jit
+    def watch(x, state):
+        return nnx.merge(graphdef, params).watch(x, state, aligned=True)[2]
+
+    for given in watch(tokens(8), initial_state(config)):
+        rate = given.eta if given.erase_rate is None else given.erase_rate
+        kept = np.asarray(given.alpha - rate)
+        assert np.all(kept >= -1 - 1e-6) and np.all(kept < 0)
+
+
 @pytest.mark.parametrize("asked, given", [(2.0, 128), (256.0, 256), (1024.0, 1024)])
 def test_at_the_start_a_memory_outlives_its_chunk(asked, given):
     """The half-life that a fresh layer gives every token is at least its chunk; that
@@ -522,6 +548,7 @@ def test_configs_that_cannot_be(options, message):
         (dict(half_life_start=float("inf")), "got inf; retention 'none' forgets"),
         (dict(momentum_start=0.0), "momentum_start must lie strictly .* got 0.0"),
         (dict(erase_start=(0.5, 1.0)), r"erase_start\[1\] must .* got 1.0"),
+        (dict(erase_start=(0.5,)), r"erase_start must have two .* got \(0.5,\)"),
     ],
 )
 def test_starts_that_cannot_be(options, message):

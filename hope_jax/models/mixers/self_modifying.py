@@ -218,6 +218,11 @@ class SelfModifyingConfig(MixerConfig):
                 f"{self.half_life_start}; retention 'none' forgets nothing."
             )
         one_of(self, **_CHOICES)
+        if len(self.erase_start) != 2:
+            raise ValueError(
+                "erase_start must have two fractions, of the first head and of the "
+                f"last, got {self.erase_start}."
+            )
         refuse_unread(self, "erase_start", "erase", self.erase, ("gate",))
         apart = exact and memory.dgd != "none" and not found.bias.recalls
         apart = apart and memory.steps == 1
@@ -978,9 +983,8 @@ class SelfModifyingTitans(nnx.Module):
         if config.erase == "gate":
             erase = _read_out(self.read_erase, self.bias_erase, made["eta"])
             erase = rates.within(config.memory, 2.0, jax.nn.sigmoid(erase), alpha)
-            eta = config.rate_bound * eta
-        else:
-            eta = rates.within(config.memory, config.rate_bound, eta, alpha)
+        # The projections erase at their share of it, whatever the main memory does.
+        eta = rates.within(config.memory, config.rate_bound, eta, alpha)
         # Momentum averages writes, it adds none; a rate law sees to that itself.
         if config.memory.inertia and config.memory.rate_law == "token":
             eta = eta * jnp.expand_dims(1.0 - theta, range(theta.ndim, eta.ndim))
