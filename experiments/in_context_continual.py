@@ -100,16 +100,14 @@ def rows(flags: Any) -> dict[str, Row]:
             **dict(batch=2, steps=2, evaluation=4),
             optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
         )
-    rates = RATES[: 1 if flags.scale == "smoke" else None]
-    more = {"config": config, "rates": rates}
     made = {
         f"{'acl' if backward else 'plain'}_{name}": Row(
-            mixer=mixer, backward=backward, **more
+            mixer=mixer, backward=backward, config=config
         )
         for name, mixer in MODELS.items()
         for backward in (True, False)
     }
-    return made | {"nearest": Row(mixer=None, backward=False, **more)}
+    return made | {"nearest": Row(mixer=None, backward=False, config=config)}
 
 
 @functools.cache
