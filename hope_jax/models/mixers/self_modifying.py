@@ -17,8 +17,9 @@ sees of a token, how long values are and how fast each memory moves; the default
 With `memory.steps = n` a token writes n times: n keys and values, each of slow maps and
 convolution channels of its own, generated at the chunk's start as one is, and n rates
 read out of M_η(xₜ). Every memory takes them in turn, those of the projections too;
-retention acts in the first alone, and the token's query is read after the last. What a
-matrix holds is so multiplied by n transitions `I − η k kᵀ` a token (arXiv:2502.10297).
+retention acts in the first alone, and the token's query is read after the last, or, if
+the memory reads before it writes, before the last. What a matrix holds is so multiplied
+by n transitions `I − η k kᵀ` a token (arXiv:2502.10297).
 `models.reference.self_modifying_reference` is the definition, token by token.
 """
 
@@ -348,6 +349,7 @@ class SelfModifyingConfig(MixerConfig):
             )
             for projection in self.projections
         ]
+        rule += ", erases by a gate" if self.erase == "gate" else ""
         main = Part("main memory", self.memory.chunk, stored, rule, "main_start")
         return (*made, main)
 
