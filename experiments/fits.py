@@ -28,7 +28,8 @@ from launch import command
 
 NAME = "plan"
 MODELS = (
-    *("hope_760m", "hope_1b3", "transformer_760m", "transformer_1b3"),
+    *("hope_760m", "hope_attention_760m", "transformer_760m"),
+    *("hope_1b3", "hope_attention_1b3", "transformer_1b3"),
     *("llama3_8b_stacked", "llama3_8b_copied"),
 )
 POD = ("v5e-64", "v5p-128")  # those whose compiler libtpu has
