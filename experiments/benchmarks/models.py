@@ -2,13 +2,15 @@
 
 Run:     git worktree add ../before COMMIT
          python -m experiments.benchmarks.models --before=../before
+         (some cases: --only="decode; 1 row", to a file of their own, models_part)
 Smoke:   add --quick (small sizes, minutes to compile); a test times one case.
 Goal:    of the commit before, compiling at most 0.6, a decoded token at most a third;
          a Hope training step at most 3.8 times its twin's, a token twice.
-Expect:  experiments/results/benchmarks/models-1-x-cpu.json, beside 1c85765: compiling
-         0.81, training 1.20 times as fast in turns of two rows (1.02 at once), a
-         decoded token in 0.34; 5.7 of the twin's training step (4.2 of its step with
-         all rows at once), 2.0 of its token.
+Expect:  experiments/results/benchmarks/models_part-1-x-cpu.json, beside 1c85765:
+         training 1.75 times as fast in turns of two rows, a decoded token in 0.30; 3.9
+         of the twin's training step (2.8 of its step with all rows at once), 1.7 of
+         its token. models-1-x-cpu.json has all cases, of an earlier commit: compiling
+         0.81.
 Cost:    half an hour of one CPU core, most of it to compile.
 
 Each checkout has a worker of its own, with the same packages, and all are timed in
@@ -190,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted = [names[n] for n in lab.chosen(list(names), flags.only, "only", "case")]
     workloads = run(wanted, flags.before)
     print(timing.table(workloads))
-    print(write_benchmark(flags.out, name="models", workloads=workloads))
+    name = "models_part" if flags.only else "models"
+    print(write_benchmark(flags.out, name=name, workloads=workloads))
 
 
 if __name__ == "__main__":
