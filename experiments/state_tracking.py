@@ -109,13 +109,18 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
-    """Hope on words four times as long."""
+    """Hope with one key a token and with two, as trained and four times as long."""
     return [
         line
-        for group in GROUPS
+        for group, (name, keys), (metric, length) in itertools.product(
+            GROUPS,
+            (("hope", "one key"), ("hope_2", "two keys")),
+            (("accuracy", 128), ("accuracy_longer", 512)),
+        )
         for line in lab.compared(
-            f"State tracking, {group.upper()} over 512 elements, Hope",
-            lab.values(found, f"{group}_hope_to_2", "accuracy_longer"),
+            f"State tracking, {group.upper()} over {length} elements, Hope with {keys} "
+            "a token",
+            lab.values(found, f"{group}_{name}_to_2", metric),
         )
     ]
 
