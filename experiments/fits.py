@@ -1,14 +1,16 @@
-"""Do the models of the paper fit their machines? Asked of XLA, for TPUs not there.
+"""Do the models of the paper fit their machines? Asked of XLA, for devices not there.
 
-Run:     pip install libtpu==0.0.42.1
-         python -m experiments.fits  (one: --rows=hope_760m_v5e-64)
+Run:     pip install libtpu==0.0.42.1 jax-cuda12-plugin==0.10.2
+         JAX_PLATFORMS=cpu python -m experiments.fits  (one: --rows=hope_760m_v5e-64)
 Smoke:   --scale=smoke --out=DIR (a tiny Transformer, on the devices that are here).
 Expect:  experiments/README.md has the table.
 Cost:    half a minute to three minutes of one CPU core a row, and 4 GB.
 
 The step of each row is compiled whole, at its full size, with all its collectives, for
-all devices of the machine; nothing runs, so it says nothing of speed. XLA is asked for
-its least effort, with which it is done soonest and programs are slower.
+all devices of the machine; nothing runs, so it says nothing of speed. For TPUs XLA is
+asked for its least effort, with which it is done soonest and programs are slower. For
+GPUs it tries no kernels out, attention is not cuDNN's, and it keeps the program's size
+to itself.
 `launch.plan` says beforehand, from shapes, what goes into a step.
 """
 
@@ -32,7 +34,6 @@ MODELS = (
     *("hope_1b3", "hope_attention_1b3", "transformer_1b3"),
     *("llama3_8b_stacked", "llama3_8b_copied"),
 )
-POD = ("v5e-64", "v5p-128")  # those whose compiler libtpu has
 
 
 def rows(scale: str) -> dict[str, RunConfig]:
@@ -45,7 +46,7 @@ def rows(scale: str) -> dict[str, RunConfig]:
     return {
         f"{model}_{machine}": paper.rows(machine)[model]
         for model in MODELS
-        for machine in POD
+        for machine in plan.MACHINES
         if model in paper.rows(machine)
     }
 
@@ -79,7 +80,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         config = from_json(RunConfig, result["config"])
         machine = plan.MACHINES.get(config.scale)
         devices = machine.devices if machine else jax.device_count()
-        m["said"] = sum(plan.kept(config, devices, tiled=machine is not None))
+        tiled = machine is not None and machine.tiled
+        m["said"] = sum(plan.kept(config, devices, tiled))
         size = lambda name, m=m: f"{m[name] / 2**30:.2f}"  # noqa: E731
         need = m["arguments"] + m["temporaries"] + m["code"]
         tokens = train["batch"] * train["seq_len"]

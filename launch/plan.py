@@ -5,8 +5,9 @@
 
 The row and its settings are those of launch.train. Bytes are of one device and come
 from shapes, for TPUs from the tiles in which arrays lie there; what a step needs beside
-them its compiler says, with --compile: for the TPUs of --machine too, which need not be
-there (pip install libtpu).
+them its compiler says, with --compile: for the devices of --machine too, which need not
+be there (pip install libtpu, or for GPUs jax-cuda12-plugin, of JAX's version, with
+JAX_PLATFORMS=cpu set).
 """
 
 import sys
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         machine = None if name is None else plan.MACHINES[name]
         devices = given.devices or (machine.devices if machine else jax.device_count())
-        tiled = machine is not None and machine.topology is not None
+        tiled = machine is not None and machine.tiled
         said = plan.plan(config, devices, tiled)
         print(_table(config, said, devices, name, machine, given.mfu))
         if given.compile:

@@ -2,7 +2,7 @@
 
 Shapes alone say what is kept from step to step, and the traced step how many products
 it makes. What a step needs beside that, its compiler alone knows: `compiled` asks it,
-for TPUs that are not there too.
+for TPUs and GPUs that are not there too.
 """
 
 import dataclasses
@@ -32,21 +32,59 @@ class Machine(NamedTuple):
       devices: that JAX sees.
       bytes: of memory of one.
       flops: a second of one, dense products of bfloat16.
-      topology: by which the compiler for TPUs knows it; None for others.
+      topology: by which their compiler knows how they hang together.
+      platform: "tpu" or "cuda".
     """
 
     devices: int
     bytes: int
     flops: float
-    topology: str | None = None
+    topology: str
+    platform: str = "tpu"
+
+    @property
+    def tiled(self) -> bool:
+        """Whether arrays lie in tiles there."""
+        return self.platform == "tpu"
 
 
 MACHINES = {
     "v5e-64": Machine(64, int(15.75 * 2**30), PEAKS["tpu v5e"], "v5e:8x8"),
     # Two cores a chip, which JAX sees as one device.
     "v5p-128": Machine(64, int(95.74 * 2**30), PEAKS["tpu v5p"], "v5p:4x4x4"),
-    "8xH100": Machine(8, 80 * 10**9, PEAKS["h100"]),
+    # Processes, hosts, GPUs of each.
+    "8xH100": Machine(8, 80 * 10**9, PEAKS["h100"], "1x1x8", "cuda"),
 }
+COMPILERS = {  # and what has them
+    "tpu": "libtpu",
+    "cuda": "jax-cuda12-plugin, of JAX's version, and set JAX_PLATFORMS=cpu",
+}
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 9 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  device_memory_size: 80000000000
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  core_count: 132
+  fpus_per_core: 128
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""  # as XLA is told of a GPU, in the words of its GpuTargetConfigProto
 
 
 class Plan(NamedTuple):
@@ -158,21 +196,25 @@ def compiled(config: RunConfig, devices: Sequence[Any], effort: float = 0.0) -> 
 def topology(machine: Machine) -> Sequence[Any]:
     """The devices of a machine that is not there.
 
+    For GPUs XLA then tries no kernels out: Triton's make all products. Attention is
+    `attention.in_blocks`, for without a GPU cuDNN's cannot be traced.
+
     Raises:
-      ValueError: no TPU, or no compiler for TPUs (`pip install libtpu`).
+      ValueError: the compiler for its devices is not here (`COMPILERS`).
     """
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of machines of Google Cloud
-    if machine.topology is None:
-        raise ValueError("Only programs for TPUs can be compiled without the machine.")
+    if machine.platform == "tpu":
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of machines of Google Cloud
+        said = {"topology_name": machine.topology}
+    else:
+        said = {"topology": machine.topology, "target_config": H100}
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=machine.topology
-        )
+        found = topologies.get_topology_desc(platform=machine.platform, **said)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"There is no compiler for TPUs here ({error}); install libtpu."
+            f"There is no compiler for {machine.platform} here ({error}); install "
+            f"{COMPILERS[machine.platform]}."
         ) from None
     return found.devices
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
 from experiments import fits, lab, paper
 from hope_jax.core.config import from_json, override
@@ -124,7 +125,7 @@ def test_what_the_compiler_said_of_the_paper_rows():
         assert said["memory"] == machine.bytes
         need = said["arguments"] + said["temporaries"] + said["code"]
         assert need < machine.bytes
-        kept = sum(plan.kept(config, machine.devices, tiled=True))
+        kept = sum(plan.kept(config, machine.devices, machine.tiled))
         assert kept == pytest.approx(said["arguments"], rel=0.01)
     page = (lab.RESULTS.parent / "README.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- plan -->\n(.*)\n<!-- /plan -->", page, re.DOTALL)
@@ -168,6 +169,26 @@ def test_the_program_prints_it(capsys):
             program.main([*row, "--devices=4", *wrong])
 
 
-def test_what_cannot_be_compiled_without_the_machine():
-    with pytest.raises(ValueError, match="Only programs for TPUs"):
-        plan.topology(plan.MACHINES["8xH100"])
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("v5e-64", "libtpu"), ("8xH100", "jax-cuda12-plugin")]
+)
+def test_what_cannot_be_compiled_without_the_machine(monkeypatch, name, wanted):
+    def nowhere(**_):
+        raise NotImplementedError("topology not implemented")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", nowhere)
+    with pytest.raises(ValueError, match=f"not implemented.; install {wanted}"):
+        plan.topology(plan.MACHINES[name])
+
+
+def test_a_step_is_compiled_for_gpus_that_are_not_there():
+    """Where their compiler is installed."""
+    reason = "pip install jax-cuda12-plugin compiles for GPUs"
+    pytest.importorskip("jax_plugins.xla_cuda12", reason=reason)
+    machine = plan.MACHINES["8xH100"]
+    devices = plan.topology(machine)
+    assert [device.platform for device in devices] == ["gpu"] * machine.devices
+    config = override(SMOKE, ["train.mesh=fsdp:4,tensor:2", "train.batch=8"])
+    memory = plan.compiled(config, devices).memory_analysis()
+    kept = sum(plan.kept(config, machine.devices, machine.tiled))
+    assert memory.argument_size_in_bytes == pytest.approx(kept, rel=0.1)
