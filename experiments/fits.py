@@ -93,7 +93,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
                 size("said"),
                 size("arguments"),
                 size("temporaries"),
-                size("code"),
+                size("code") if m["code"] else "?",
                 size("memory"),
                 "yes" if need <= m["memory"] else "no",
                 f"{m['step flops'] / tokens / m['parameters']:.1f}",
