@@ -40,7 +40,9 @@ def test_rows_of_table_5():
     for name, row in made.items():
         assert name.startswith(row.probe.task.language)
         if isinstance(row.mixer, SelfModifyingConfig):
-            assert row.mixer.memory.chunk == 1 and row.mixer.rate_bound == 2.0
+            assert row.mixer.memory.chunk == 1
+            # Either may turn round what is stored along a key.
+            assert row.mixer.rate_bound == 2.0 or row.mixer.erase == "gate"
     lengths = [(2, 50), *FORMAL.BINS.values()]
     assert all(a[1] < b[0] for a, b in zip(lengths, lengths[1:], strict=False))
 
