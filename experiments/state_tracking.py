@@ -1,6 +1,6 @@
 """Who can follow the product of a group's elements, four times as far as it learned?
 
-Run:     python -m experiments.state_tracking  (some rows: --rows=s3_hope,s3_lstm)
+Run:     python -m experiments.state_tracking  (some: --rows=s3_hope_to_2,s3_lstm)
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table.
 Cost:    on one CPU core, a row and seed: `hope` 5 minutes, `hope_2` 8, others one to

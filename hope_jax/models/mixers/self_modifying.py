@@ -120,9 +120,11 @@ class SelfModifyingConfig(MixerConfig):
         equation 88, or a `gate` of its own, β in [0, 2], read like η from what the
         memory of rates answers. With one rate for both, a token cannot add to what is
         stored along its key without taking from it: no head counts. For an exact
-        gradient of the dot product; the projections erase at their share of η.
+        gradient of the dot product; the projections erase at their share of η. What is
+        added and not erased only the retention bounds.
       erase_start: where β starts, as a fraction of its bound: of the first head and of
-        the last, those between in equal steps of the logit.
+        the last, those between in equal steps of the logit. The default is that of
+        `hope_gate` in `experiments/table5_formal_languages.py`.
       projection_rate: where the share of η that each projection memory takes starts; it
         is learned, in (0, 1). None is all of it, to the letter of the equations.
       half_life_start: tokens after which the head that forgets most quickly has
