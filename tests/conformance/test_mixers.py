@@ -75,7 +75,10 @@ VARIANTS = {
         memory=vars(MATRIX) | dict(chunk=2, steps=2),
         projection_chunk=4,
         rate=2.0,
-    )
+    ),
+    "self_modifying, a gate of erasure": dict(
+        memory=vars(MATRIX) | dict(chunk=2), projection_chunk=4, erase="gate"
+    ),
 }
 KINDS = (*MIXERS, *CONSOLIDATING, *VARIANTS)
 each = pytest.mark.parametrize("kind", KINDS)
