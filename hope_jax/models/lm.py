@@ -1075,15 +1075,15 @@ _SAID = 256  # tokens whose logits are held at once
 
 
 def _read_and_blame(
-    model, tokens, labels, mixers, fast, position
+    model, tokens, labels, mixers, fast, position, teaches=None
 ) -> tuple[PyTree, "_Read"]:
     """What a base chunk's loss says of each row's fast weights, and its `_read`.
 
     The gradient is that of the chunk alone: states at its start, at `position`, are
-    constants to it.
+    constants to it. Of a chunk that does not teach it is not made, but zero.
     """
     graphdef, params = nnx.split(model, nnx.Param)
-    chunk = _Chunk(tokens, labels, mixers, fast)
+    chunk = _Chunk(tokens, labels, mixers, fast, teaches)
     if model.config.cms.gradient != "exact":
         return _blame_constant(graphdef, params, chunk)
     blame = jax.checkpoint(_blame, static_argnums=0)
@@ -1124,12 +1124,13 @@ _traced_once = functools.partial(jax.jit, static_argnums=0)
 
 
 class _Chunk(NamedTuple):
-    """A base chunk and the states at its start, bare."""
+    """A base chunk and the states at its start, bare; whether it teaches anything."""
 
     tokens: Array
     labels: Array
     mixers: PyTree
     fast: tuple
+    teaches: Bool[Array, ""] | None = None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -1160,7 +1161,15 @@ def _blame(graphdef, params, chunk):
         return jnp.sum(losses), read
 
     fast = tuple(cms.noted(*one) for one in moving)
-    gradient, read = jax.grad(objective, has_aux=True)(fast)
+    if chunk.teaches is None:
+        gradient, read = jax.grad(objective, has_aux=True)(fast)
+    else:
+        loss, pullback, read = jax.vjp(objective, fast, has_aux=True)
+        gradient = jax.lax.cond(
+            chunk.teaches,
+            lambda: pullback(jnp.ones_like(loss))[0],
+            lambda: jax.tree.map(jnp.zeros_like, fast),
+        )
     learned = tuple(
         cms.learned(level, g) for (level, _), g in zip(moving, gradient, strict=True)
     )
@@ -1336,6 +1345,7 @@ class _Life(NamedTuple):
       mixers: bare, for chunks begin at boundaries.
       position: tokens read; one number for all rows where these are fresh.
       ledger: of rows that are served.
+      begun: `mixers` before the last chunk, where that will be held.
     """
 
     mixers: PyTree
@@ -1343,6 +1353,7 @@ class _Life(NamedTuple):
     levels: tuple
     position: Int[Array, "*B"]
     ledger: Ledger | None = None
+    begun: PyTree | None = None
 
 
 def _read_aligned(
@@ -1369,30 +1380,39 @@ def _read_aligned(
     start = jnp.zeros((), jnp.int32) if fresh else state.position
     mixers = config.bare(state.blocks.mixer)
     life = _Life(mixers, state.blocks.fast, state.levels, start)
-    labels = tokens[:, 1:] if labels is None else labels
-    known = labels.shape[1] // chunk * chunk  # tokens of chunks with all their labels
+    missing = labels is None  # that of the last token
+    if missing:
+        after = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        labels = after if targets is None else targets
+    complete = (length - missing) // chunk * chunk  # tokens of chunks with all labels
+    # One body for all chunks: whether a slower level moves after one depends on where
+    # its row stands, and the last teaches nothing where a label of it is missing.
+    whole = length // chunk * chunk if complete else 0
+    teaches = None
+    if complete < whole:
+        teaches = jnp.arange(whole, dtype=jnp.int32) < complete
+        life = life._replace(begun=mixers)
     outputs = []
-    if known:
-        # One body for all chunks: whether a slower level moves after one depends on
-        # where its row stands.
+    if whole:
         live = functools.partial(_live, model)
-        xs = (tokens[:, :known].T, labels[:, :known].T)
+        xs = tokens[:, :whole].T, labels[:, :whole].T, teaches
         life, said = scan_chunks(live, live, chunk, life, xs)
         outputs.append(jnp.moveaxis(said, 0, 1))
-    mixers, rest = config.full(life.mixers), tokens[:, known:]
-    if known < length:
+    mixers = config.full(life.mixers)
+    if whole < length:
         said, mixers, _ = _read(
             model,
-            rest,
+            tokens[:, whole:],
             mixers,
             life.fast,
             aligned=config.nests,
             learn=learn,
-            targets=None if targets is None else targets[:, known:],
+            targets=None if targets is None else targets[:, whole:],
         )
         outputs.append(said)
+    rest = tokens[:, complete:]
     held = Held(
-        mixers=life.mixers,
+        mixers=life.mixers if life.begun is None else life.begun,
         tokens=jnp.pad(rest, ((0, 0), (0, chunk - rest.shape[1]))),
         count=jnp.full((tokens.shape[0],), rest.shape[1], jnp.int32),
     )
@@ -1401,32 +1421,35 @@ def _read_aligned(
 
 
 def _live(model, life, xs):
-    """Reads a base chunk of `[C, B]` tokens and labels, and moves what is due then."""
-    life, read = _learn(model, life, *(a.T for a in xs))
-    return _move_due(model, life), jnp.moveaxis(read.said, 1, 0)
+    """Reads a base chunk of `[C, B]` tokens and labels, and moves what is due then; or
+    only reads it, where `teaches`, `[C]`, is not None and says so."""
+    tokens, labels, teaches = xs
+    if teaches is not None:
+        teaches, life = teaches[0], life._replace(begun=life.mixers)
+    life, read = _learn(model, life, tokens.T, labels.T, teaches)
+    return _move_due(model, life, teaches=teaches), jnp.moveaxis(read.said, 1, 0)
 
 
-def _learn(model, life, tokens, labels):
-    """Reads a base chunk and adds up what it says of the fast levels."""
+def _learn(model, life, tokens, labels, teaches=None):
+    """Reads a base chunk and adds up what it says of the fast levels, if anything."""
     learned, read = _read_and_blame(
-        model, tokens, labels, life.mixers, life.fast, life.position
+        model, tokens, labels, life.mixers, life.fast, life.position, teaches
     )
+    chunk = tokens, labels, life.mixers, life.position
+    levels = _accumulate(model, life.levels, learned, read, chunk)
+    if teaches is not None:
+        levels = _where_any(teaches, levels, life.levels)
     life = life._replace(
         mixers=model.config.bare(read.mixers),
-        levels=_accumulate(
-            model,
-            life.levels,
-            learned,
-            read,
-            (tokens, labels, life.mixers, life.position),
-        ),
+        levels=levels,
         position=life.position + tokens.shape[1],
     )
     return life, read
 
 
-def _move_due(model, life, rows=None):
-    """Moves every level whose period ends where a row stands; of `rows`, or of all."""
+def _move_due(model, life, rows=None, teaches=None):
+    """Moves every level whose period ends where a row stands; of `rows`, or of all, if
+    the chunk read last `teaches` anything."""
     config, ledger = model.config, life.ledger
     fast, levels = list(life.fast), list(life.levels)
     # A window is lived with all slower weights; theirs is not where one was limited.
@@ -1439,10 +1462,14 @@ def _move_due(model, life, rows=None):
         old = tuple(fast[those]), tuple(levels[those]), ledger
         moves = life.position // period - 1  # before this one
         if rows is None and period == config.base_chunk:
+            due = teaches
+        else:
+            due = Clock(period=period).moves(life.position)
+            due = due if rows is None else due & rows
+            due = due if teaches is None else due & teaches
+        if due is None:
             fast[those], levels[those], ledger = _move(model, which, moves, *old)
             continue
-        due = Clock(period=period).moves(life.position)
-        due = due if rows is None else due & rows
 
         def move(*old, which=which, moves=moves, due=due):
             return _move(model, which, moves, *old, rows=due if due.ndim else None)

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from hope_jax.models import lm
 from tests.conformance.test_mixers import ROWS, D, abstract, configured
+from tests.models.small import HOPE
 
 KINDS = ("self_modifying", "memory", "titans_mac", "tnt")
 
@@ -33,3 +35,27 @@ def test_what_remains_has_no_body_of_its_own(kind):
     lines = [len(text.splitlines()) for text in (part, whole)]
     assert products[0] <= products[1], products
     assert lines[0] <= 1.15 * lines[1], lines
+
+
+def test_a_chunk_that_is_held_back_has_no_body_of_its_own():
+    """The last base chunk, which teaches nothing while its last label is missing, is
+    read by the products of the others, forward and backward."""
+    graphdef, params = lm.abstract_model(HOPE)
+    ids = jax.ShapeDtypeStruct((ROWS, 3 * HOPE.base_chunk), jnp.int32)
+    after = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+
+    def closed(params, tokens, labels):
+        logits, _ = lm.apply(graphdef, params, tokens, labels=labels)
+        return jnp.sum(lm.next_token_loss(logits, labels))
+
+    def held(params, tokens, after):
+        return jnp.sum(lm.apply(graphdef, params, tokens, after=after)[0])
+
+    products = [
+        jax.jit(jax.grad(loss))
+        .lower(params, ids, given)
+        .as_text()
+        .count("stablehlo.dot_general")
+        for loss, given in ((closed, ids), (held, after))
+    ]
+    assert products[1] <= products[0] + 2, products  # the head's, in its own loop
