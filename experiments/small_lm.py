@@ -231,8 +231,13 @@ def measure(task: lab.Task) -> dict[str, float]:
     reader, params, tokens = opened.reader, opened.params, opened.tokenizer
     documents = run.data.load().validation
     modes = language_model.modes_of(run.model, documents)
-    asked = language_model.evaluate(reader, params, tokens, documents, modes=modes)
     for mode in modes:
+        how = {"modes": (mode,)}
+        try:
+            asked = language_model.evaluate(reader, params, tokens, documents, **how)
+        except FloatingPointError:  # a result too: it does not stand so much text
+            made[f"overflow/{mode}"] = 1.0
+            continue
         made[f"bits/{mode}"] = asked[f"bits_per_byte_{mode}"]
         made[f"perplexity/{mode}"] = math.exp(asked[f"nats_per_token_{mode}"])
     ids = encode_documents(tokens, documents)
@@ -266,7 +271,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     ):
         lines = []
         for row in seen:
-            cells = [_cell(lab.values(found, row, name)) for name in names]
+            cells = [_cell(found, row, name) for name in names]
             size = max(lab.values(found, row, "parameters").values(), default=0)
             lines.append([row, f"{size:,}", *cells])
         heads = [name.removeprefix("position/").removeprefix("part/") for name in names]
@@ -274,9 +279,11 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _cell(of: Mapping[int, float]) -> str:
+def _cell(found, row, name) -> str:
+    of = lab.values(found, row, name)
     if not of:
-        return ""
+        mode = name.removeprefix("bits/")
+        return "overflow" if lab.values(found, row, f"overflow/{mode}") else ""
     numbers = np.array([*of.values()])
     half = (numbers.max() - numbers.min()) / 2
     return f"{numbers.mean():.3f}" + (f" ± {half:.3f}" if len(numbers) > 1 else "")
