@@ -1,7 +1,7 @@
 """Table 5: who learns formal languages from short words, and reads longer ones?
 
 Run:     python -m experiments.table5_formal_languages  (some: --rows=parity_hope,..)
-         python -m experiments.table5_formal_languages --group=chunks
+         python -m experiments.table5_formal_languages --group=chunks  (or longer)
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the tables.
 Cost:    of each seed an hour of one CPU core: Hope 2.5 to 4 minutes a row, others half
@@ -23,6 +23,7 @@ when the second number is 100 %. Here every word is new and the steps are fixed:
 
 Groups:
   table5  the paper's rows, and Hope with matrices that are one gradient step a token
+  longer  languages that count, from four times as many words, at the larger rate
   chunks  parity and (aa)* by Hope's chunk, with exact gradients and with those of the
           chunk's start, and what its rates may reach
 """
@@ -49,6 +50,8 @@ from launch import command
 NAME = "table5_formal_languages"
 BINS = {"bin1": (51, 100), "bin2": (101, 150)}
 RATES = (1e-2, 3e-3)
+COUNTING = ("anbn", "anbncn", "shuffle_2")
+LONGER = 4  # times the steps of a longer training
 PROBE = ProbeConfig(
     d_model=32, layers=2, heads=2, hidden=64, batch=16, steps=1600, evaluation=32
 )
@@ -128,8 +131,18 @@ def rows(flags: Any) -> dict[str, Row]:
     models, languages = MODELS, tuple(LANGUAGES)
     if flags.group == "chunks":
         models, languages = _chunks(), ("parity", "aa_star")
+    if flags.group == "longer":
+        languages = COUNTING
     pairs = itertools.product(languages, models.items())
-    return {f"{at}_{name}": _row(model, at, smoke) for at, (name, model) in pairs}
+    made = {f"{at}_{name}": _row(model, at, smoke) for at, (name, model) in pairs}
+    if flags.group == "longer":
+        return {f"{name}_{LONGER}x": _longer(row) for name, row in made.items()}
+    return made
+
+
+def _longer(row: Row) -> Row:
+    probe = dataclasses.replace(row.probe, steps=LONGER * row.probe.steps)
+    return dataclasses.replace(row, probe=probe, rates=row.rates[:1])
 
 
 def measure(task: lab.Task) -> dict[str, float]:
@@ -185,7 +198,7 @@ def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
 
 
 def _define(define) -> None:
-    define.enum("group", "table5", ("table5", "chunks"), "whose rows")
+    define.enum("group", "table5", ("table5", "chunks", "longer"), "whose rows")
 
 
 main = lab.Experiment(
