@@ -14,7 +14,7 @@ from hope_jax.models.mixers.self_modifying import SelfModifyingConfig
 from hope_jax.train.metrics import read_result
 
 FORMAL, WORDS = table5_formal_languages, state_tracking
-GROUPS = [(FORMAL, "table5"), (FORMAL, "chunks"), (WORDS, None)]
+GROUPS = [(FORMAL, g) for g in ("table5", "chunks", "longer")] + [(WORDS, None)]
 
 
 def rows(module, group, scale="full"):
@@ -45,6 +45,17 @@ def test_rows_of_table_5():
             assert row.mixer.rate_bound == 2.0 or row.mixer.erase == "gate"
     lengths = [(2, 50), *FORMAL.BINS.values()]
     assert all(a[1] < b[0] for a, b in zip(lengths, lengths[1:], strict=False))
+
+
+def test_longer_rows_are_the_first_ones_with_more_words():
+    first, longer = (rows(FORMAL, group) for group in ("table5", "longer"))
+    assert len(longer) == len(FORMAL.COUNTING) * len(FORMAL.MODELS)
+    for name, row in longer.items():
+        base, _, times = name.rpartition("_")
+        own = first[base].probe
+        assert times == f"{FORMAL.LONGER}x" and row.mixer == first[base].mixer
+        own = dataclasses.replace(own, steps=FORMAL.LONGER * own.steps)
+        assert row.probe == own and row.rates == first[base].rates[:1]
 
 
 def test_rows_of_chunks_differ_in_one_thing_each():
