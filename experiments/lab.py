@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats
@@ -150,6 +151,9 @@ class Experiment:
                 config=config,
                 metrics=self.measure(task),
             )
+            # Every program maps memory, and a process may map only so much: after a
+            # dozen language models compiling crashes.
+            jax.clear_caches()
             print(f"{row}, seed {seed}: {file}", flush=True)
         if other:
             print(

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -79,6 +80,19 @@ def test_every_row_is_measured_with_every_seed_and_tabulated(made, capsys):
     result = metrics.read_result(made.folder / "narrow-s1.json")
     assert result["config"] == {"size": 1, "seed": 1}  # the seed is the config's too
     assert (result["scale"], result["seed"]) == ("full", 1)
+
+
+def test_programs_of_a_row_are_let_go_after_it(made, monkeypatch):
+    """Every one maps memory, and where no more can be had compiling crashes."""
+    program, kept = jax.jit(lambda x: x + 1), []
+
+    def write(*_, metrics, **__):
+        program(metrics["loss"])
+        kept.append(program._cache_size())
+
+    monkeypatch.setattr(lab.metrics, "write_result", write)
+    made()
+    assert kept == [1] * 4 and program._cache_size() == 0
 
 
 def test_what_is_finished_is_not_measured_again(made):
