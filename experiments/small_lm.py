@@ -18,6 +18,7 @@ the last 50 steps of training chooses for all seeds: validation text chooses not
 
   hope, hope_matrix   MLP and matrix memories, three CMS levels that move while reading
   hope_attention      attention in place of the memories, the same levels
+  hope_delta          the gated delta rule in place of the memories, the same levels
   titans, gated_delta_net, transformer   one memory, or attention, and one MLP
   transformer_115     Transformer++ with 15 % more parameters
   whole               what Table 6 takes parts away from: `hope_matrix` with momentum
@@ -150,6 +151,8 @@ def models(scale: str) -> dict[str, ModelConfig]:
     names = ("hope", "hope_matrix", *PEERS)
     made = {name: zoo.get(f"{name}_tiny") for name in names}
     made["transformer_115"] = made["transformer"]
+    delta = made["gated_delta_net"].mixer
+    made["hope_delta"] = dataclasses.replace(made["hope"], mixer=delta)
     made |= _table_6(made["hope_matrix"])
     found = {}
     for name, model in made.items():
@@ -262,7 +265,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     parts, seen = [], list(dict.fromkeys(result["row"] for result in found))
     metrics = {name: None for r in found for name in r["metrics"]}
     known = [name for name in metrics if name.partition("/")[0] in ("bits", "part")]
-    shown = [name for name in known if name.startswith("bits/")]
+    shown = [f"bits/{mode}" for mode in language_model.MODES]
     shown += ["perplexity/reset", *(m for m in metrics if m.startswith("training/"))]
     for title, names in (
         ("validation, bits a byte", shown),

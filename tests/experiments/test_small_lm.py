@@ -25,7 +25,7 @@ def test_rows_are_of_one_size_and_differ_in_the_model_alone(scale):
         check_rows(config)
         same = dataclasses.replace(config, row=first.row, model=first.model)
         assert same == first
-    assert len({config.model for config in rows.values()}) == len(rows) == 15
+    assert len({config.model for config in rows.values()}) == len(rows) == 16
 
 
 def test_each_row_of_table_6_lacks_one_thing():
@@ -63,15 +63,24 @@ def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys, monkeypatch):
             return [{"step": 1, "bits_per_byte": 8.0}]
         return trained(config, folder)
 
+    evaluate = small_lm.language_model.evaluate
+
+    def overflows(*arguments, modes):
+        if modes == ("frozen",):
+            raise FloatingPointError("not finite")
+        return evaluate(*arguments, modes=modes)
+
     monkeypatch.setattr(lab, "trained", train)
+    monkeypatch.setattr(small_lm.language_model, "evaluate", overflows)
     flags += [f"--workdir={tmp_path / 'runs'}"]
     made = small_lm.main(flags)
     found = read_result(tmp_path / "small_lm" / f"{row}-s1.json")
     m = found["metrics"]
     assert tried == [(0, f"{row}-s0-0.001"), (1, f"{row}-s1-0.001")]
     assert found["config"]["run"]["seed"] == 1 and m["rate"] == 1e-3
-    for mode in ("reset", "carried", "frozen"):
+    for mode in ("reset", "carried"):
         assert 1 < m[f"perplexity/{mode}"] < 300
+    assert m["overflow/frozen"] == 1.0 and "bits/frozen" not in m
     # A byte is a token here.
     assert m["bits/reset"] == pytest.approx(math.log2(m["perplexity/reset"]), rel=0.01)
     ends = m["position/all learn/0-64"], m["position/all learn/64-256"]
@@ -79,7 +88,7 @@ def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys, monkeypatch):
     assert m["part/nothing learns"] == m["part/main memory off"]
     assert m["part/nothing learns"] != m["part/all learn"]
     assert "part/all CMS off" not in m
-    assert f"| {row} | " in made
+    assert f"| {row} | " in made and "| overflow |" in made
     capsys.readouterr()
     assert small_lm.main(flags) == made  # nothing is trained or asked again
     assert "step" not in capsys.readouterr().out
