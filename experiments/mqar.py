@@ -66,6 +66,7 @@ MODELS: dict[str, Any] = {
     "linear_attention": MIXERS.get("linear_attention"),
 }
 OTHERS = {n: MIXERS.get(n) for n in named.memories() if n not in MODELS}
+SHOWN = ("hope", "hope_matrix", "gated_delta_net", "attention")  # on the first page
 GROUPS = {
     "main": (POINTS[:2], MODELS),
     "longer": (POINTS[2:], MODELS),
@@ -159,9 +160,9 @@ def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
-    """Of Hope and attention, at each point that was run."""
+    """Of Hope and two others, at each point that was run."""
     lines = []
-    for (length, pairs), model in itertools.product(POINTS, ("hope", "attention")):
+    for (length, pairs), model in itertools.product(POINTS, SHOWN):
         ours = lab.values(found, f"{length}x{pairs}_{model}", "accuracy")
         lines += lab.compared(f"MQAR, {pairs} pairs in {length} tokens, {model}", ours)
     return lines

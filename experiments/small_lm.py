@@ -67,11 +67,13 @@ EDGES = (0, 64, 256, 512, 1024)  # of positions in a row
 PAPER = {"dgd": 13.41, "momentum": 13.58, "retention": 13.71, "cms": 13.04}
 PAPER |= {"k": 13.77, "v": 13.90, "q": 12.19}
 WHOLE = 12.24
-PEERS_OF_PAPER = {  # Table 2, Wikitext, but for the last: in whose words, Hope over it
+PEERS_OF_PAPER = {  # Table 2, Wikitext, but for the last two: Hope over it, and where
     "gated_delta_net": ("Gated DeltaNet's", 18.68 / 24.52, "over DeltaNet's, 760M"),
     "transformer": ("Transformer++'s", 18.68 / 24.18, "760M"),
     "transformer_115": ("a larger Transformer++'s (15 %)", 1.0, "an article"),
+    "hope_delta": ("Gated DeltaNet's with Hope's levels", None, ""),
 }
+SEEN = EDGES[:3]  # positions that rows of training have
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,14 +307,14 @@ def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
 
         command = f"{NAME} {more}--workdir=DIR"
         for name, (words, paper, where) in PEERS_OF_PAPER.items():
-            lines += lab.compared(
-                f"Table 2, perplexity of Hope over {words}: 1M parameters, {group}",
-                over("hope", name),
-                paper,
-                "{:.2f}",
-                where=where,
-                command=command,
-            )
+            what = f"Table 2, perplexity of Hope over {words}: 1M parameters, {group}"
+            how = {"form": "{:.2f}", "command": command}
+            whole = f"{what}, whole documents"
+            lines += lab.compared(whole, over("hope", name), paper, where=where, **how)
+            ours, theirs = (_seen(found, f"{group}_{m}") for m in ("hope", name))
+            ratio = {s: math.exp(ours[s] - theirs[s]) for s in ours if s in theirs}
+            first = f"{what}, the first {SEEN[-1]} tokens (a training row)"
+            lines += lab.compared(first, ratio, **how)
         each = {part: over(f"whole_no_{part}", "whole") for part in PAPER}
         if all(each.values()):
             ours = {part: np.mean([*of.values()]) for part, of in each.items()}
@@ -326,6 +328,18 @@ def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
             away = f"{away:.2f} on average"
             lines.append(lab.Evidence(what, result, paper, away, command))
     return lines
+
+
+def _seen(found, row: str) -> dict[int, float]:
+    """Nats a token over positions that rows of training have, by seed."""
+    parts = [
+        (high - low, lab.values(found, row, f"position/all learn/{low}-{high}"))
+        for low, high in zip(SEEN, SEEN[1:], strict=False)
+    ]
+    return {
+        seed: sum(tokens * of[seed] for tokens, of in parts) / SEEN[-1]
+        for seed in parts[0][1]
+    }
 
 
 def _define(define) -> None:

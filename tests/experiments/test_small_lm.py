@@ -127,6 +127,13 @@ def test_evidence_by_hand():
     (line,) = small_lm.evidence(found)
     assert line.result == "1.25" and line.paper == "0.76 (over DeltaNet's, 760M)"
     assert line.distance == "+0.49"
+    near = [("hope", 5.0, 3.0), ("gated_delta_net", 3.0, 3.0)]  # of 64 and 192 tokens
+    for made, (_, begin, rest) in zip(found, near, strict=True):
+        ends = {"0-64": begin, "64-256": rest}
+        made["metrics"] |= {f"position/all learn/{k}": v for k, v in ends.items()}
+    first = small_lm.evidence(found)[1]
+    assert "the first 256 tokens" in first.what
+    assert first.result == f"{math.exp(0.5):.2f}" and first.paper == "none"
     found += [result("whole", 100.0)]
     found += [result(f"whole_no_{part}", 110.0) for part in small_lm.PAPER]
     *_, line = small_lm.evidence(found)
