@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments import lab
 from experiments.table5_formal_languages import Row
@@ -153,8 +154,12 @@ def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
         length, pairs = point.split("x")
         axes.set_title(f"{pairs} pairs in {length} tokens", loc="left")
         axes.set_xscale("log")
+        axes.set_xlim(ends[0][0] / 1.3, ends[-1][0] * 2.2)  # names stand to the right
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(-0.03, 1.08)
-        axes.set_xlabel("bytes of state a row")
+        axes.set_xlabel("thousand bytes of state a row")
     panels[0].set_ylabel("accuracy")
     return figure
 
