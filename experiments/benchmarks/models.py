@@ -6,11 +6,10 @@ Run:     git worktree add ../before COMMIT
 Smoke:   add --quick (small sizes, minutes to compile); a test times one case.
 Goal:    of the commit before, compiling at most 0.6, a decoded token at most a third;
          a Hope training step at most 3.8 times its twin's, a token twice.
-Expect:  experiments/results/benchmarks/models_part-1-x-cpu.json, beside 1c85765:
-         training 1.75 times as fast in turns of two rows, a decoded token in 0.30; 3.9
-         of the twin's training step (2.8 of its step with all rows at once), 1.7 of
-         its token. models-1-x-cpu.json has all cases, of an earlier commit: compiling
-         0.81.
+Expect:  experiments/results/benchmarks/models-1-x-cpu.json, beside 1c85765: training
+         1.75 times as fast in turns of two rows, a decoded token in 0.32; 3.9 of the
+         twin's training step (2.7 of its step with all rows at once), 1.15 of its
+         token; compiling 0.86 and 0.83 (models_part-1-x-cpu.json, a quieter machine).
 Cost:    half an hour of one CPU core, most of it to compile.
 
 Each checkout has a worker of its own, with the same packages, and all are timed in
