@@ -287,7 +287,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 def _cell(found, row, name) -> str:
     of = lab.values(found, row, name)
     if not of:
-        mode = name.removeprefix("bits/")
+        mode = name.partition("/")[2]
         return "overflow" if lab.values(found, row, f"overflow/{mode}") else ""
     numbers = np.array([*of.values()])
     half = (numbers.max() - numbers.min()) / 2

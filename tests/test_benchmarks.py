@@ -110,15 +110,21 @@ def test_models_are_timed_beside_another_checkout(tmp_path, monkeypatch, capsys)
     spec = {"model": "transformer_tiny", "task": "training", "rows": 2, "T": 4}
     spec |= {"turns": 2, "set": small}
     case = models.Case(name="training", spec=spec, rounds=2, twin="transformer_tiny")
-    monkeypatch.setattr(models, "cases", lambda quick: [case] if quick else [])
+    layer = models.Case(name="layer", spec=spec | {"task": "layer"}, rounds=2)
+    monkeypatch.setattr(models, "cases", lambda quick: [case, layer] if quick else [])
     root = Path(models.__file__).parents[2]
     models.main(["--quick", f"--before={root}", f"--out={tmp_path}"])
     (path,) = (tmp_path / "benchmarks").iterdir()
     found = {w["workload"] for w in read_benchmark(path)["workloads"]}
     workers = ("before", "twin", "twin at once")
-    assert found == {f"training, against {name}" for name in workers}
+    assert found == {
+        *(f"training, against {name}" for name in workers),
+        "layer, against before",
+    }
     said = capsys.readouterr().out
     assert said.count(": loss ") == 4 and "not timed" not in said
+    squares = [line.split()[-1] for line in said.splitlines() if "mean square" in line]
+    assert len(squares) == 2 and squares[0] == squares[1] != "0"
 
 
 def test_serving(tmp_path, monkeypatch, capsys):

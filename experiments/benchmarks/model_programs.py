@@ -5,13 +5,15 @@ beside this one. A program is asked for by a spec:
 
     model     a name of the zoo
     task      compile, training, forward, prefill or decode; a step of training is that
-              of `launch.train` (`lm.apply(after=)`) where the checkout has it
+              of `launch.train` (`lm.apply(after=)`) where the checkout has it. Or layer
+              or layer training, of the self-modifying layer with chunks of 64
     rows, T   of the tokens; of decode, as many are read one after another
     turns     parts in which the rows of a training step are read, one after another,
               where the checkout knows how; 1 by default
     set       {name: value} of the model's config
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import inspect
@@ -21,9 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from hope_jax.core.config import override
 from hope_jax.models import lm, zoo
+from hope_jax.models.mixers.self_modifying import (
+    MLP,
+    SelfModifyingConfig,
+    SelfModifyingTitans,
+)
 from hope_jax.train import sharding
 
 
@@ -145,9 +153,35 @@ def _decode(config, rows, length):
     }
 
 
+def _layer(config, rows, length, training=False):
+    """One self-modifying layer as wide as the model, forward or with its gradient."""
+    memory = dataclasses.replace(MLP, chunk=64)
+    layer = SelfModifyingTitans(
+        *(config.d_model, config.heads),
+        SelfModifyingConfig(memory=memory, projection_chunk=64),
+        jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    graphdef, params = nnx.split(layer, nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (rows, length, config.d_model))
+
+    def forward(params, x):
+        return nnx.merge(graphdef, params)(x)[0]
+
+    def loss(params, x):
+        return jnp.vdot(forward(params, x), jnp.flip(x, axis=1))
+
+    program = jax.grad(loss, argnums=(0, 1)) if training else forward
+    return _called(program, params, x), lambda out: {
+        "mean square": np.mean([np.mean(np.square(a)) for a in jax.tree.leaves(out)])
+    }
+
+
 _TASKS = {
     "compile": _compile,
     "training": _training,
     "forward": _forward,
     "decode": _decode,
+    "layer": _layer,
+    "layer training": functools.partial(_layer, training=True),
 }

@@ -74,11 +74,13 @@ def cases(quick: bool) -> list[Case]:
         return Case(name=name, spec=spec | {"set": changes}, rounds=rounds, twin=twin)
 
     hope, twin, slim = "hope_tiny", "transformer_tiny", {"d_model": 64}
+    wide = {"d_model": 256}
     if quick:
         small = {"d_model": 32, "heads": 1, "vocab": 64, "layers": 1}
         return [
             case("decode", hope, "decode", 1, 4, 2, twin, **small),
             case("training", hope, "training", 2, 8, 2, twin, turns=2, **small),
+            case("layer", hope, "layer training", 1, 4, 2, **small),
         ]
     return [
         case("compile, T 256", hope, "compile", 2, 256, 3),
@@ -90,6 +92,8 @@ def cases(quick: bool) -> list[Case]:
         case("forward, 2 rows of 512", hope, "forward", 2, 512, 5, twin),
         case("decode, 1 row", hope, "decode", 1, 256, 5, twin),
         case("decode, 64 rows", hope, "decode", 64, 64, 3, twin),
+        case("layer, forward, T 512", hope, "layer", 1, 512, 7, **wide),
+        case("layer, training, T 512", hope, "layer training", 1, 512, 7, **wide),
     ]
 
 
