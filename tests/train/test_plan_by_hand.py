@@ -64,7 +64,7 @@ def test_products_of_a_step(one):
 
 
 def test_tokens_a_second(one):
-    machine = plan.Machine(devices=2, bytes=0, flops=1e12)
+    machine = plan.Machine(devices=2, bytes=0, flops=1e12, topology="2x1")
     assert one.tokens_per_second(machine, 0.25) == pytest.approx(
         64 * 0.25 * 2e12 / one.step_flops
     )
