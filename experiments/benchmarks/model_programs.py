@@ -27,11 +27,6 @@ from flax import nnx
 
 from hope_jax.core.config import override
 from hope_jax.models import lm, zoo
-from hope_jax.models.mixers.self_modifying import (
-    MLP,
-    SelfModifyingConfig,
-    SelfModifyingTitans,
-)
 from hope_jax.train import sharding
 
 
@@ -155,6 +150,12 @@ def _decode(config, rows, length):
 
 def _layer(config, rows, length, training=False):
     """One self-modifying layer as wide as the model, forward or with its gradient."""
+    from hope_jax.models.mixers.self_modifying import (  # not there in every checkout
+        MLP,
+        SelfModifyingConfig,
+        SelfModifyingTitans,
+    )
+
     memory = dataclasses.replace(MLP, chunk=64)
     layer = SelfModifyingTitans(
         *(config.d_model, config.heads),
