@@ -1462,14 +1462,14 @@ def _move_due(model, life, rows=None, teaches=None):
         old = tuple(fast[those]), tuple(levels[those]), ledger
         moves = life.position // period - 1  # before this one
         if rows is None and period == config.base_chunk:
-            new = _move(model, which, moves, *old)
-            if teaches is not None:  # of `cond` more would be kept for gradients
-                new = _where_any(teaches, new, old)
-            fast[those], levels[those], ledger = new
+            due = teaches
+        else:
+            due = Clock(period=period).moves(life.position)
+            due = due if rows is None else due & rows
+            due = due if teaches is None else due & teaches
+        if due is None:
+            fast[those], levels[those], ledger = _move(model, which, moves, *old)
             continue
-        due = Clock(period=period).moves(life.position)
-        due = due if rows is None else due & rows
-        due = due if teaches is None else due & teaches
 
         def move(*old, which=which, moves=moves, due=due):
             return _move(model, which, moves, *old, rows=due if due.ndim else None)
