@@ -2,6 +2,7 @@
 
 Run:     python -m experiments.small_lm --workdir=DIR  (a part: --rows=library_hope)
          python -m experiments.small_lm --group=plays --data_dir=DATA --workdir=DIR
+         python -m experiments.small_lm --group=why --workdir=DIR
 Larger:  --scale=4m or 10m with --out=DIR, for accelerators.
 Smoke:   add --scale=smoke --out=DIR.
 Goal:    Hope's perplexity at most 1.05 of Gated DeltaNet's, then below it.
@@ -27,6 +28,14 @@ the last 50 steps of training chooses for all seeds: validation text chooses not
   whole_no_momentum, whole_no_retention   as they say
   whole_no_cms        one MLP in place of the levels
   whole_no_k, _v, _q  keys, values or queries by slow maps alone
+
+The group `why` has what may set Hope apart from `hope_delta`, on `library`:
+
+  delta_narrow        `hope_delta`, its levels as narrow as Hope's: fewer parameters
+  hope_wide, matrix_wide   Hope's levels as wide as `hope_delta`'s: more parameters
+  hope_expansion_1    MLP memories half as wide, levels wider for it
+  matrix_static       memories make the gates alone, not keys and values
+  matrix_slice        what they read is a slice of x, not slow maps of it
 
 Table 6 is done with matrices, for they cost half of MLP memories, and because a delta
 term helps them and harms MLPs (`experiments/memory.py`). Measured: bits a byte and
@@ -59,7 +68,7 @@ from hope_jax.train.config import DataConfig, OptimizerConfig, RunConfig, TrainC
 from launch import command
 
 NAME = "small_lm"
-GROUPS = ("library", "plays")
+GROUPS = ("library", "plays", "why")
 PEERS = ("hope_attention", "titans", "gated_delta_net", "transformer")
 MORE = 1.15  # times the parameters of the others
 EDGES = (0, 64, 256, 512, 1024)  # of positions in a row
@@ -164,6 +173,32 @@ def models(scale: str) -> dict[str, ModelConfig]:
     return found
 
 
+@functools.cache
+def controls(scale: str) -> dict[str, ModelConfig]:
+    """Models between Hope and `hope_delta`, of one size but for the first three."""
+    made, size = models(scale), SCALES[scale].parameters
+    hope, matrix, delta = (made[n] for n in ("hope", "hope_matrix", "hope_delta"))
+
+    def like(model, other):
+        cms = dataclasses.replace(model.cms, hidden=other.cms.hidden)
+        return dataclasses.replace(model, cms=cms)
+
+    def mixer(model, **changes):
+        changed = dataclasses.replace(model.mixer, **changes)
+        return zoo.matched(dataclasses.replace(model, mixer=changed), size)[0]
+
+    return {
+        "delta_narrow": like(delta, hope),
+        "hope_wide": like(hope, delta),
+        "matrix_wide": like(matrix, delta),
+        "hope_expansion_1": mixer(
+            hope, memory=dataclasses.replace(hope.mixer.memory, expansion=1)
+        ),
+        "matrix_static": mixer(matrix, adaptive_k=False, adaptive_v=False),
+        "matrix_slice": mixer(matrix, inputs="slice"),
+    }
+
+
 def _table_6(hope: ModelConfig) -> dict[str, ModelConfig]:
     """The whole, and it without each part."""
     assert isinstance(hope.mixer, SelfModifyingConfig)
@@ -203,7 +238,8 @@ def _rows(scale: str, group: str, data_dir: str | None) -> dict[str, Row]:
         learning_rate=s.rates[0], warmup_steps=max(1, s.train.steps // 10)
     )
     made = {}
-    for name, model in models(scale).items():
+    of = controls if group == "why" else models
+    for name, model in of(scale).items():
         row = f"{group}_{name}"
         run = RunConfig(
             experiment=NAME,
