@@ -83,6 +83,10 @@ PEERS_OF_PAPER = {  # Table 2, Wikitext, but for the last two: Hope over it, and
     "hope_delta": ("Gated DeltaNet's with Hope's levels", None, ""),
 }
 SEEN = EDGES[:3]  # positions that rows of training have
+ALIKE = {  # where the levels of both are as wide, whatever memories take
+    "as narrow as Hope's": ("library_hope", "why_delta_narrow"),
+    "as wide as the other's": ("why_hope_wide", "library_hope_delta"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -363,6 +367,14 @@ def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
             what = f"Table 6, perplexity without a part over the whole's, {group}"
             away = f"{away:.2f} on average"
             lines.append(lab.Evidence(what, result, paper, away, command))
+    words, _, _ = PEERS_OF_PAPER["hope_delta"]
+    for width, pair in ALIKE.items():
+        ratio = lab.quotient(
+            *(lab.values(found, row, "perplexity/reset") for row in pair)
+        )
+        what = f"Perplexity of Hope over {words}, the levels of both {width}, library"
+        command = f"{NAME} --group=why --workdir=DIR"
+        lines += lab.compared(what, ratio, form="{:.2f}", command=command)
     return lines
 
 

@@ -51,6 +51,27 @@ def test_each_row_of_table_6_lacks_one_thing():
     assert models["whole"].mixer.memory.inertia and len(models["whole"].fast) == 3
 
 
+def test_each_control_differs_in_one_thing():
+    models, controls = small_lm.models("full"), small_lm.controls("full")
+    wanted = {
+        "delta_narrow": ("hope_delta", {"hidden"}, "hope"),
+        "hope_wide": ("hope", {"hidden"}, "hope_delta"),
+        "matrix_wide": ("hope_matrix", {"hidden"}, "hope_delta"),
+        "hope_expansion_1": ("hope", {"hidden", "expansion"}, None),
+        "matrix_static": ("hope_matrix", {"hidden", "adaptive_k", "adaptive_v"}, None),
+        "matrix_slice": ("hope_matrix", {"hidden", "inputs"}, None),
+    }
+    assert set(controls) == set(wanted)
+    for name, (of, fields, as_wide) in wanted.items():
+        lines = config_lib.differences(models[of], controls[name])
+        assert {ln.partition(":")[0].split(".")[-1] for ln in lines} == fields, name
+        if as_wide:
+            assert controls[name].cms.hidden == models[as_wide].cms.hidden
+        else:
+            size = lm.count_parameters(controls[name])
+            assert size == pytest.approx(small_lm.SCALES["full"].parameters, rel=0.02)
+
+
 def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys, monkeypatch):
     row = "library_gated_delta_net"
     flags = ["--scale=smoke", f"--out={tmp_path}", f"--rows={row}", "--seeds=1"]
@@ -134,6 +155,10 @@ def test_evidence_by_hand():
     first = small_lm.evidence(found)[1]
     assert "the first 256 tokens" in first.what
     assert first.result == f"{math.exp(0.5):.2f}" and first.paper == "none"
+    pairs = [("library_hope", 50.0), ("why_delta_narrow", 25.0)]
+    *_, last = small_lm.evidence([result("", p) | {"row": row} for row, p in pairs])
+    assert "as narrow as Hope's" in last.what and last.result == "2.00"
+    assert last.command == "small_lm --group=why --workdir=DIR"
     found += [result("whole", 100.0)]
     found += [result(f"whole_no_{part}", 110.0) for part in small_lm.PAPER]
     *_, line = small_lm.evidence(found)
