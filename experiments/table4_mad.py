@@ -75,6 +75,7 @@ PAPER = {  # per cent; it has no noisy recall, and no Gated DeltaNet or matrices
     "hope": (51.2, 100, None, 52.1, 99.7, 85.2),
 }
 EXAMPLES = {"memorisation": 256}  # rows of training, of the others 12,800
+STEPS = {"compression": 3000}  # short rows, slow to be learned; of the others 600
 RATES = (3e-3, 1e-2)
 PROBE = ProbeConfig(
     d_model=64,
@@ -91,7 +92,8 @@ def rows(flags: Any) -> dict[str, Row]:
     smoke, made = flags.scale == "smoke", {}
     for at, (name, mixer) in itertools.product(TASKS, MODELS.items()):
         task, examples = (SMOKE if smoke else TASKS)[at], EXAMPLES.get(at, 12_800)
-        config = dataclasses.replace(PROBE, task=task, examples=examples)
+        steps = STEPS.get(at, PROBE.steps)
+        config = dataclasses.replace(PROBE, task=task, examples=examples, steps=steps)
         if smoke:
             few = {"steps": 2, "batch": 2, "evaluation": 1, "d_model": 16, "hidden": 16}
             optimizer = dataclasses.replace(PROBE.optimizer, warmup_steps=1)
