@@ -288,6 +288,9 @@ def measure(task: lab.Task) -> dict[str, float]:
     ids = encode_documents(tokens, documents)
     text = ablation.texts(ids, count=s.texts, length=s.length + 1)
     for name, costs in ablation.first_readings(run.model, params, text).items():
+        if not np.isfinite(costs).all():
+            made[f"overflow/{name}"] = 1.0
+            continue
         made[f"part/{name}"] = float(costs.mean())
         for low, high in zip(EDGES, EDGES[1:], strict=False):
             if high <= s.length and name in ("all learn", "nothing learns"):

@@ -91,8 +91,17 @@ def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys, monkeypatch):
             raise FloatingPointError("not finite")
         return evaluate(*arguments, modes=modes)
 
+    first_readings = small_lm.ablation.first_readings
+
+    def some_overflow(*arguments):
+        return {
+            name: costs * math.nan if name == "main memory off" else costs
+            for name, costs in first_readings(*arguments).items()
+        }
+
     monkeypatch.setattr(lab, "trained", train)
     monkeypatch.setattr(small_lm.language_model, "evaluate", overflows)
+    monkeypatch.setattr(small_lm.ablation, "first_readings", some_overflow)
     flags += [f"--workdir={tmp_path / 'runs'}"]
     made = small_lm.main(flags)
     found = read_result(tmp_path / "small_lm" / f"{row}-s1.json")
@@ -106,7 +115,7 @@ def test_a_smoke_run_writes_results_and_tables(tmp_path, capsys, monkeypatch):
     assert m["bits/reset"] == pytest.approx(math.log2(m["perplexity/reset"]), rel=0.01)
     ends = m["position/all learn/0-64"], m["position/all learn/64-256"]
     assert m["part/all learn"] == pytest.approx((ends[0] + 3 * ends[1]) / 4)
-    assert m["part/nothing learns"] == m["part/main memory off"]
+    assert m["overflow/main memory off"] == 1.0 and "part/main memory off" not in m
     assert m["part/nothing learns"] != m["part/all learn"]
     assert "part/all CMS off" not in m
     assert f"| {row} | " in made and "| overflow |" in made
