@@ -34,14 +34,17 @@ def test_points_of_mqar_are_zoology_s():
 
 @pytest.mark.parametrize("module", [mqar, table4_mad])
 def test_all_rows_have_one_budget(module):
-    budgets = set()
+    """Of MAD all of one task; at the points of MQAR, as many tokens a step."""
+    budgets: dict[object, set] = {}
     for row in rows(module, "all").values():
-        p = row.probe
-        own = 0 if module is mqar else p.batch
-        budgets.add((p.steps, own, p.d_model, p.layers, p.optimizer, row.rates))
+        p, mad = row.probe, module is table4_mad
+        task, own = (p.task, p.batch) if mad else (None, p.batch * p.task.length)
+        of = budgets.setdefault(task, set())
+        of.add((p.steps, own, p.d_model, p.layers, p.optimizer, row.rates))
         saved = config_lib.to_json(row)
         assert config_lib.from_json(type(row), saved) == row
-    assert len(budgets) == 1
+    assert len(budgets) == (len(table4_mad.TASKS) if module is table4_mad else 1)
+    assert all(len(of) == 1 for of in budgets.values())
 
 
 def test_models_of_mad_are_as_large_as_hope():
