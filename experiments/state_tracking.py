@@ -3,8 +3,8 @@
 Run:     python -m experiments.state_tracking  (some: --rows=s3_hope_to_2,s3_lstm)
 Smoke:   add --scale=smoke --out=DIR.
 Expect:  experiments/README.md has the table.
-Cost:    on one CPU core, a row and seed, at each rate at most: `hope_2` 20 minutes,
-         `hope` 9, others one to six.
+Cost:    on one CPU core, a row and seed, at each rate at most: `hope_2` 12 minutes,
+         `hope` 5, others one to two.
 
 S3, A5 and S5, words of 128 elements, scored on 128 and on 512 (the protocol of
 DeltaProduct, arXiv:2502.10297, which reads 100,000 words 100 times: `rows` of a result
@@ -15,6 +15,8 @@ have a loss of at most 0.001 nats. Accuracy is over all places; chance is 1/6, 1
 
 A memory that writes one key a token with rates up to 1 can only forget or keep along
 it; up to 2 it can reflect, and two reflections make a rotation: the rows turn both.
+That is so of keys that depend on the token alone: `hope_2_static` has such, Hope's come
+of memories that move as it reads.
 DeltaProduct and `hope_2` write two keys a token, the gated delta net and `hope` one.
 All forget, the fastest head at first half in 32 tokens (DeltaProduct), 64 (the gated
 delta net) or 256 (Hope); `kept` ones do not.
@@ -77,6 +79,9 @@ MODELS: dict[str, Any] = {
     "hope_to_1": hope(rate=1.0),
     "hope_to_2": hope(),
     "hope_2_to_1": hope(rate=1.0, steps=2),
+    "hope_2_static_to_1": dataclasses.replace(
+        hope(rate=1.0, steps=2), adaptive_k=False, adaptive_v=False
+    ),
     "hope_2_to_2": hope(steps=2),
     "hope_2_kept_to_2": hope(steps=2, **KEPT),
 }
@@ -85,6 +90,7 @@ SHOWN = {  # on the first page
     "lstm": "LSTM",
     "hope_to_2": "Hope with one key a token",
     "hope_2_to_1": "Hope with two keys a token and rates to 1",
+    "hope_2_static_to_1": "the same, its keys and values of slow maps",
     "hope_2_to_2": "Hope with two keys a token",
     "delta_product_to_1": "DeltaProduct with rates to 1",
     "delta_product_kept_to_2": "DeltaProduct that forgets nothing",

@@ -34,6 +34,21 @@ def test_every_row_has_a_model_and_the_same_budget(module, group):
     assert len(budgets) == 1
 
 
+def test_controls_of_state_tracking_differ_in_one_thing():
+    made = rows(WORDS, None)
+    assert set(WORDS.SHOWN) <= set(WORDS.MODELS)
+    for name, of, fields in (
+        ("delta_product_kept_to_2", "delta_product_to_2", {"retention", "recall"}),
+        ("hope_2_kept_to_2", "hope_2_to_2", {"retention", "toward"}),
+        ("hope_2_static_to_1", "hope_2_to_1", {"adaptive_k", "adaptive_v"}),
+    ):
+        lines = config_lib.differences(made[f"s3_{of}"], made[f"s3_{name}"])
+        assert {ln.partition(":")[0].split(".")[-1] for ln in lines} == fields, name
+    result = {"row": "s3_hope_2_to_1", "seed": 0, "metrics": {"accuracy": 0.5}}
+    (line,) = WORDS.evidence([result])
+    assert line.result == "0.500" and "two keys a token and rates to 1" in line.what
+
+
 def test_rows_of_table_5():
     made = rows(FORMAL, "table5")
     assert len(made) == len(LANGUAGES) * len(FORMAL.MODELS)
