@@ -1,6 +1,7 @@
 """Does Hope's memory remember? Multi-query recall, one switch at a time.
 
-Run:     python -m experiments.memory --group=bisection  (also: recall, laws, static)
+Run:     python -m experiments.memory --group=bisection
+         (also: recall, laws, static, forgetting)
 Smoke:   add --scale=smoke --out=DIR (a few steps of every row of the group, minutes).
 Expect:  experiments/README.md has the tables.
 Cost:    half a minute (matrices) to three minutes (MLP memories) a row, seed, rate and
@@ -19,6 +20,8 @@ Groups:
              defaults, which are `recall_400_hope` and `recall_400_hope_matrix`
   static     MLP memories with decay as static mixers (Titans), as published and with
              what was learned here
+  forgetting  when a fresh memory has forgotten half, in tokens: published memories and
+             products of the four choices (what `half_life_start` was chosen by)
 """
 
 import dataclasses
@@ -35,7 +38,7 @@ from hope_jax.memory.compose import MemoryConfig
 from hope_jax.memory.gates import GateConfig
 from hope_jax.models.config import ModelConfig
 from hope_jax.models.learning import Learning
-from hope_jax.models.mixers.memory import MemoryMixerConfig
+from hope_jax.models.mixers.memory import MemoryMixerConfig, NamedConfig
 from hope_jax.models.mixers.self_modifying import MATRIX, MLP, SelfModifyingConfig
 from launch import command
 
@@ -163,7 +166,32 @@ def _static() -> dict[str, Row]:
     return {f"static_{n}": Row(layer=v, rates=RATES[:1]) for n, v in rows.items()}
 
 
-GROUPS = {"bisection": _bisection, "recall": _recall, "laws": _laws, "static": _static}
+def _forgetting() -> dict[str, Row]:
+    plain = dict(dgd="none", bias="l2", retention="decay")
+    matrix = dict(architecture="linear", gradient="exact")
+    published = ("gated_delta_net", "rwkv7", "titans")
+    layers = {name: NamedConfig(kind=name, chunk=CHUNK).layer for name in published} | {
+        "matrix_l2_momentum": _mixer(MemoryConfig(rule="momentum", **plain, **matrix)),
+        "mlp_l2_gd": _mixer(MemoryConfig(rule="gd", expansion=2, **plain)),
+    }
+    return {
+        f"forgetting_{name}_{tokens}": Row(
+            layer=dataclasses.replace(layer, half_life_start=float(tokens)),
+            rates=RATES[:1],
+        )
+        for (name, layer), tokens in itertools.product(
+            layers.items(), (16, 64, 256, 1024)
+        )
+    }
+
+
+GROUPS = {
+    "bisection": _bisection,
+    "recall": _recall,
+    "laws": _laws,
+    "static": _static,
+    "forgetting": _forgetting,
+}
 
 
 def settings(row: Row, rate: float, smoke: bool) -> GridConfig:

@@ -46,6 +46,18 @@ def test_laws_are_one_choice_from_the_default_each():
         assert 1 <= sum(a[k] != b[k] for k in a) <= 3, name
 
 
+def test_rows_of_forgetting_differ_in_half_lives_alone():
+    made = {}
+    for name, row in memory.GROUPS["forgetting"]().items():
+        of, _, tokens = name.rpartition("_")
+        assert row.layer.half_life_start == float(tokens)
+        plain = dataclasses.replace(row.layer, half_life_start=256.0)
+        made.setdefault(of, []).append(plain)
+    for layers in made.values():
+        assert len(layers) == 4
+        assert all(layer == layers[0] for layer in layers)
+
+
 def test_a_smoke_run_writes_results_and_a_table(tmp_path, capsys, monkeypatch):
     few = dict(list(memory._recall().items())[:2])
     monkeypatch.setitem(memory.GROUPS, "recall", lambda: few)

@@ -1,6 +1,7 @@
 """The layer that reads any memory keeps the promises of every layer, and its gates are
 their formulas."""
 
+import dataclasses
 import functools
 
 import jax
@@ -425,16 +426,37 @@ def test_rates_are_bounded_by_construction(bound, config):
 )
 def test_at_the_start_a_memory_outlives_its_chunk(gates, memory):
     config = exact(gates, chunk=16, rank=8, **memory)
+    half_life = half_lives(dataclasses.replace(config, half_life_start=32.0))
+    assert half_life.min() >= 16
+    assert half_life.max() <= 100 * 16
+
+
+def half_lives(config):
+    """In tokens, of a fresh layer."""
 
     @jax.jit
-    def half_lives(x):
+    def of(x):
         layer = MemoryMixer(32, 4, config, jnp.float32, rngs=nnx.Rngs(0))
         tokens, _ = layer.tokens(x, layer.initial_state(1))
         return -1.0 / jnp.log2(tokens.alpha)
 
-    half_life = half_lives(small.drawn(1, 256, 32))
-    assert half_life.min() >= 16
-    assert half_life.max() <= 100 * 16
+    return of(small.drawn(1, 256, 32))
+
+
+def test_the_first_half_life_is_what_is_asked_for_whatever_an_exact_chunk():
+    config = exact(chunk=16, retention="decay")
+    for asked in (40.0, 640.0):
+        of = half_lives(dataclasses.replace(config, half_life_start=asked))
+        quickest = float(jnp.median(of[0, 0]))
+        assert 0.8 * asked < quickest < 1.2 * asked
+    other = exact(chunk=64, retention="decay")
+    np.testing.assert_array_equal(half_lives(config), half_lives(other))
+
+
+def test_an_anchored_memory_outlives_two_chunks():
+    config = configured(chunk=64, retention="decay")
+    half_life = half_lives(dataclasses.replace(config, half_life_start=8.0))
+    assert 0.8 * 128 < float(jnp.median(half_life[0, 0])) < 1.2 * 128
 
 
 @pytest.mark.parametrize(
@@ -442,6 +464,20 @@ def test_at_the_start_a_memory_outlives_its_chunk(gates, memory):
     [
         (lambda: configured(conv=0), "conv must be at least 1, got 0"),
         (lambda: configured(rank=0), "rank must be at least 1, got 0"),
+        (
+            lambda: MemoryMixerConfig(half_life_start=float("inf")),
+            "half_life_start must be a number of tokens, at least 1, got inf",
+        ),
+        (
+            lambda: dataclasses.replace(exact(retention="none"), half_life_start=64.0),
+            "half_life_start=64.0 .*memory.retention='none' .* 'decay' or",
+        ),
+        (
+            lambda: MemoryMixerConfig(
+                gates=GateConfig(retention="one"), half_life_start=64.0
+            ),
+            "half_life_start=64.0 .*gates.retention='one' .* 'token' would",
+        ),
         (
             lambda: configured(dict(rate="step")),
             "rate='step' has no bound.* got 'l2', 'none', 'gd'. Use gates.rate='token'",

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from hope_jax.core.config import at_least, one_of
+from hope_jax.core.config import at_least, one_of, refuse_unread
 from hope_jax.kernels import summary
 from hope_jax.kernels.chunk import piece
 from hope_jax.kernels.select import Implementation, memory_scan, scan_padded
@@ -38,6 +38,7 @@ from hope_jax.memory.compose import (
 )
 from hope_jax.memory.consolidation import Consolidation, with_starts
 from hope_jax.memory.gates import GateConfig
+from hope_jax.memory.retention import RETENTIONS
 from hope_jax.memory.state import MemoryState, bare, begin_memory, full
 from hope_jax.models import learning
 from hope_jax.models.layers import (
@@ -74,6 +75,11 @@ class MemoryMixerConfig(MixerConfig):
       gates: where its keys, rates and retentions come from.
       conv: width of the causal convolutions after k, v and q; 1 sees no other token.
       rank: of the projections that make channel-wise gates.
+      half_life_start: tokens after which the head that forgets most quickly has
+        forgotten half, before training; the slowest takes 16 times as long. At least
+        two chunks of an anchored memory; the chunk of an exact one, a matter of speed,
+        changes nothing. `experiments.memory --group=forgetting` and
+        `experiments.state_tracking` have what others do.
       impl: of `memory_scan`: `reference` reads token by token what `chunk` reads in
         parallel; `auto` chooses.
       truncate: tokens after which the outer gradient goes no further back through the
@@ -88,12 +94,18 @@ class MemoryMixerConfig(MixerConfig):
     gates: GateConfig = GateConfig()
     conv: int = 4
     rank: int = 32
+    half_life_start: float = 256.0
     impl: Implementation = "auto"
     truncate: int | None = None
     consolidate: tuple[Consolidation, ...] = ()
 
     def __post_init__(self):
         at_least(self, conv=1, rank=1)
+        if not 1 <= self.half_life_start < math.inf:
+            raise ValueError(
+                "half_life_start must be a number of tokens, at least 1, got "
+                f"{self.half_life_start}; memory.retention='none' forgets nothing."
+            )
         consolidation.check(
             self.consolidate, self.memory, self.memory.chunk, "memory.chunk"
         )
@@ -113,6 +125,11 @@ class MemoryMixerConfig(MixerConfig):
         for refused, reason in _conflicts(self.memory, self.gates):
             if refused:
                 raise ValueError(reason)
+        unread = functools.partial(refuse_unread, self, "half_life_start")
+        decays = RETENTIONS.which(lambda kept: kept.decays)
+        unread("memory.retention", self.memory.retention, decays)
+        if self.gates.rate != "step":
+            unread("gates.retention", self.gates.retention, ("token",))
 
     @property
     def rate_bound(self) -> float:
@@ -412,7 +429,10 @@ class MemoryMixer(nnx.Module):
         retains, steps = kept.decays, gates.rate == "step"
         rate = _softplus_inverse(_STEP_START) if steps else 0.0
         self.eta = gate(gates.rate != "one", level(rate, *writes))
-        half_life = first_half_lives(2 * memory.chunk, heads)
+        shortest = config.half_life_start
+        if memory.gradient == "anchored":
+            shortest = max(shortest, 2 * memory.chunk)
+        half_life = first_half_lives(shortest, heads)
         decay = math.log(2.0) / (_STEP_START * half_life)
         self.log_decay = param(retains and steps, _spread(jnp.log(decay), channels))
         alpha = half_life_to_retention(half_life)
