@@ -51,7 +51,7 @@ def test_rows_of_forgetting_differ_in_half_lives_alone():
     for name, row in memory.GROUPS["forgetting"]().items():
         of, _, tokens = name.rpartition("_")
         assert row.layer.half_life_start == float(tokens)
-        plain = dataclasses.replace(row.layer, half_life_start=256.0)
+        plain = dataclasses.replace(row.layer, half_life_start=64.0)
         made.setdefault(of, []).append(plain)
     for layers in made.values():
         assert len(layers) == 4

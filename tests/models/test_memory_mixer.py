@@ -469,14 +469,14 @@ def test_an_anchored_memory_outlives_two_chunks():
             "half_life_start must be a number of tokens, at least 1, got inf",
         ),
         (
-            lambda: dataclasses.replace(exact(retention="none"), half_life_start=64.0),
-            "half_life_start=64.0 .*memory.retention='none' .* 'decay' or",
+            lambda: dataclasses.replace(exact(retention="none"), half_life_start=128.0),
+            "half_life_start=128.0 .*memory.retention='none' .* 'decay' or",
         ),
         (
             lambda: MemoryMixerConfig(
-                gates=GateConfig(retention="one"), half_life_start=64.0
+                gates=GateConfig(retention="one"), half_life_start=128.0
             ),
-            "half_life_start=64.0 .*gates.retention='one' .* 'token' would",
+            "half_life_start=128.0 .*gates.retention='one' .* 'token' would",
         ),
         (
             lambda: configured(dict(rate="step")),

@@ -78,8 +78,7 @@ class MemoryMixerConfig(MixerConfig):
       half_life_start: tokens after which the head that forgets most quickly has
         forgotten half, before training; the slowest takes 16 times as long. At least
         two chunks of an anchored memory; the chunk of an exact one, a matter of speed,
-        changes nothing. `experiments.memory --group=forgetting` and
-        `experiments.state_tracking` have what others do.
+        changes nothing. `experiments.memory --group=forgetting` has what others do.
       impl: of `memory_scan`: `reference` reads token by token what `chunk` reads in
         parallel; `auto` chooses.
       truncate: tokens after which the outer gradient goes no further back through the
@@ -94,7 +93,7 @@ class MemoryMixerConfig(MixerConfig):
     gates: GateConfig = GateConfig()
     conv: int = 4
     rank: int = 32
-    half_life_start: float = 256.0
+    half_life_start: float = 64.0
     impl: Implementation = "auto"
     truncate: int | None = None
     consolidate: tuple[Consolidation, ...] = ()
