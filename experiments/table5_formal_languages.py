@@ -25,7 +25,8 @@ Groups:
   table5  the paper's rows, and Hope with matrices that are one gradient step a token
   longer  languages that count, from four times as many words, at the larger rate
   chunks  parity and (aa)* by Hope's chunk, with exact gradients and with those of the
-          chunk's start, and what its rates may reach
+          chunk's start, what its rates may reach, and which of them and of retentions
+          it gives (`eta_least` to `alpha_most`, main memory, words of 51 to 100)
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ import numpy as np
 
 from experiments import lab
 from hope_jax.data.synthetic.formal import LANGUAGES, FormalConfig
-from hope_jax.evaluate import probe
+from hope_jax.evaluate import probe, telemetry
 from hope_jax.evaluate.probe import ProbeConfig
 from hope_jax.models.config import with_context
 from hope_jax.models.mixers import MIXERS, Mixer
@@ -152,7 +153,20 @@ def measure(task: lab.Task) -> dict[str, float]:
         for name, (low, high) in BINS.items()
     }
     model = with_context(probe.model_for(row.probe, row.mixer), BINS["bin2"][1])
-    return probe.tuned(row.probe, model, task.seed, row.rates, longer)
+
+    def ranges(params, key):
+        """Of what the main memory's gates give letters of words of 51 to 100."""
+        asked = longer["bin1"].batch(key, row.probe.batch)
+        made = {}
+        gates = telemetry.gates(model, params, asked.tokens)["main memory"]
+        for name, values in gates._asdict().items():
+            letters = np.moveaxis(np.asarray(values), 3, 1)[np.asarray(asked.mask)]
+            ends = zip(("least", "median", "most"), (0, 0.5, 1), strict=True)
+            made |= {f"{name}_{n}": float(np.quantile(letters, q)) for n, q in ends}
+        return made
+
+    ask = ranges if isinstance(row.mixer, SelfModifyingConfig) else None
+    return probe.tuned(row.probe, model, task.seed, row.rates, longer, ask)
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:

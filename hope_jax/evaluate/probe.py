@@ -116,6 +116,7 @@ def train(
     seed: int,
     learn: bool | Learning = True,
     also: Mapping[str, Task] | None = None,
+    ask: Callable[[PyTree, Array], Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Trains and scores one model.
 
@@ -130,12 +131,14 @@ def train(
       learn: parts that do not learn while they read, in training and scoring.
       also: name -> another task that it is scored on, longer rows for example; of the
         same vocabulary, and within the model's context.
+      ask: parameters, the key of the rows scored -> what else there is to say of them.
 
     Returns:
       `status` (`DONE`, or what stopped it), `accuracy`, `whole` and `loss` as of
       `Score` (None where it was not finite), on the task as it is `tested`, with the
       names of `also` at their end for these, `steps` that were taken, whether that was
-      `enough`, `tokens_per_second` and `seconds`.
+      `enough`, `tokens_per_second` and `seconds`; `asked`, what `ask` says of
+      parameters that are `DONE`.
     """
     asked_of = {"": config.task, **{f"_{k}": v for k, v in (also or {}).items()}}
     asked_of = {name: task.tested for name, task in asked_of.items()}
@@ -171,7 +174,8 @@ def train(
         for field in Score._fields:
             value = None if found is None else float(getattr(found, field))
             made[f"{field}{name}"] = value
-    return made
+    done = ask is not None and made["status"] == DONE
+    return made | {"asked": ask(state.params, test_key) if done else {}}
 
 
 class _Programs(NamedTuple):
@@ -287,23 +291,26 @@ def tuned(
     seed: int,
     rates: Sequence[float],
     also: Mapping[str, Task] | None = None,
+    ask: Callable[[PyTree, Array], Mapping[str, float]] | None = None,
 ) -> dict[str, float]:
     """Trains a model at some rates, and scores the one with the least loss on the task.
 
     Args:
-      config, model, seed, also: as of `train`; what is asked in `also` chooses nothing.
+      config, model, seed, also, ask: as of `train`; what is asked in `also` chooses
+        nothing.
       rates: learning rates, tried in this order up to one that is `enough`.
 
     Returns:
       `finite`, whether any rate was; `rate`, the best; its scores, those that were not
       finite with accuracy and `whole` 0 and no loss; `rows` that it read in training;
-      and of every rate tried `loss_at_RATE` (if finite) and `seconds_at_RATE`.
+      and of every rate tried `loss_at_RATE` (if finite) and `seconds_at_RATE`;
+      and what `ask` says of the best.
     """
     tried = {}
     for rate in rates:
         optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
         at = dataclasses.replace(config, optimizer=optimizer)
-        tried[rate] = train(at, model, seed, also=also)
+        tried[rate] = train(at, model, seed, also=also, ask=ask)
         if tried[rate]["enough"]:
             break
     made: dict[str, float] = {}
@@ -316,7 +323,8 @@ def tuned(
     best = min(finite, key=lambda rate: finite[rate], default=None)
     steps = max(t["steps"] for t in tried.values())
     if best is not None:
-        made["rate"], steps = best, tried[best]["steps"]
+        made |= {"rate": best, **tried[best]["asked"]}
+        steps = tried[best]["steps"]
     made["rows"] = float(steps * config.batch)
     for name in ("", *(f"_{name}" for name in also or {})):
         score = (

@@ -210,6 +210,59 @@ def follow(
     return Timeline(position, each.loss, levels, memories)
 
 
+class Gates(NamedTuple):
+    """What a memory's gates give each token of B rows, in L layers with H heads.
+
+    Attributes:
+      eta: inner rates, of several writes a token each.
+      alpha: the share that a token lets it keep, of channels where it has those.
+    """
+
+    eta: Float[Array, "B L H T ..."]
+    alpha: Float[Array, "B L H T ..."]
+
+
+def gates(
+    config: ModelConfig, params: PyTree, tokens: Int[Array | np.ndarray, "B T"]
+) -> dict[str, Gates]:
+    """What the gates of all memories give the tokens of rows that are read from their
+    start.
+
+    Args:
+      config: of a model without CMS levels that move while it reads.
+      params: its parameters.
+      tokens: ids.
+
+    Returns:
+      By name, as `MemoryLine` has them.
+
+    Raises:
+      ValueError: the model has such levels; or tokens that it has no row for.
+    """
+    if config.fast:
+        raise ValueError(
+            f"{config.name!r} has CMS levels that move while it reads, between whose "
+            "moves its gates change: use follow, which reads piece by piece."
+        )
+    rows = lm.ids("tokens", tokens, config.vocab)
+    found = _gates(
+        config, params, jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % config.span)))
+    )
+    names = slots.names(config)
+    return {
+        names[at]: Gates(*(a[:, :, :, : rows.shape[1]] for a in of))
+        for (_, at), of in zip(_watched(config), found, strict=True)
+    }
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _gates(config, params, rows):
+    graphdef = slots.graph(config)
+    state = lm.initial_state(graphdef, params, rows.shape[0])
+    seen, _ = lm.watch(graphdef, params, rows, rows, state)
+    return [Gates(tokens.eta, tokens.alpha) for tokens in seen.written]
+
+
 def _watched(config):
     """Of every memory that can be watched: its mixer in the pattern, and its place in
     `slots.names`."""

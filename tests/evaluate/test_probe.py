@@ -10,6 +10,7 @@ from hope_jax.core import config as config_lib
 from hope_jax.data.synthetic.compression import CompressionConfig
 from hope_jax.data.synthetic.recall import RecallConfig
 from hope_jax.evaluate import probe
+from hope_jax.models import lm
 
 TINY = ("task.vocab=8", "task.pairs=2", "task.length=8", "d_model=4", "layers=1")
 TINY += ("hidden=4", "batch=2", "evaluation=1", "optimizer.warmup_steps=1")
@@ -39,8 +40,9 @@ def test_time_ends_a_point():
 
 def test_what_is_not_finite_is_told_and_ended():
     config = settings("steps=500", "optimizer.learning_rate=1e38")
-    made = probe.train(config, probe.model_for(config, "softmax_attention"), seed=0)
-    assert made["status"] == "not finite by step 20"
+    model = probe.model_for(config, "softmax_attention")
+    made = probe.train(config, model, seed=0, ask=lambda params, key: {"of": 1.0})
+    assert made["status"] == "not finite by step 20" and made["asked"] == {}
     assert made["accuracy"] is None and made["loss"] is None
 
 
@@ -48,7 +50,12 @@ def test_what_is_learned_ends_training():
     """Steps of any loss are enough here; and no rate or seed is compiled for again."""
     config = settings("steps=500", "enough=100")
     model = probe.model_for(config, "softmax_attention")
-    made = probe.train(config, model, seed=0)
+
+    def size(params, key):
+        return {"size": float(sum(map(np.size, jax.tree.leaves(params))))}
+
+    made = probe.train(config, model, seed=0, ask=size)
+    assert made["asked"] == {"size": float(lm.count_parameters(model))}
     assert made["enough"] and made["steps"] == probe.STRIDE
     assert made["status"] == "done" and made["accuracy"] is not None
     before = probe._programs.cache_info().misses

@@ -221,3 +221,27 @@ def test_what_was_recalled_before_a_piece_is_of_the_memory_before_it():
     assert (
         np.abs(line.memories[-1].before[1] - line.memories[-1].before[0]).min() > 0.05
     )
+
+
+def test_gates_of_rows_are_those_that_a_text_is_read_with():
+    """Token for token; a row that is no whole chunk has as many as it has tokens."""
+    config = dataclasses.replace(CONFIG, cms=CMSConfig(hidden=8))
+    params = small.built(config)[1]
+    rows = small.some_tokens(rows=2, length=telemetry.PIECE + 1)
+    found = telemetry.gates(config, params, rows)
+    for row, text in enumerate(rows):
+        line = telemetry.follow(config, params, text)
+        assert list(found) == [memory.name for memory in line.memories]
+        for memory in line.memories:
+            eta, alpha = found[memory.name]
+            assert alpha.shape == (2, 1, 2, telemetry.PIECE + 1)
+            close(eta[row, :, :, :-1].mean(-1), memory.eta[0])
+            close(alpha[row, :, :, :-1].mean(-1), memory.alpha[0])
+    few = telemetry.gates(config, params, rows[:, :3])
+    assert few["main memory"].eta.shape == (2, 1, 2, 3)
+    close(few["main memory"].eta, found["main memory"].eta[..., :3])
+
+
+def test_gates_that_change_between_moves_are_for_follow():
+    with pytest.raises(ValueError, match="has CMS levels that move .* use follow"):
+        telemetry.gates(CONFIG, small.built(CONFIG)[1], TEXT[None])

@@ -101,12 +101,12 @@ def test_the_rate_with_the_least_loss_is_chosen(monkeypatch):
     """Of the task alone, and never one that was not finite."""
     losses, enough = {1.0: 0.5, 0.1: 0.4, 0.01: None, 0.001: 0.6}, 0.3
 
-    def train(config, model, seed, also):
+    def train(config, model, seed, also, ask):
         rate = config.optimizer.learning_rate
         score = {"accuracy": 0.9, "whole": rate, "loss": losses[rate]}
         longer = {"accuracy_b": 0.1, "whole_b": rate, "loss_b": None if rate < 1 else 0}
         ended = {"steps": config.steps, "enough": losses[rate] == enough}
-        return score | longer | ended | {"seconds": 1.0}
+        return score | longer | ended | {"seconds": 1.0, "asked": {"of": rate}}
 
     monkeypatch.setattr(probe, "train", train)
     config = rows(FORMAL, "table5", "smoke")["parity_lstm"].probe
@@ -115,11 +115,12 @@ def test_the_rate_with_the_least_loss_is_chosen(monkeypatch):
     assert made["rate"] == 0.1 and made["whole"] == 0.1 and made["finite"] == 1.0
     assert made["whole_b"] == 0.0 and "loss_b" not in made  # it grew without bound
     assert "loss_at_0.01" not in made and made["seconds_at_0.01"] == 1.0
-    assert made["rows"] == 15.0
+    assert made["rows"] == 15.0 and made["of"] == 0.1
     losses[0.1] = 0.3  # and then no other rate is tried
     made = probe.tuned(config, None, 0, tuple(losses), {"b": config.task})
     assert made["rate"] == 0.1 and "seconds_at_0.01" not in made
     losses |= dict.fromkeys(losses)
     made = probe.tuned(config, None, 0, tuple(losses), {"b": config.task})
     assert made["finite"] == made["whole"] == 0.0 and "rate" not in made
+    assert "of" not in made
     assert all(np.isfinite(value) for value in made.values())
