@@ -481,6 +481,26 @@ def table(
     return "\n".join([head, rule, *rest])
 
 
+def cell(
+    of: Mapping[int, float],
+    form: str = "{:.3f}",
+    best: Callable[[Iterable[float]], float] = max,
+) -> str:
+    """Of a number by seed its mean, and of seeds that differ their standard deviation
+    and the best; nothing of none.
+
+    >>> cell({0: 0.5}), cell({0: 0.5, 1: 1.0}, "{:.2f}", min), cell({})
+    ('0.500', '0.75 ± 0.25 (0.50)', '')
+    """
+    numbers = np.array([*of.values()])
+    if not len(numbers):
+        return ""
+    said = form.format(numbers.mean())
+    if np.ptp(numbers) == 0:
+        return said
+    return f"{said} ± {form.format(numbers.std())} ({form.format(best(numbers))})"
+
+
 def ranked(
     found: Iterable[Mapping[str, Any]],
     names: Iterable[str],

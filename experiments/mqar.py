@@ -108,27 +108,34 @@ def _by_point(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
     for result in found:
         point, _, model = result["row"].partition("_")
         made.setdefault(point, {}).setdefault(model, []).append(result["metrics"])
-    return made
+    return dict(sorted(made.items(), key=lambda at: int(at[0].partition("x")[0])))
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A line a model; of each point bytes of state, and accuracy and rows read as means
-    over seeds."""
+    """A line a model, by bytes of state at the first point; of each point these, and of
+    seeds accuracy, mean ± standard deviation (the best), and the mean of rows read."""
     points = _by_point(found)
     columns = ["model"]
     for point in points:
         columns += [f"{point}: state, bytes", "accuracy", "rows read"]
     lines = []
-    for model in dict.fromkeys(model for of in points.values() for model in of):
+    ends = [
+        (of[model][0]["state_bytes"], model)
+        for of in reversed(points.values())
+        for model in of
+    ]
+    size = {model: state for state, model in ends}  # of the first point that has it
+    for model in sorted(size, key=lambda model: (size[model], model)):
         cells = []
         for of in points.values():
-            mean = {
-                name: np.mean([metrics[name] for metrics in of[model]])
-                for name in ("state_bytes", "accuracy", "rows")
-                if model in of
-            }
-            forms = ("{state_bytes:,.0f}", "{accuracy:.3f}", "{rows:,.0f}")
-            cells += [form.format_map(mean) if mean else "" for form in forms]
+            seeds = of.get(model, [])
+            right = lab.cell({i: m["accuracy"] for i, m in enumerate(seeds)})
+            mean = lambda name, seeds=seeds: np.mean([m[name] for m in seeds])  # noqa: E731
+            state, read = (
+                f"{mean(name):,.0f}" if seeds else ""
+                for name in ("state_bytes", "rows")
+            )
+            cells += [state, right, read]
         lines.append([model, *cells])
     return lab.table(columns, lines)
 

@@ -82,7 +82,9 @@ PEERS_OF_PAPER = {  # Table 2, Wikitext, but for the last two: Hope over it, and
     "transformer_115": ("a larger Transformer++'s (15 %)", 1.0, "an article"),
     "hope_delta": ("Gated DeltaNet's with Hope's levels", None, ""),
 }
-SEEN = EDGES[:3]  # positions that rows of training have
+SEEN = (0, 256)  # positions that rows of training have, two of EDGES
+POSITION = "position/all learn/"
+STILL = ("all CMS off", "nothing learns")
 ALIKE = {  # where the levels of both are as wide, whatever memories take
     "as narrow as Hope's": ("library_hope", "why_delta_narrow"),
     "as wide as the other's": ("why_hope_wide", "library_hope_delta"),
@@ -306,35 +308,45 @@ def _trained(task: lab.Task, seed: int, rates: Sequence[float]):
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Three tables, as Markdown: means over seeds, ± half their range."""
-    parts, seen = [], list(dict.fromkeys(result["row"] for result in found))
-    metrics = {name: None for r in found for name in r["metrics"]}
-    known = [name for name in metrics if name.partition("/")[0] in ("bits", "part")]
-    shown = [f"bits/{mode}" for mode in language_model.MODES]
-    shown += ["perplexity/reset", *(m for m in metrics if m.startswith("training/"))]
-    for title, names in (
-        ("validation, bits a byte", shown),
-        ("nats a token", [m for m in metrics if m.startswith("position/")]),
-        ("nats a token", [m for m in known if m.startswith("part/")]),
-    ):
+    """A table a text: perplexity on whole documents by mode, nats a token of longer
+    rows by position, and of all of them with parts still; mean ± standard deviation
+    over seeds (the best)."""
+    rows = dict.fromkeys(result["row"] for result in found)
+    longest = max(
+        (int(m.rpartition("-")[2]) for r in found for m in _positions(r)), default=0
+    )
+    edges = sorted({edge for edge in (*SEEN, longest) if edge <= longest})
+    spans = list(zip(edges, edges[1:], strict=False))
+    heads = [f"nats, {low} to {high}" for low, high in spans]
+    heads += [f"nats, {part}" for part in STILL]
+    parts = []
+    for group in GROUPS:
         lines = []
-        for row in seen:
-            cells = [_cell(found, row, name) for name in names]
-            size = max(lab.values(found, row, "parameters").values(), default=0)
-            lines.append([row, f"{size:,}", *cells])
-        heads = [name.removeprefix("position/").removeprefix("part/") for name in names]
-        parts.append(lab.table([title, "parameters", *heads], lines))
+        for row in (row for row in rows if row.startswith(f"{group}_")):
+            whole = [
+                _cell(found, row, f"perplexity/{mode}", "{:.1f}")
+                for mode in language_model.MODES
+            ]
+            spanned = [
+                lab.cell(_nats(found, row, *span), "{:.2f}", min) for span in spans
+            ]
+            still = [_cell(found, row, f"part/{part}", "{:.2f}") for part in STILL]
+            sizes = lab.values(found, row, "parameters")
+            size = f"{max(sizes.values(), default=0):,}"
+            cells = [len(sizes), size, *whole, *spanned, *still]
+            lines.append([row.removeprefix(f"{group}_"), *cells])
+        if lines:
+            modes = [f"perplexity, {mode}" for mode in language_model.MODES]
+            columns = [group, "seeds", "parameters", *modes, *heads]
+            parts.append(lab.table(columns, lines))
     return "\n\n".join(parts)
 
 
-def _cell(found, row, name) -> str:
-    of = lab.values(found, row, name)
-    if not of:
-        mode = name.partition("/")[2]
-        return "overflow" if lab.values(found, row, f"overflow/{mode}") else ""
-    numbers = np.array([*of.values()])
-    half = (numbers.max() - numbers.min()) / 2
-    return f"{numbers.mean():.3f}" + (f" ± {half:.3f}" if len(numbers) > 1 else "")
+def _cell(found, row, name, form) -> str:
+    if of := lab.values(found, row, name):
+        return lab.cell(of, form, min)
+    mode = name.partition("/")[2]
+    return "overflow" if lab.values(found, row, f"overflow/{mode}") else ""
 
 
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
@@ -354,7 +366,7 @@ def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
             how = {"form": "{:.2f}", "command": command}
             whole = f"{what}, whole documents"
             lines += lab.compared(whole, over("hope", name), paper, where=where, **how)
-            ours, theirs = (_seen(found, f"{group}_{m}") for m in ("hope", name))
+            ours, theirs = (_nats(found, f"{group}_{m}", *SEEN) for m in ("hope", name))
             ratio = {s: math.exp(ours[s] - theirs[s]) for s in ours if s in theirs}
             first = f"{what}, the first {SEEN[-1]} tokens (a training row)"
             lines += lab.compared(first, ratio, **how)
@@ -381,14 +393,19 @@ def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
     return lines
 
 
-def _seen(found, row: str) -> dict[int, float]:
-    """Nats a token over positions that rows of training have, by seed."""
+def _positions(result: Mapping[str, Any]) -> list[str]:
+    return [name for name in result["metrics"] if name.startswith(POSITION)]
+
+
+def _nats(found, row: str, low: int, high: int) -> dict[int, float]:
+    """Nats a token over positions from `low` to `high`, two of `EDGES`, by seed."""
     parts = [
-        (high - low, lab.values(found, row, f"position/all learn/{low}-{high}"))
-        for low, high in zip(SEEN, SEEN[1:], strict=False)
+        (b - a, lab.values(found, row, f"{POSITION}{a}-{b}"))
+        for a, b in zip(EDGES, EDGES[1:], strict=False)
+        if low <= a and b <= high
     ]
     return {
-        seed: sum(tokens * of[seed] for tokens, of in parts) / SEEN[-1]
+        seed: sum(tokens * of[seed] for tokens, of in parts) / (high - low)
         for seed in parts[0][1]
     }
 

@@ -27,8 +27,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from experiments import lab
 from experiments.table5_formal_languages import Row, hope
 from hope_jax.data.synthetic.words import WordsConfig
@@ -127,18 +125,19 @@ def measure(task: lab.Task) -> dict[str, float]:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy over all places, mean and best of seeds."""
+    """Accuracy over all places, mean ± standard deviation over seeds (the best)."""
+    there = {result["row"] for result in found}
+    groups = [g for g in GROUPS if any(row.startswith(f"{g}_") for row in there)]
+    lengths = {"accuracy": "as trained", "accuracy_longer": "four times as long"}
     lines = []
-    for row, of in itertools.groupby(found, key=lambda result: result["row"]):
-        metrics = [result["metrics"] for result in of]
-        cells = []
-        for name in ("accuracy", "accuracy_longer"):
-            shares = np.array([m[name] for m in metrics])
-            cells.append(
-                f"{shares.mean():.3f} ± {shares.std():.3f} ({shares.max():.3f})"
-            )
-        lines.append([row, *cells])
-    return lab.table(["row", "as trained", "four times as long"], lines)
+    for name in MODELS:
+        rows = [f"{group}_{name}" for group in groups]
+        of = [lab.values(found, row, m) for row in rows for m in lengths]
+        if any(of):
+            seeds = "/".join(str(len(each)) for each in of[:: len(lengths)])
+            lines.append([name, seeds, *map(lab.cell, of)])
+    columns = [f"{g.upper()} {words}" for g in groups for words in lengths.values()]
+    return lab.table(["model", "seeds", *columns], lines)
 
 
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:

@@ -24,8 +24,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from experiments import lab
 from experiments.table5_formal_languages import Row
 from hope_jax.data.synthetic.compression import CompressionConfig
@@ -122,21 +120,17 @@ def measure(task: lab.Task) -> dict[str, float]:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy in per cent, a mean over seeds; the paper's in brackets."""
-    scores: dict[str, list[float]] = {}
-    for result in found:
-        share = 100 * result["metrics"]["accuracy"]
-        scores.setdefault(result["row"], []).append(share)
+    """Accuracy in per cent, mean ± standard deviation over seeds (the best); in square
+    brackets the paper's."""
     lines = []
     for name in MODELS:
         cells = []
         for column, at in enumerate(TASKS):
-            own = scores.get(f"{at}_{name}")
-            cell = f"{np.mean(own):.1f}" if own else ""
-            if own and len(own) > 1:
-                cell += f" ± {np.std(own):.1f}"
+            of = lab.values(found, f"{at}_{name}", "accuracy")
+            cell = lab.cell({seed: 100 * share for seed, share in of.items()}, "{:.1f}")
             paper = PAPER.get(name, (None,) * len(TASKS))[column]
-            cells.append(cell + (f" ({paper})" if paper is not None else ""))
+            said = "" if paper is None else f" [{paper}]"
+            cells.append((cell + said).lstrip())
         lines.append([name, *cells])
     return lab.table(["model", *(at.replace("_", " ") for at in TASKS)], lines)
 

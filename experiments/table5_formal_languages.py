@@ -51,7 +51,9 @@ from launch import command
 NAME = "table5_formal_languages"
 BINS = {"bin1": (51, 100), "bin2": (101, 150)}
 RATES = (1e-2, 3e-3)
+CHUNKED = ("parity", "aa_star")
 COUNTING = ("anbn", "anbncn", "shuffle_2")
+ENDS = {"least": 0.0, "median": 0.5, "most": 1.0}  # of what gates give
 LONGER = 4  # times the steps of a longer training
 PROBE = ProbeConfig(
     d_model=32, layers=2, heads=2, hidden=64, batch=16, steps=1600, evaluation=32
@@ -131,7 +133,7 @@ def rows(flags: Any) -> dict[str, Row]:
     smoke = flags.scale == "smoke"
     models, languages = MODELS, tuple(LANGUAGES)
     if flags.group == "chunks":
-        models, languages = _chunks(), ("parity", "aa_star")
+        models, languages = _chunks(), CHUNKED
     if flags.group == "longer":
         languages = COUNTING
     pairs = itertools.product(languages, models.items())
@@ -161,27 +163,13 @@ def measure(task: lab.Task) -> dict[str, float]:
         gates = telemetry.gates(model, params, asked.tokens)["main memory"]
         for name, values in gates._asdict().items():
             letters = np.moveaxis(np.asarray(values), 3, 1)[np.asarray(asked.mask)]
-            ends = zip(("least", "median", "most"), (0, 0.5, 1), strict=True)
-            made |= {f"{name}_{n}": float(np.quantile(letters, q)) for n, q in ends}
+            made |= {
+                f"{name}_{n}": float(np.quantile(letters, q)) for n, q in ENDS.items()
+            }
         return made
 
     ask = ranges if isinstance(row.mixer, SelfModifyingConfig) else None
     return probe.tuned(row.probe, model, task.seed, row.rates, longer, ask)
-
-
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Of each row the median over seeds, and how many seeds have all words right."""
-    lines = []
-    for row, of in itertools.groupby(found, key=lambda result: result["row"]):
-        metrics = [result["metrics"] for result in of]
-        cells = []
-        for name in ("", "_bin1", "_bin2"):
-            shares = [100 * m.get(f"whole{name}", 0.0) for m in metrics]
-            all_ = sum(share == 100.0 for share in shares)
-            cells.append(f"{np.median(shares):.1f} ({all_} of {len(shares)})")
-        lines.append([row, *cells])
-    columns = ["row", "2 to 50", "51 to 100", "101 to 150"]
-    return lab.table(columns, lines)
 
 
 # Table 5, % of words of 51 to 100 letters, in the order of `LANGUAGES`.
@@ -194,6 +182,53 @@ PAPER = {
     "hope": (100.0, 100.0, 100.0, 100.0, 100.0, 100.0),
 }
 PAPER["hope_gate"] = PAPER["hope"]
+LENGTHS = {"whole": "2 to 50", "whole_bin1": "51 to 100", "whole_bin2": "101 to 150"}
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Per cent of words, of each length a table, mean ± standard deviation over seeds
+    (the best), and in square brackets the paper's; then Hope by chunk."""
+    rows: dict[str, dict[str, str]] = {}  # of a model by language
+    for result in found:
+        for language in LANGUAGES:
+            if result["row"].startswith(f"{language}_"):
+                model = result["row"].removeprefix(f"{language}_")
+                rows.setdefault(model, {})[language] = result["row"]
+    chunks = {model: rows.pop(model) for model in _chunks() if model in rows}
+
+    def shares(row: str | None, metric: str) -> dict[int, float]:
+        of = lab.values(found, row, metric) if row else {}
+        return {seed: 100 * share for seed, share in of.items()}
+
+    parts = []
+    for metric, letters in LENGTHS.items() if rows else ():
+        lines = []
+        for model in sorted(rows, key=lambda name: [*MODELS, name].index(name)):
+            of = [shares(rows[model].get(at), metric) for at in LANGUAGES]
+            cells = [lab.cell(each, "{:.1f}") for each in of]
+            if metric == "whole_bin1" and model in PAPER:
+                theirs = zip(cells, PAPER[model], strict=True)
+                cells = [f"{cell} [{paper:g}]".lstrip() for cell, paper in theirs]
+            lines.append([model, max(map(len, of)), *cells])
+        columns = [f"words of {letters} letters", "seeds", *LANGUAGES]
+        parts.append(lab.table(columns, lines))
+    lines = []
+    for model, own in chunks.items():
+        each = itertools.product(CHUNKED, LENGTHS)
+        cells = [lab.cell(shares(own.get(at), m), "{:.1f}") for at, m in each]
+        for gate in ("eta", "alpha"):
+            least, middle, most = (
+                [v for row in own.values() for v in lab.values(found, row, at).values()]
+                for at in (f"{gate}_{end}" for end in ENDS)
+            )
+            ends = f"{min(least):.3g} to {max(most):.3g}"
+            cells.append(f"{ends} ({np.median(middle):.3g})")
+        lines.append([model, *cells])
+    if lines:
+        columns = [f"{at}, {n}" for at in CHUNKED for n in LENGTHS.values()]
+        gates = ["η (median)", "α (median)"]
+        parts.append(lab.table(["Hope by chunk", *columns, *gates], lines))
+    return "\n\n".join(parts)
 
 
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:

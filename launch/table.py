@@ -4,22 +4,25 @@ Print one:              python -m launch.table [--table=memories]
 Put it on its page:     python -m launch.table --write tests/README.md
                         python -m launch.table --write hope_jax/memory/README.md
                         python -m launch.table --write README.md
+                        python -m launch.table --write experiments/README.md
 
 An equation's test is named `test_equation_<number>_<what>` in tests/equations and has
 in its docstring a line `Implements: module.function`. The tests are parsed, not run.
 The memories are those of `hope_jax.memory.named`, their speeds those of the result
 files of experiments/benchmarks. Evidence is what modules of experiments/ say of their
-result files in a function `evidence`; what has none yet has no line.
+result files in a function `evidence`; what has none yet has no line. Tables by the name
+of an experiment are what its command prints of all its result files.
 """
 
 import ast
+import functools
 import importlib
 import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launch import command
 
@@ -132,15 +135,12 @@ def evidence(
       results: their folder; results of a smaller scale say nothing here.
       names: of modules in experiments/, by default all that define `evidence(found)`.
     """
-    from hope_jax.train import metrics
-
     lines = [
         "| table | file | command | result | the paper's | distance |",
         "|---|---|---|---|---|---|",
     ]
     for name in experiments() if names is None else names:
-        found = metrics.read_results(results, name)
-        found = [result for result in found if result["scale"] == "full"]
+        found = _full(results, name)
         if not found:
             continue
         module = importlib.import_module(f"experiments.{name}")
@@ -152,6 +152,13 @@ def evidence(
     return "\n".join(lines)
 
 
+def _full(folder: Path, name: str) -> list[dict[str, Any]]:
+    from hope_jax.train import metrics
+
+    found = metrics.read_results(folder, name)
+    return [result for result in found if result["scale"] == "full"]
+
+
 def experiments() -> list[str]:
     """Modules of experiments/ that say what is evidence; they are parsed, not run."""
     said = "\ndef evidence("
@@ -159,15 +166,32 @@ def experiments() -> list[str]:
     return sorted(p.stem for p in found if said in p.read_text(encoding="utf-8"))
 
 
+def measured(name: str, folder: Path = _EXPERIMENTS / "results") -> str:
+    """All results of an experiment at full scale, as its command prints them."""
+    return importlib.import_module(f"experiments.{name}").table(_full(folder, name))
+
+
+EXPERIMENTS = (  # in the order of their page
+    "table5_formal_languages",
+    "table4_mad",
+    "state_tracking",
+    "mqar",
+    "small_lm",
+    "in_context_continual",
+    "cost_scaling",
+    "twins",
+)
 TABLES = {
     "equations": lambda: markdown(rows()),
     "memories": memories,
     "evidence": evidence,
+    **{name: functools.partial(measured, name) for name in EXPERIMENTS},
 }
 PAGES = {
     "equations": "tests/README.md",
     "memories": "hope_jax/memory/README.md",
     "evidence": "README.md",
+    **dict.fromkeys(EXPERIMENTS, "experiments/README.md"),
 }
 
 

@@ -200,7 +200,7 @@ def test_scales_named_exist():
 @pytest.mark.parametrize("name", table.TABLES)
 def test_tables_are_those_of_the_code(name):
     """Of the tests, of the registry of memories, and of the committed benchmarks."""
-    text = PAGES[table.PAGES[name]].text
+    text = (ROOT / table.PAGES[name]).read_text(encoding="utf-8")
     block = re.search(rf"<!-- {name} -->\n(.*)\n<!-- /{name} -->", text, re.DOTALL)
     assert block, f"{table.PAGES[name]} needs two markers around the table of {name}."
     assert block[1] == table.TABLES[name](), (

@@ -83,7 +83,7 @@ def test_a_smoke_run_of_mad(tmp_path):
     attention = next(line for line in made if line.startswith("| attention |"))
     for row, paper in zip(chosen.split(","), ("49.4", "100"), strict=True):
         result = read_result(tmp_path / "table4_mad" / f"{row}-s0.json")["metrics"]
-        assert f"| {100 * result['accuracy']:.1f} ({paper}) |" in attention
+        assert f"| {100 * result['accuracy']:.1f} [{paper}] |" in attention
 
 
 def test_a_table_has_a_line_a_model():
@@ -93,13 +93,13 @@ def test_a_table_has_a_line_a_model():
 
     found = [result("copying_hope", 0, 0.9), result("copying_hope", 1, 0.8)]
     made = table4_mad.table(found).splitlines()
-    ours, theirs = " (51.2) |  (100) |  |  (52.1) | 85.0 ± 5.0 (99.7) |", " (85.2) |"
+    ours, theirs = "[51.2] | [100] |  | [52.1] | 85.0 ± 5.0 (90.0) [99.7] |", "[85.2] |"
     assert made[2] == f"| hope | {ours} {theirs}"
     found = [result("64x4_a", 0, 0.5), result("64x4_b", 0, 1.0), result("9x2_b", 0, 0)]
     made = mqar.table([*found, result("9x2_b", 1, 1)]).splitlines()
     assert made[2:] == [
-        "| a | 1,000 | 0.500 | 64 |  |  |  |",
-        "| b | 1,000 | 1.000 | 64 | 1,000 | 0.500 | 64 |",
+        "| a |  |  |  | 1,000 | 0.500 | 64 |",
+        "| b | 1,000 | 0.500 ± 0.500 (1.000) | 64 | 1,000 | 1.000 | 64 |",
     ]
 
 

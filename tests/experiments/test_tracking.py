@@ -91,10 +91,48 @@ def test_a_smoke_run_writes_results_and_a_table(module, chosen, tmp_path, capsys
     for row in chosen.split(","):
         result = read_result(tmp_path / module.NAME / f"{row}-s1.json")
         assert 0.0 <= result["metrics"]["accuracy"] <= 1.0
-        assert f"| {row} |" in made
+        assert f"| {row.partition('_')[2]} | 1 | " in made
     capsys.readouterr()
     assert module.main(flags) == made  # nothing is trained again
     assert "seed 1" not in capsys.readouterr().out
+
+
+def test_tables_by_hand():
+    """Of a length each model with its seeds and the paper's number, then chunks."""
+
+    def result(row, seed, **metrics):
+        return {"row": row, "seed": seed, "metrics": metrics}
+
+    gates = {"eta_least": 0.25, "eta_median": 0.5, "eta_most": 0.75}
+    gates |= {"alpha_least": 0.1, "alpha_median": 0.9, "alpha_most": 1.0}
+    found = [
+        result("parity_hope", 0, whole=1.0, whole_bin1=0.5, whole_bin2=0.0),
+        result("parity_hope", 1, whole=1.0, whole_bin1=1.0, whole_bin2=0.0),
+        result("aa_star_b", 0, whole=0.25, whole_bin1=0.5, whole_bin2=0.0),
+        result("aa_star_exact_2_rate_1", 0, whole_bin1=0.5, **gates),
+        result("parity_exact_2_rate_1", 0, whole_bin1=1.0, **gates | {"eta_most": 1.0}),
+    ]
+    seen, longer, longest, chunks = FORMAL.table(found).split("\n\n")
+    assert seen.splitlines()[2:] == [
+        "| hope | 2 | 100.0 |  |  |  |  |  |",
+        "| b | 1 |  | 25.0 |  |  |  |  |",
+    ]
+    assert longer.splitlines()[2] == (
+        "| hope | 2 | 75.0 ± 25.0 (100.0) [100]" + 5 * " | [100]" + " |"
+    )
+    assert longest.splitlines()[2].startswith("| hope | 2 | 0.0 |")
+    assert chunks.splitlines()[2] == (
+        "| exact_2_rate_1 |  | 100.0 |  |  | 50.0 |  | "
+        "0.25 to 1 (0.5) | 0.1 to 1 (0.9) |"
+    )
+    found = [
+        result("s3_lstm", 0, accuracy=0.5, accuracy_longer=0.25),
+        result("s3_lstm", 1, accuracy=1.0, accuracy_longer=0.25),
+        result("s5_lstm", 0, accuracy=0.125, accuracy_longer=0.1),
+    ]
+    assert WORDS.table(found).splitlines()[2:] == [
+        "| lstm | 2/1 | 0.750 ± 0.250 (1.000) | 0.250 | 0.125 | 0.100 |"
+    ]
 
 
 def test_the_rate_with_the_least_loss_is_chosen(monkeypatch):
