@@ -232,13 +232,19 @@ def measure(task: lab.Task) -> dict[str, float]:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """What there is of a group, as Markdown."""
-    lines = []
-    for row, of in itertools.groupby(found, key=lambda result: result["row"]):
-        accuracies = [result["metrics"]["accuracy"] for result in of]
-        each = " ".join(f"{a:.3f}" for a in accuracies)
-        lines.append([row.partition("_")[2], each, f"{np.mean(accuracies):.3f}"])
-    return lab.table(["row", "accuracy by seed", "mean"], lines, words=2)
+    """What there is of each group, in the order of its rows."""
+    parts = []
+    for group, rows in GROUPS.items():
+        lines = []
+        for row in rows():
+            of = lab.values(found, row, "accuracy")
+            each = ", ".join(f"{share:.3f}" for share in of.values())
+            if of:
+                name = row.removeprefix(f"{group}_")
+                lines.append([name, each, f"{np.mean([*of.values()]):.3f}"])
+        if lines:
+            parts.append(lab.table([group, "by seed", "mean"], lines, words=2))
+    return "\n\n".join(parts)
 
 
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:

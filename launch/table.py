@@ -178,6 +178,7 @@ EXPERIMENTS = (  # in the order of their page
     "mqar",
     "small_lm",
     "in_context_continual",
+    "memory",
     "cost_scaling",
     "twins",
 )
