@@ -190,13 +190,16 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
     """Whether task 1 is kept by who is paid for it, and by who is not."""
     lines = []
-    paid = {"acl": "in the loss", "plain": "not in the loss"}
-    for kind, (pay, how) in itertools.product(KINDS, paid.items()):
-        lines += lab.compared(
-            f"Two tasks in context, {kind}, task 1 after task 2, {how}, Hope with "
-            "matrices",
-            lab.values(found, f"{pay}_hope_matrix", f"{kind}/{ASKED[-1]}"),
-        )
+    paid = {"in the loss": "acl", "not in the loss": "plain"}
+    for kind in KINDS:
+        kept = {
+            how: lab.compared(
+                "", lab.values(found, f"{pay}_hope_matrix", f"{kind}/{ASKED[-1]}")
+            )
+            for how, pay in paid.items()
+        }
+        what = f"Two tasks in context, {kind}, task 1 after task 2, Hope with matrices"
+        lines += lab.abreast(what, kept)
     return lines
 
 

@@ -74,6 +74,9 @@ class Evidence(NamedTuple):
     command: str = ""
 
 
+NO_TEXT = ("", "none")  # of a number that the paper does not have
+
+
 def _nothing(define) -> None:
     """No flags but those that all have."""
 
@@ -359,7 +362,7 @@ def compared(
     if paper is None:
         return [Evidence(what, said, command=command)]
     theirs = form.format(paper) + (f" ({where})" if where else "")
-    away = form.replace("{:", "{:+").format(mean - paper)
+    away = form.replace("{:", "{:+z").format(mean - paper)
     return [Evidence(what, said, theirs, away, command)]
 
 
@@ -386,6 +389,27 @@ def claimed(
     said = {"paper": claim, "distance": "so here" if so else "not so here"}
     lines = compared(what, ours, form=form, command=command)
     return [line._replace(**said) for line in lines]
+
+
+def abreast(what: str, parts: Mapping[str, Sequence[Evidence]]) -> list[Evidence]:
+    """One line of several: of each part that was measured, its name and its numbers.
+
+    >>> parts = {"S3": compared("", {0: 0.5}, 1.0), "A5": compared("", {0: 0.25})}
+    >>> (line,) = abreast("accuracy", parts | {"S5": []})
+    >>> line.result, line.paper, line.distance
+    ('S3: 0.500, A5: 0.250', 'S3: 1.000', 'S3: -0.500')
+    """
+    there = {name: line for name, lines in parts.items() for line in lines}
+    if not there:
+        return []
+
+    def told(field: str) -> str:
+        said = {name: getattr(line, field) for name, line in there.items()}
+        return ", ".join(f"{name}: {t}" for name, t in said.items() if t not in NO_TEXT)
+
+    first = next(iter(there.values()))
+    paper = told("paper") or "none"
+    return [Evidence(what, told("result"), paper, told("distance"), first.command)]
 
 
 def chosen(

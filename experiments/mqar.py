@@ -172,11 +172,16 @@ def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
-    """Of Hope and two others, at each point that was run."""
+    """Of Hope and two others, at the points that were run."""
     lines = []
-    for (length, pairs), model in itertools.product(POINTS, SHOWN):
-        ours = lab.values(found, f"{length}x{pairs}_{model}", "accuracy")
-        lines += lab.compared(f"MQAR, {pairs} pairs in {length} tokens, {model}", ours)
+    for model in SHOWN:
+        points = {
+            f"{pairs} in {length}": lab.compared(
+                "", lab.values(found, f"{length}x{pairs}_{model}", "accuracy")
+            )
+            for length, pairs in POINTS
+        }
+        lines += lab.abreast(f"MQAR, accuracy by pairs and tokens, {model}", points)
     return lines
 
 

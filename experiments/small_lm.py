@@ -364,12 +364,12 @@ def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
         for name, (words, paper, where) in PEERS_OF_PAPER.items():
             what = f"Table 2, perplexity of Hope over {words}: 1M parameters, {group}"
             how = {"form": "{:.2f}", "command": command}
-            whole = f"{what}, whole documents"
-            lines += lab.compared(whole, over("hope", name), paper, where=where, **how)
             ours, theirs = (_nats(found, f"{group}_{m}", *SEEN) for m in ("hope", name))
             ratio = {s: math.exp(ours[s] - theirs[s]) for s in ours if s in theirs}
-            first = f"{what}, the first {SEEN[-1]} tokens (a training row)"
-            lines += lab.compared(first, ratio, **how)
+            whole = lab.compared("", over("hope", name), paper, where=where, **how)
+            first = lab.compared("", ratio, **how)
+            parts = {"whole": whole, f"first {SEEN[-1]} tokens": first}
+            lines += lab.abreast(what, parts)
         each = {part: over(f"whole_no_{part}", "whole") for part in PAPER}
         if all(each.values()):
             ours = {part: np.mean([*of.values()]) for part, of in each.items()}

@@ -159,15 +159,15 @@ def test_evidence_by_hand():
 
     found = [result("hope", 50.0), result("gated_delta_net", 40.0)]
     (line,) = small_lm.evidence(found)
-    assert line.result == "1.25" and line.paper == "0.76 (over DeltaNet's, 760M)"
-    assert line.distance == "+0.49"
+    assert line.result == "whole: 1.25" and line.distance == "whole: +0.49"
+    assert line.paper == "whole: 0.76 (over DeltaNet's, 760M)"
     near = [("hope", 5.0, 3.0), ("gated_delta_net", 3.0, 3.0)]  # of 64 and 192 tokens
     for made, (_, begin, rest) in zip(found, near, strict=True):
         ends = {"0-64": begin, "64-256": rest}
         made["metrics"] |= {f"position/all learn/{k}": v for k, v in ends.items()}
-    first = small_lm.evidence(found)[1]
-    assert "the first 256 tokens" in first.what
-    assert first.result == f"{math.exp(0.5):.2f}" and first.paper == "none"
+    (line,) = small_lm.evidence(found)
+    assert line.result == f"whole: 1.25, first 256 tokens: {math.exp(0.5):.2f}"
+    assert line.paper == "whole: 0.76 (over DeltaNet's, 760M)"
     pairs = [("library_hope", 50.0), ("why_delta_narrow", 25.0)]
     *_, last = small_lm.evidence([result("", p) | {"row": row} for row, p in pairs])
     assert "as narrow as Hope's" in last.what and last.result == "2.00"
