@@ -97,7 +97,8 @@ class Experiment:
       seeds: those that are run by default. None if all is of seed 0, without a flag.
       define: defines flags of its own, as `launch.command.parse` says.
       saved: a task -> what its result file has as its config.
-      draw: results, as `table` gets them -> a picture, which is kept beside them.
+      draw: results, as `table` gets them -> a picture, which is kept beside them, or
+        None where there is nothing to draw of them.
     """
 
     name: str
@@ -109,7 +110,7 @@ class Experiment:
     seeds: tuple[int, ...] | None = None
     define: Callable[[Any], None] = _nothing
     saved: Callable[[Task], Any] = lambda task: task.config
-    draw: Callable[[Sequence[Mapping[str, Any]]], Figure] | None = None
+    draw: Callable[[Sequence[Mapping[str, Any]]], Figure | None] | None = None
 
     def __call__(self, arguments: Sequence[str] | None = None) -> str:
         """Measures what has no result file yet, and prints the table.
@@ -136,10 +137,10 @@ class Experiment:
         command.quiet_libraries()
         folder = Path(given.out or RESULTS)
         pictures = Path(given.out or Path("runs") / self.name)
-        picture = pictures / f"{self.name}.png"
+        place = pictures / f"{self.name}.png"
         other = []
         for seed, row in itertools.product(of, wanted):
-            task = Task(row, _seeded(rows[row], seed), seed, given, picture)
+            task = Task(row, _seeded(rows[row], seed), seed, given, place)
             config = self.saved(task)
             file = folder / self.name / f"{row}-s{seed}.json"
             if file.exists():
@@ -166,8 +167,9 @@ class Experiment:
         found = results(folder, self.name, rows)
         made = self.table(found)
         print(made)
-        if self.draw is not None and found:
-            save(self.draw(found), folder / self.name / f"{self.name}.png")
+        picture = self.draw(found) if self.draw is not None and found else None
+        if picture is not None:
+            save(picture, folder / self.name / f"{self.name}.png")
         return made
 
     def _define(self, define) -> None:

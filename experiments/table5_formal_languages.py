@@ -45,6 +45,7 @@ from hope_jax.models.mixers import MIXERS, Mixer
 from hope_jax.models.mixers.attention import AttentionConfig
 from hope_jax.models.mixers.self_modifying import MATRIX, SelfModifyingConfig
 from hope_jax.models.rotary import NoPositions
+from hope_jax.plot import Figure
 from hope_jax.train.config import OptimizerConfig
 from launch import command
 
@@ -231,6 +232,39 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def draw(found: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Words of 51 to 100 letters by Hope's chunk, a panel a language, a dot a seed."""
+    curves: dict[str, dict[int, str]] = {}  # gradient and rates -> chunk -> row
+    for name, layer in _chunks().items():
+        gradient, chunk = layer.memory.gradient, layer.memory.chunk
+        most = "" if layer.rate is None else f", rates to {layer.rate:g}"
+        curves.setdefault(f"{gradient} gradients{most}", {})[chunk] = name
+    figure = Figure(figsize=(9.2, 4.2), layout="constrained")
+    drawn = False
+    for axes, language in zip(figure.subplots(1, len(CHUNKED)), CHUNKED, strict=True):
+        for number, (label, rows) in enumerate(curves.items()):
+            of = {
+                chunk: [*lab.values(found, f"{language}_{name}", "whole_bin1").values()]
+                for chunk, name in rows.items()
+            }
+            at = [chunk for chunk, shares in of.items() if shares]
+            means = [100 * np.mean(of[chunk]) for chunk in at]
+            dashes = {"ls": ("-", "--", ":")[number]}  # where curves lie on each other
+            (line,) = axes.plot(at, means, **lab.style(number, label) | dashes)
+            for chunk in at:
+                shares = [100 * share for share in of[chunk]]
+                axes.plot([chunk] * len(shares), shares, "o", ms=4, c=line.get_color())
+            drawn |= bool(at)
+        axes.set_title(language.replace("_", " "), loc="left")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda chunk, _: f"{chunk:g}")
+        axes.set_xlabel("tokens of a chunk")
+        axes.set_ylim(-4, 104)
+    figure.axes[0].set_ylabel("words of 51 to 100 letters, %")
+    lab.legend(figure, figure.axes[0], len(curves))
+    return figure if drawn else None
+
+
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:
     """Of each model that has read all languages, their mean."""
     lines = []
@@ -256,6 +290,7 @@ main = lab.Experiment(
     rows=rows,
     measure=measure,
     table=table,
+    draw=draw,
     seeds=(0, 1, 2, 3, 4),
     define=_define,
 )

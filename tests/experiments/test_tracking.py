@@ -47,7 +47,8 @@ def test_controls_of_state_tracking_differ_in_one_thing():
     result = {"row": "s3_hope_2_to_1", "seed": 0, "metrics": {"accuracy": 0.5}}
     (line,) = WORDS.evidence([result])
     assert (
-        line.result == "of 128: 0.500" and "two keys a token and rates to 1" in line.what
+        line.result == "of 128: 0.500"
+        and "two keys a token and rates to 1" in line.what
     )
 
 
@@ -127,6 +128,13 @@ def test_tables_by_hand():
         "| exact_2_rate_1 |  | 100.0 |  |  | 50.0 |  | "
         "0.25 to 1 (0.5) | 0.1 to 1 (0.9) |"
     )
+    figure = FORMAL.draw(found)
+    curves = [axes.get_lines() for axes in figure.axes]
+    drawn = [
+        [c.get_xydata().tolist() for c in of if len(c.get_xdata())] for of in curves
+    ]
+    assert drawn == [[[[2.0, 100.0]]] * 2, [[[2.0, 50.0]]] * 2]  # a curve and its dot
+    assert FORMAL.draw(found[:3]) is None
     found = [
         result("s3_lstm", 0, accuracy=0.5, accuracy_longer=0.25),
         result("s3_lstm", 1, accuracy=1.0, accuracy_longer=0.25),
