@@ -174,8 +174,10 @@ def train(
         for field in Score._fields:
             value = None if found is None else float(getattr(found, field))
             made[f"{field}{name}"] = value
-    done = ask is not None and made["status"] == DONE
-    return made | {"asked": ask(state.params, test_key) if done else {}}
+    asked = {}
+    if ask is not None and made["status"] == DONE:
+        asked = dict(ask(state.params, test_key))
+    return made | {"asked": asked}
 
 
 class _Programs(NamedTuple):
