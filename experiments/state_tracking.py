@@ -18,8 +18,8 @@ it; up to 2 it can reflect, and two reflections make a rotation: the rows turn b
 That is so of keys that depend on the token alone: `hope_2_static` has such, Hope's come
 of memories that move as it reads.
 DeltaProduct and `hope_2` write two keys a token, the gated delta net and `hope` one.
-All forget, the fastest head at first half in 32 tokens (DeltaProduct), 64 (the gated
-delta net) or 256 (Hope); `kept` ones do not.
+All forget, the fastest head at first half in 64 tokens, Hope's in 256; `kept` ones do
+not.
 """
 
 import dataclasses
