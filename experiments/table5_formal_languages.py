@@ -222,6 +222,9 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
                 [v for row in own.values() for v in lab.values(found, row, at).values()]
                 for at in (f"{gate}_{end}" for end in ENDS)
             )
+            if not least:  # nothing was finite
+                cells.append("")
+                continue
             ends = f"{min(least):.3g} to {max(most):.3g}"
             cells.append(f"{ends} ({np.median(middle):.3g})")
         lines.append([model, *cells])

@@ -124,6 +124,9 @@ def test_tables_by_hand():
         "| hope | 2 | 75.0 ± 25.0 (100.0) [100]" + 5 * " | [100]" + " |"
     )
     assert longest.splitlines()[2].startswith("| hope | 2 | 0.0 |")
+    lost = result("parity_anchored_4", 0, whole=0.0, whole_bin1=0.0, whole_bin2=0.0)
+    last = FORMAL.table([*found, lost]).splitlines()[-1]
+    assert last == "| anchored_4 | 0.0 | 0.0 | 0.0 |  |  |  |  |  |"
     assert chunks.splitlines()[2] == (
         "| exact_2_rate_1 |  | 100.0 |  |  | 50.0 |  | "
         "0.25 to 1 (0.5) | 0.1 to 1 (0.9) |"
