@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments import lab
@@ -141,34 +142,78 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy over bytes of state, a panel a point; each seed is a dot."""
+    """Over bytes of state accuracy and, below, rows read: means of seeds, a column a
+    point. Orange are the best of all with no more state."""
     points = _by_point(found)
-    figure = Figure(figsize=(4.6 * len(points), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(points), squeeze=False)[0]
-    for axes, (point, models) in zip(panels, points.items(), strict=True):
-        best = 0.0
-        ends = sorted((of[0]["state_bytes"], model) for model, of in models.items())
-        for size, model in ends:
-            right = [metrics["accuracy"] for metrics in models[model]]
-            ahead = np.mean(right) > best  # of all with less state
-            best = max(best, float(np.mean(right)))
-            colour = COLOURS[1] if ahead else COLOURS[0]
-            axes.scatter([size] * len(right), right, color=colour, s=18)
-            at, shift = (size, np.mean(right)), (4, 3)
-            axes.annotate(
-                model.replace("_", " "), at, shift, textcoords="offset points", size=8
+    figure = Figure(figsize=(4.8 * len(points), 6.8), layout="constrained")
+    panels = figure.subplots(2, len(points), squeeze=False, sharex="col")
+    for (above, below), (point, models) in zip(panels.T, points.items(), strict=True):
+        seen = []  # bytes, accuracy, rows and name
+        for name, of in models.items():
+            means = (
+                np.mean([metrics[what] for metrics in of])
+                for what in ("state_bytes", "accuracy", "rows")
             )
+            seen.append((*map(float, means), name.replace("_", " ")))
+        best = 0.0
+        for size, right, read, _ in sorted(seen, key=lambda at: (at[0], -at[1])):
+            colour = COLOURS[1] if right > best else COLOURS[0]
+            best = max(best, right)
+            above.scatter(size, right, color=colour, s=18)
+            below.scatter(size, read, color=colour, s=18)
+        above.set_ylim(-0.03, 1.4)  # room for names
+        above.set_yticks(np.linspace(0.0, 1.0, 6))
+        below.set_yscale("log")
+        below.set_ylim(min(at[2] for at in seen) / 1.5, max(at[2] for at in seen) * 1.5)
+        for size in sorted({at[0] for at in seen}):
+            alike = [at for at in seen if at[0] == size]
+            _name(above, size, [(right, name) for _, right, _, name in alike], 40)
+            _name(below, size, [(read, name) for _, _, read, name in alike])
         length, pairs = point.split("x")
-        axes.set_title(f"{pairs} pairs in {length} tokens", loc="left")
-        axes.set_xscale("log")
-        axes.set_xlim(ends[0][0] / 1.3, ends[-1][0] * 2.2)  # names stand to the right
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylim(-0.03, 1.08)
-        axes.set_xlabel("thousand bytes of state a row")
-    panels[0].set_ylabel("accuracy")
+        above.set_title(f"{pairs} pairs in {length} tokens", loc="left")
+        below.set_xscale("log")
+        sizes = [at[0] for at in seen]
+        below.set_xlim(min(sizes) / 1.3, max(sizes) * 2.6)  # names stand to the right
+        below.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        below.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        for axis in (below.xaxis, below.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value / 1000:g}")
+            axis.set_minor_formatter(NullFormatter())
+        below.set_xlabel("thousand bytes of state a row")
+    panels[0, 0].set_ylabel("accuracy")
+    panels[1, 0].set_ylabel("thousand rows read")
     return figure
+
+
+def _name(
+    axes: Axes, size: float, dots: list[tuple[float, str]], rotation: float = 0.0
+) -> None:
+    """Names of dots above each other, apart enough to be read; more than three that lie
+    on each other are counted."""
+    low, high = axes.get_ylim()
+    scale = np.log10 if axes.get_yscale() == "log" else np.asarray
+    tall = 190.0  # points of a panel, about
+
+    def height(value):
+        return float((scale(value) - scale(low)) / (scale(high) - scale(low))) * tall
+
+    near: list[list[tuple[float, str]]] = []
+    for dot in sorted(dots):
+        if near and height(dot[0]) - height(near[-1][-1][0]) < 4:
+            near[-1].append(dot)
+        else:
+            near.append([dot])
+    free = -np.inf
+    for group in near:
+        names = [name for _, name in group]
+        lines = names if len(names) <= 3 else [f"{len(names)} memories"]
+        for line in lines:
+            at = max(height(group[0][0]), free)
+            free = at + 8
+            shift = (5, at - height(group[0][0]) - 2)
+            where = (size, group[0][0])
+            how = {"textcoords": "offset points", "size": 7, "rotation": rotation}
+            axes.annotate(line, where, shift, **how)
 
 
 def evidence(found: Sequence[Mapping[str, Any]]) -> list[lab.Evidence]:

@@ -104,15 +104,25 @@ def test_a_table_has_a_line_a_model():
 
 
 def test_the_picture_tells_who_has_more_for_less():
-    """The best of all with no more state are drawn apart: an orange dot."""
-    found = [
-        {"row": f"64x4_{name}", "metrics": {"state_bytes": size, "accuracy": right}}
-        for name, size, right in (("a", 10, 0.5), ("b", 20, 0.4), ("c", 30, 0.9))
-    ]
-    (axes,) = mqar.draw(found).axes
-    dots = [tuple(dot.get_facecolor()[0]) for dot in axes.collections]
-    assert dots[0] == dots[2] != dots[1]
-    assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
+    """The best of all with no more state are drawn apart: an orange dot. Names of dots
+    that lie on each other stand above each other."""
+
+    def result(name, size, right, rows=64.0):
+        metrics = {"state_bytes": size, "accuracy": right, "rows": rows}
+        return {"row": f"64x4_{name}", "metrics": metrics}
+
+    found = [result("a", 10, 0.5), result("b", 20, 0.4), result("c", 30, 0.9)]
+    above, below = mqar.draw(found).axes
+    for axes in (above, below):
+        dots = [tuple(dot.get_facecolor()[0]) for dot in axes.collections]
+        assert dots[0] == dots[2] != dots[1]
+        assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
+    alike = [result(name, 10, 0.5, 64 + 6 * i) for i, name in enumerate("defg")]
+    above, below = mqar.draw([*alike, result("h", 10, 0.9, 256)]).axes
+    assert [text.get_text() for text in above.texts] == ["4 memories", "h"]
+    assert [text.get_text() for text in below.texts] == [*"defgh"]
+    shifts = [text.xyann[1] for text in below.texts]
+    assert shifts[0] == shifts[-1] and shifts[:4] == sorted(set(shifts[:4]))
 
 
 def test_mad_reads_as_many_rows_as_its_authors():
