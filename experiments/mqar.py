@@ -120,23 +120,23 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for point in points:
         columns += [f"{point}: state, bytes", "accuracy", "rows read"]
     lines = []
-    ends = [
-        (of[model][0]["state_bytes"], model)
+    size = {  # at the first point that has it
+        model: of[model][0]["state_bytes"]
         for of in reversed(points.values())
         for model in of
-    ]
-    size = {model: state for state, model in ends}  # of the first point that has it
+    }
     for model in sorted(size, key=lambda model: (size[model], model)):
         cells = []
         for of in points.values():
-            seeds = of.get(model, [])
-            right = lab.cell({i: m["accuracy"] for i, m in enumerate(seeds)})
-            mean = lambda name, seeds=seeds: np.mean([m[name] for m in seeds])  # noqa: E731
+            if model not in of:
+                cells += ["", "", ""]
+                continue
             state, read = (
-                f"{mean(name):,.0f}" if seeds else ""
+                f"{np.mean([metrics[name] for metrics in of[model]]):,.0f}"
                 for name in ("state_bytes", "rows")
             )
-            cells += [state, right, read]
+            right = dict(enumerate(metrics["accuracy"] for metrics in of[model]))
+            cells += [state, lab.cell(right), read]
         lines.append([model, *cells])
     return lab.table(columns, lines)
 

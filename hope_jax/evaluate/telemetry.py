@@ -237,8 +237,12 @@ def gates(
       By name, as `MemoryLine` has them.
 
     Raises:
-      ValueError: the model has such levels; or tokens that it has no row for.
+      ValueError: the model has such levels; rows that are none, are longer than it has
+        room for, or have tokens that it has no row for.
     """
+    if tokens.ndim != 2 or not tokens.size:
+        raise ValueError(f"tokens must be [B, T], one at least, got {tokens.shape}.")
+    config.check_room("tokens", tokens.shape[1])
     if config.fast:
         raise ValueError(
             f"{config.name!r} has CMS levels that move while it reads, between whose "

@@ -245,3 +245,8 @@ def test_gates_of_rows_are_those_that_a_text_is_read_with():
 def test_gates_that_change_between_moves_are_for_follow():
     with pytest.raises(ValueError, match="has CMS levels that move .* use follow"):
         telemetry.gates(CONFIG, small.built(CONFIG)[1], TEXT[None])
+
+
+def test_gates_of_what_is_no_rows():
+    with pytest.raises(ValueError, match=r"tokens must be \[B, T\], .* got \(18,\)"):
+        telemetry.gates(CONFIG, small.built(CONFIG)[1], TEXT)

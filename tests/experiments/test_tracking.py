@@ -46,10 +46,8 @@ def test_controls_of_state_tracking_differ_in_one_thing():
         assert {ln.partition(":")[0].split(".")[-1] for ln in lines} == fields, name
     result = {"row": "s3_hope_2_to_1", "seed": 0, "metrics": {"accuracy": 0.5}}
     (line,) = WORDS.evidence([result])
-    assert (
-        line.result == "of 128: 0.500"
-        and "two keys a token and rates to 1" in line.what
-    )
+    assert line.result == "of 128: 0.500"
+    assert "two keys a token and rates to 1" in line.what
 
 
 def test_rows_of_table_5():
